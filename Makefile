@@ -1,0 +1,47 @@
+# `make demo` and `make test` work from a bare clone: they make .venv, install what is pinned in constraints.txt and
+# build the extension first. PYTHON, VENV and RESNET_FUSED_BUILD may be set from outside.
+PYTHON ?= python3
+VENV ?= .venv
+THREADS ?= 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+NATIVE := csrc tests/emulated_cuda
+
+.PHONY: demo test bench lint format build clean
+
+demo: build
+	$(BIN)/python -m resnet_fused train --impl compare --data digits --out runs/demo
+
+test: build lint
+	$(BIN)/python -m pytest
+
+bench: build
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest benchmarks --benchmark-disable-gc
+
+build: $(VENV)/.built
+
+# torch first: the extension is built against the torch that it will run with, without an isolated second one.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools wheel ninja numpy
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py $(SOURCES)
+	$(PIP) --no-build-isolation -e '.[dev]'
+	touch $@
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find $(NATIVE) -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find $(NATIVE) -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+clean:
+	rm -rf build $(VENV) .venv resnet_fused/_C*.so *.egg-info

@@ -1,0 +1,6 @@
+"""`python -m resnet_fused train | info`."""
+
+from resnet_fused.cli.main import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

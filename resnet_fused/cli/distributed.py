@@ -1,0 +1,110 @@
+"""One process or many: rank, agreement between ranks, and what DDP leaves to its user."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from resnet_fused.cli.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process prints and writes files."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the ranks of a CPU tensor; the tensor itself where there is one rank."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        """Returns when every rank has arrived (an all-reduce over gloo: NCCL's barrier would need a device)."""
+        self.sum(torch.zeros(1))
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Gives every rank the buffers of rank 0, as DDP does at the start of a forward but not after the last one."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def digests(self, model: nn.Module) -> list[str]:
+        """`digest` of every rank's model, in the order of the ranks."""
+        found: list[str] = [digest(model)]
+        if self.size > 1:
+            found = [""] * self.size
+            dist.all_gather_object(found, digest(model))
+        return found
+
+
+def from_environment() -> World:
+    """The place that torchrun gave this process, by its environment variables."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return World()
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+
+
+@contextlib.contextmanager
+def process_group(world: World, device: torch.device) -> Iterator[None]:
+    """Joins the other ranks for as long as the context lasts; nothing where there is one rank.
+
+    CPU tensors travel by gloo on either device, so that ranks can agree without waiting for their GPUs.
+    """
+    if world.size == 1:
+        yield
+        return
+    dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(name: str, world: World) -> torch.device:
+    """The device for `auto`, `cpu`, `cuda` or `cuda:N`; under torchrun each process takes the GPU of its local rank.
+
+    Raises:
+        UserError: the name is no device, or there is no such GPU.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name} is not a device: use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not supported: use auto, cpu, cuda or cuda:N")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch {torch.__version__} sees no CUDA GPU; use --device cpu")
+    index = world.local_rank if world.size > 1 else device.index or 0
+    if index >= torch.cuda.device_count():
+        raise UserError(f"GPU {index} is asked for, but there are {torch.cuda.device_count()}: start fewer processes")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def digest(model: nn.Module) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a model's state_dict, bytes in the order of the keys."""
+    total = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        total.update(name.encode())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]

@@ -1,0 +1,28 @@
+"""The one exception for a user's mistake, and the door to optional packages."""
+
+import importlib
+from typing import Any
+
+_DISTRIBUTION = {"sklearn": "scikit-learn", "PIL": "Pillow"}
+
+
+class UserError(Exception):
+    """A mistake that the user can put right.
+
+    The message is one line that names what was wrong and what to do. `main` prints it and returns 2; nothing else
+    catches it.
+    """
+
+
+def require(module: str) -> Any:
+    """Imports an optional package that the command line needs and the library does not.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        name = _DISTRIBUTION.get(package, package)
+        raise UserError(f"{name} is not installed: run pip install 'resnet_fused[train]'") from error

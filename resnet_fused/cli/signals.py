@@ -1,0 +1,61 @@
+"""Ctrl-C and SIGTERM as a request that the training loop answers between two steps."""
+
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class Stopped(Exception):
+    """Training ended early, after its checkpoint was written.
+
+    Attributes:
+        signal: the number of the signal that asked for it, 0 where --max-steps did.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by signal {signum}" if signum else "stopped by --max-steps")
+        self.signal = signum
+
+
+class StopRequest:
+    """Remembers the first SIGINT or SIGTERM while the context lasts.
+
+    A second one, more than a second later, interrupts at once: the user no longer wants to wait for the step. (A
+    launcher and a terminal may both deliver the same Ctrl-C, hence the second.)
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._since = 0.0
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for signum in self.SIGNALS:
+                self._previous[signum] = signal.signal(signum, self._request)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _request(self, signum: int, frame: FrameType | None) -> None:
+        if self.signal and time.monotonic() - self._since > 1:
+            raise KeyboardInterrupt
+        if not self.signal:
+            self.signal = signum
+            self._since = time.monotonic()
+
+
+def ignore_in_worker(worker: int) -> None:
+    """`worker_init_fn` of a DataLoader: the parent decides when its workers end.
+
+    A terminal sends Ctrl-C, and torchrun sends SIGTERM, to the whole process group; a worker that died of it would
+    take the step that is to be finished with it.
+    """
+    for signum in StopRequest.SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)

@@ -1,0 +1,117 @@
+"""The fused ops as functions, with the arguments of torch.nn.functional.batch_norm.
+
+Every function takes activations of shape (N, C, H, W) in float32, float64, bfloat16 or float16, contiguous or
+channels_last, and returns its result in the same dtype and layout. Vectors have one element per channel. In training
+the statistics are the batch's and the running ones are updated in place, by
+``running = (1 - momentum) * running + momentum * batch`` with the unbiased variance; otherwise the running
+statistics normalize. Gradients flow to the activations, weights and biases, to any order.
+
+Errors, for all of them:
+    TypeError: an activation is not a tensor of one of the four dtypes.
+    ValueError: wrong rank or shape; a batch with one value per channel in training; no running statistics in
+        evaluation; activations on different devices.
+    RuntimeError: a vector without one element per channel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resnet_fused import ops
+from resnet_fused.ops import Norm
+
+__all__ = ["bn_add_relu", "bn_bn_add_relu", "bn_relu", "bn_relu_maxpool"]
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def bn_relu(
+    y: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """relu(batch_norm(y)). The memory held for backward is ``y`` alone."""
+    norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
+    _check(y, norm)
+    return ops.bn_relu(y, norm)
+
+
+def bn_add_relu(
+    y: Tensor,
+    residual: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """relu(batch_norm(y) + residual). Held for backward: ``y`` and one bit per element."""
+    norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
+    _check(y, norm)
+    return ops.bn_add_relu(y, norm, _partner(residual, y, "residual"))
+
+
+def bn_bn_add_relu(y: Tensor, norm: Norm, skip: Tensor, skip_norm: Norm) -> Tensor:
+    """relu(batch_norm(y) + batch_norm(skip)), each with a ``Norm``: running_mean, running_var, weight, bias,
+    training, momentum, eps. Held for backward: ``y``, ``skip`` and one bit per element.
+    """
+    _check(y, norm)
+    skip = _partner(skip, y, "skip")
+    _check(skip, skip_norm)
+    return ops.bn_bn_add_relu(y, norm, skip, skip_norm)
+
+
+def bn_relu_maxpool(
+    y: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """max_pool2d(relu(batch_norm(y)), 3, stride=2, padding=1). Held for backward: ``y`` and one byte per result."""
+    norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
+    _check(y, norm)
+    return ops.bn_relu_maxpool(y, norm)
+
+
+def _check(y: Tensor, norm: Norm) -> None:
+    if not isinstance(y, Tensor) or y.dtype not in _DTYPES:
+        found = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(f"expected a float32, float64, bfloat16 or float16 tensor, got {found}")
+    if y.dim() != 4:
+        raise ValueError(f"expected 4D input (got {y.dim()}D input)")
+    if norm.training and y.numel() == y.shape[1]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
+    if norm.training and y.numel() == 0:
+        raise ValueError(f"Expected a non-empty batch when training, got input size {y.shape}")
+    if not norm.training and (norm.running_mean is None or norm.running_var is None):
+        raise ValueError("Expected running_mean and running_var to be defined when training=False")
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        vector = getattr(norm, name)
+        if vector is not None and vector.numel() != y.shape[1]:
+            raise RuntimeError(f"{name} should contain {y.shape[1]} elements not {vector.numel()}")
+        if vector is not None and vector.device != y.device:
+            raise ValueError(f"{name} is on {vector.device} but the activation on {y.device}: move one of them")
+
+
+def _partner(other: Tensor, y: Tensor, name: str) -> Tensor:
+    """The second activation, fit to be added to the first."""
+    if not isinstance(other, Tensor) or other.dtype != y.dtype:
+        found = other.dtype if isinstance(other, Tensor) else type(other).__name__
+        raise TypeError(f"{name} must have the activation's dtype {y.dtype}, got {found}")
+    if other.shape != y.shape:
+        raise ValueError(f"{name} must have the activation's shape {tuple(y.shape)}, got {tuple(other.shape)}")
+    if other.device != y.device:
+        raise ValueError(f"{name} is on {other.device} but the activation on {y.device}: move one of them")
+    return other

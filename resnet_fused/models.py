@@ -1,0 +1,177 @@
+"""The ten ResNets with torchvision's names, arguments, initialisation and state_dict, and fused blocks.
+
+Only ``forward`` differs from resnet_fused.reference: convolutions are called as the modules they are; the batch
+norms, ReLUs, the residual add and the stem's max-pool run as fused ops around them. A block that was changed so that
+the ops could not stand for it (a hook on an inner module, another norm layer, ...) runs the plain composition;
+``explain(model)`` says which and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from resnet_fused import backend, ops, reference
+from resnet_fused.ops import Norm
+
+_FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _changed(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str | None:
+    """What about a module keeps an op from standing in for it; None when it is as it was made."""
+    if type(module) not in kinds:
+        return f"is a {type(module).__name__}"
+    if "forward" in module.__dict__:
+        return "has a forward of its own"
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return "has hooks" if any(hooks) else None
+
+
+def _why_not_fused(owner: nn.Module, norms: tuple[str, ...]) -> str | None:
+    """Why a block or stem runs its plain composition, as far as its modules tell; None when it is fused."""
+    for name in norms:
+        if problem := _changed(owner.get_submodule(name), (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            return f"{name} {problem}"
+    if problem := _changed(owner.get_submodule("relu"), (nn.ReLU,)):
+        return f"relu {problem}"
+    downsample = getattr(owner, "downsample", None)
+    if downsample is None:
+        return None
+    if problem := _changed(downsample, (nn.Sequential,)):
+        return f"downsample {problem}"
+    if len(downsample) != 2:
+        return f"downsample has {len(downsample)} modules, not a conv and a norm"
+    if problem := _changed(downsample[1], (nn.BatchNorm2d, nn.SyncBatchNorm)):
+        return f"downsample.1 {problem}"
+    return None
+
+
+def _runs_fused(x: Tensor, owner: nn.Module, norms: tuple[str, ...]) -> bool:
+    return (
+        isinstance(x, Tensor)  # not a torch.fx.Proxy
+        and x.dtype in _FUSED_DTYPES
+        and not torch.jit.is_tracing()
+        and not nn_module._has_any_global_hook()
+        and backend.why_not_fused(x.device.type) is None
+        and _why_not_fused(owner, norms) is None
+    )
+
+
+def _norm(bn: nn.Module, y: Tensor) -> Norm:
+    """The mode of a batch norm module for its input ``y``, counting the batch, as nn.BatchNorm2d.forward does.
+
+    Raises:
+        ValueError: for an input that is not 4-D, or has one value per channel in training.
+    """
+    assert isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm))
+    if y.dim() != 4:
+        raise ValueError(f"expected 4D input (got {y.dim()}D input)")
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        ops.count_batch(bn.num_batches_tracked)
+        if bn.momentum is None:
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    training = bn.training or (bn.running_mean is None and bn.running_var is None)
+    tracked = not bn.training or bn.track_running_stats
+    group = _sync_group(bn) if bn.training else None
+    if training and group is None and y.numel() <= y.shape[1]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
+    running_mean, running_var = (bn.running_mean, bn.running_var) if tracked else (None, None)
+    return Norm(running_mean, running_var, bn.weight, bn.bias, training, momentum, bn.eps, group)
+
+
+def _sync_group(bn: nn.Module) -> dist.ProcessGroup | None:
+    """The processes a SyncBatchNorm shares its statistics with; None when it stands alone."""
+    if not isinstance(bn, nn.SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = bn.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _bn_relu(y: Tensor, bn: nn.Module) -> Tensor:
+    return ops.bn_relu(y, _norm(bn, y))
+
+
+def _end_of_block(y: Tensor, bn: nn.Module, x: Tensor, downsample: nn.Sequential | None) -> Tensor:
+    """relu(bn(y) + identity), where identity is the block's input or the downsampled one."""
+    norm = _norm(bn, y)
+    if downsample is None:
+        return ops.bn_add_relu(y, norm, x)
+    skip = downsample[0](x)
+    return ops.bn_bn_add_relu(y, norm, skip, _norm(downsample[1], skip))
+
+
+class BasicBlock(reference.BasicBlock):
+    """Two 3x3 convs and an identity, fused: two BN passes instead of seven elementwise ops."""
+
+    norms = ("bn1", "bn2")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _runs_fused(x, self, self.norms):
+            return super().forward(x)
+        a = _bn_relu(self.conv1(x), self.bn1)
+        return _end_of_block(self.conv2(a), self.bn2, x, self.downsample)
+
+
+class Bottleneck(reference.Bottleneck):
+    """1x1, 3x3 and 1x1 convs and an identity, fused: three BN passes instead of ten elementwise ops."""
+
+    norms = ("bn1", "bn2", "bn3")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _runs_fused(x, self, self.norms):
+            return super().forward(x)
+        a = _bn_relu(self.conv1(x), self.bn1)
+        a = _bn_relu(self.conv2(a), self.bn2)
+        return _end_of_block(self.conv3(a), self.bn3, x, self.downsample)
+
+
+class ResNet(reference.ResNet):
+    """torchvision's ResNet with fused blocks and a fused stem."""
+
+    norms = ("bn1",)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        if not _runs_fused(x, self, self.norms):
+            return super()._stem(x)
+        y = self.conv1(x)
+        if _is_stem_pool(self.maxpool):
+            return ops.bn_relu_maxpool(y, _norm(self.bn1, y))
+        pooled: Tensor = self.maxpool(_bn_relu(y, self.bn1))
+        return pooled
+
+
+def _is_stem_pool(pool: nn.Module) -> bool:
+    if _changed(pool, (nn.MaxPool2d,)) is not None:
+        return False
+    assert isinstance(pool, nn.MaxPool2d)
+    expected = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1}
+    same = all(getattr(pool, name) in (value, (value, value)) for name, value in expected.items())
+    return same and not pool.ceil_mode and not pool.return_indices
+
+
+def explain(model: nn.Module) -> dict[str, str]:
+    """Which parts of a model do not run fused, and why.
+
+    Returns:
+        {name of the block, "" for the stem: reason}; empty when everything is fused.
+    """
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    reasons = {}
+    for name, part in model.named_modules():
+        if not isinstance(part, (BasicBlock, Bottleneck, ResNet)):
+            continue
+        reason = backend.why_not_fused(device) or _why_not_fused(part, part.norms)
+        if reason is not None:
+            reasons[name] = reason
+    return reasons

@@ -1,0 +1,40 @@
+"""How a primitive becomes an op of the dispatcher: schema, fake and reference here, native kernels from csrc."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from resnet_fused import backend
+
+#: Names of all primitives, in the order of their definition.
+PRIMITIVES: list[str] = []
+
+
+def primitive(
+    schema: str, reference: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Defines ``resnet_fused::<schema>`` and returns the function that calls it.
+
+    The reference is registered for every device; a native kernel takes precedence where csrc registered one.
+    Primitives carry no autograd formula: the autograd.Functions around them do, which costs less per call.
+
+    Args:
+        schema: name, arguments and results, as torch.library.define takes them.
+        reference: what the op computes, in plain PyTorch.
+        fake: the same results without data: shapes, dtypes and strides of the native kernel.
+    """
+    name = schema.partition("(")[0]
+    qualified = f"resnet_fused::{name}"
+    torch.library.define(qualified, schema.removeprefix(name), tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(qualified, "CompositeExplicitAutograd", reference)
+    torch.library.register_fake(qualified, fake)
+    handle = getattr(torch.ops.resnet_fused, name).default
+    PRIMITIVES.append(name)
+
+    def call(*args: Any) -> Any:
+        return reference(*args) if backend.uses_reference() else handle(*args)
+
+    return call

@@ -1,0 +1,119 @@
+"""Batch statistics: what a batch norm needs to know before it is an affine map.
+
+``Norm`` is one batch norm as F.batch_norm sees it; ``statistics`` turns it and its input into mean and invstd.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from resnet_fused.ops._primitive import primitive
+from resnet_fused.reference import batch_norm_stats as reference
+from resnet_fused.reference.layout import statistics_dtype
+
+
+def _fake(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    mean, var, invstd = (x.new_empty(x.shape[1], dtype=statistics_dtype(x.dtype)) for _ in range(3))
+    return mean, var, invstd
+
+
+batch_norm_stats = primitive(
+    "batch_norm_stats(Tensor x, float eps) -> (Tensor mean, Tensor var, Tensor invstd)",
+    reference.batch_norm_stats,
+    _fake,
+)
+
+
+class Norm(NamedTuple):
+    """One batch norm: its parameters, buffers and mode, as torch.nn.functional.batch_norm takes them.
+
+    Vectors have one element per channel. ``group`` is the process group to share statistics with (SyncBatchNorm).
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    training: bool
+    momentum: float
+    eps: float
+    group: dist.ProcessGroup | None = None
+
+
+class Statistics(NamedTuple):
+    """Mean and 1/sqrt(var + eps) per channel, in the statistics dtype.
+
+    ``share``: this process's part of the pixels that the statistics were taken over, a scalar tensor; None when
+    they are all its own.
+    """
+
+    mean: Tensor
+    invstd: Tensor
+    share: Tensor | None = None
+
+
+def statistics(y: Tensor, norm: Norm) -> Statistics:
+    """Statistics for normalizing ``y`` (N, C, H, W), from the batch in training and from the buffers otherwise.
+
+    In training updates the running statistics in place, with the unbiased variance, as F.batch_norm does.
+    """
+    dtype = statistics_dtype(y.dtype)
+    if not norm.training:
+        assert norm.running_mean is not None and norm.running_var is not None
+        invstd = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+        return Statistics(norm.running_mean.to(dtype), invstd)
+    with torch.no_grad():
+        mean, var, invstd = batch_norm_stats(y, norm.eps)
+        pixels = y.numel() // y.shape[1]
+        share, unbiased = None, var * (pixels / max(pixels - 1, 1))
+        if norm.group is not None:
+            mean, var, total = _merge_across(norm.group, mean, var, pixels)
+            invstd = torch.rsqrt(var + norm.eps)
+            share, unbiased = pixels / total, var * (total / (total - 1).clamp(min=1))
+        if norm.running_mean is not None and norm.running_var is not None and not _is_recomputing():
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
+    return Statistics(mean, invstd, share)
+
+
+def _merge_across(
+    group: dist.ProcessGroup, mean: Tensor, var: Tensor, pixels: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and pixel count over all processes of a group, by Chan's formula."""
+    mine = torch.cat([mean, var, mean.new_full((1,), pixels)])
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    means, variances, counts = torch.stack(everyone).split([len(mean), len(var), 1], dim=1)
+    total = counts.sum()
+    weights = counts / total
+    merged = (weights * means).sum(0)
+    return merged, (weights * (variances + (means - merged).square())).sum(0), total
+
+
+def shared_sums(sums: tuple[Tensor, ...], group: dist.ProcessGroup | None, share: Tensor | None) -> list[Tensor]:
+    """The backward reductions over all processes, scaled so that a kernel may divide them by its own pixels."""
+    if group is None or share is None:
+        return list(sums)
+    stacked = torch.stack(sums)
+    dist.all_reduce(stacked, group=group)
+    return list((stacked * share).unbind())
+
+
+def _is_recomputing() -> bool:
+    """Whether activation checkpointing is running this forward a second time, from within backward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def count_batch(counter: Tensor) -> None:
+    """num_batches_tracked += 1, once per batch even when its forward is recomputed."""
+    if not _is_recomputing():
+        counter.add_(1)
+
+
+def in_statistics_dtype(vector: Tensor | None, y: Tensor) -> Tensor | None:
+    """A parameter of the batch norm of ``y`` in the dtype that the kernels take; differentiable."""
+    return None if vector is None else vector.to(statistics_dtype(y.dtype))

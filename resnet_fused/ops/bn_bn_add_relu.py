@@ -1,0 +1,137 @@
+"""relu(bn(y) + bn(skip)): the end of a block whose input goes through a downsampling conv of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from resnet_fused.ops._autograd import differentiable_backward, normalized
+from resnet_fused.ops._primitive import primitive
+from resnet_fused.ops.batch_norm_stats import Norm, in_statistics_dtype, shared_sums, statistics
+from resnet_fused.reference import bn_bn_add_relu as reference
+from resnet_fused.reference.layout import dense, mask_shape, unpack_mask
+
+
+def _out_and_mask(y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    y = dense(y)
+    return torch.empty_like(y), y.new_empty(mask_shape(y), dtype=torch.uint8)
+
+
+def _three_sums(grad: Tensor, mask: Tensor, y: Tensor, mean: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(mean), torch.empty_like(mean), torch.empty_like(mean)
+
+
+def _two_gradients(grad: Tensor, mask: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    y = dense(y)
+    return torch.empty_like(y), torch.empty_like(y)
+
+
+forward_pass = primitive(
+    "bn_bn_add_relu(Tensor y, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias,"
+    " Tensor skip, Tensor skip_mean, Tensor skip_invstd, Tensor? skip_weight, Tensor? skip_bias)"
+    " -> (Tensor out, Tensor mask)",
+    reference.bn_bn_add_relu,
+    _out_and_mask,
+)
+backward_reduce = primitive(
+    "bn_bn_add_relu_backward_reduce(Tensor grad, Tensor mask, Tensor y, Tensor mean, Tensor invstd,"
+    " Tensor skip, Tensor skip_mean, Tensor skip_invstd)"
+    " -> (Tensor sum_dz, Tensor sum_dz_xhat, Tensor sum_dz_skip_xhat)",
+    reference.bn_bn_add_relu_backward_reduce,
+    _three_sums,
+)
+backward_pass = primitive(
+    "bn_bn_add_relu_backward(Tensor grad, Tensor mask, Tensor y, Tensor mean, Tensor invstd, Tensor? weight,"
+    " Tensor? sum_dz, Tensor? sum_dz_xhat, Tensor skip, Tensor skip_mean, Tensor skip_invstd, Tensor? skip_weight,"
+    " Tensor? skip_sum_dz, Tensor? sum_dz_skip_xhat) -> (Tensor dy, Tensor dskip)",
+    reference.bn_bn_add_relu_backward,
+    _two_gradients,
+)
+
+
+class _BnBnAddRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        y: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        skip: Tensor,
+        skip_weight: Tensor | None,
+        skip_bias: Tensor | None,
+        mean: Tensor,
+        invstd: Tensor,
+        share: Tensor | None,
+        skip_mean: Tensor,
+        skip_invstd: Tensor,
+        skip_share: Tensor | None,
+        modes: tuple[bool, bool],
+        groups: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None],
+    ) -> tuple[Tensor, Tensor]:
+        return forward_pass(
+            y, mean, invstd, weight, bias, skip, skip_mean, skip_invstd, skip_weight, skip_bias
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.modes, ctx.groups = inputs
+        mask = output[1]
+        ctx.mark_non_differentiable(mask)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(mask, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 14
+        mask, *inputs, mean, invstd, share, skip_mean, skip_invstd, skip_share = ctx.saved_tensors
+        y, weight, bias, skip, skip_weight, skip_bias = inputs
+        needs_grad = ctx.needs_input_grad[:6]
+        (training, skip_training), (group, skip_group) = ctx.modes, ctx.groups
+        if torch.is_grad_enabled():
+            dz = torch.where(unpack_mask(mask, y), grad, 0.0)
+
+            def again(
+                y: Tensor,
+                weight: Tensor | None,
+                bias: Tensor | None,
+                skip: Tensor,
+                skip_weight: Tensor | None,
+                skip_bias: Tensor | None,
+            ) -> Tensor:
+                z = normalized(y, weight, bias, mean, invstd, training)
+                return (z + normalized(skip, skip_weight, skip_bias, skip_mean, skip_invstd, skip_training)).to(y.dtype)
+
+            grads = differentiable_backward(again, inputs, needs_grad, dz, group or skip_group)
+            return *grads, *[None] * 8
+        dbias = dweight = dskip_weight = None
+        sums: list[Tensor | None] = [None, None]
+        skip_sums: list[Tensor | None] = [None, None]
+        if training or skip_training or any(needs_grad[i] for i in (1, 2, 4, 5)):
+            dbias, dweight, dskip_weight = backward_reduce(
+                grad, mask, y, mean, invstd, skip, skip_mean, skip_invstd
+            )
+            if training:
+                sums = [*shared_sums((dbias, dweight), group, share)]
+            if skip_training:
+                skip_sums = [*shared_sums((dbias, dskip_weight), skip_group, skip_share)]
+        dy, dskip = backward_pass(
+            grad, mask, y, mean, invstd, weight, *sums, skip, skip_mean, skip_invstd, skip_weight, *skip_sums
+        )
+        all_grads = (dy, dweight, dbias, dskip, dskip_weight, dbias)
+        wanted = [g if needed else None for g, needed in zip(all_grads, needs_grad, strict=True)]
+        return *wanted, *[None] * 8
+
+
+def bn_bn_add_relu(y: Tensor, norm: Norm, skip: Tensor, skip_norm: Norm) -> Tensor:
+    """relu(batch_norm(y) + batch_norm(skip)) of activations (N, C, H, W), in their dtype and y's layout."""
+    stats, skip_stats = statistics(y, norm), statistics(skip, skip_norm)
+    parameters = (in_statistics_dtype(p, y) for p in (norm.weight, norm.bias, skip_norm.weight, skip_norm.bias))
+    weight, bias, skip_weight, skip_bias = parameters
+    modes, groups = (norm.training, skip_norm.training), (norm.group, skip_norm.group)
+    out, _ = _BnBnAddRelu.apply(
+        y, weight, bias, skip, skip_weight, skip_bias, *stats, *skip_stats, modes, groups
+    )
+    return out

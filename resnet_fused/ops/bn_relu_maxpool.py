@@ -1,0 +1,110 @@
+"""maxpool3x3(relu(bn(y))), stride 2, padding 1: the stem after its conv, in one pass.
+
+Backward needs the conv's output and one index byte for each pooled element; the normalized activation, four times
+the size of the result, never exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fused.ops._autograd import differentiable_backward, normalized
+from resnet_fused.ops._primitive import primitive
+from resnet_fused.ops.batch_norm_stats import Norm, in_statistics_dtype, shared_sums, statistics
+from resnet_fused.reference import bn_relu_maxpool as reference
+from resnet_fused.reference.layout import dense, is_channels_last
+
+
+def _out_and_indices(y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    y = dense(y)
+    batch, channels, height, width = y.shape
+    out = torch.empty(
+        (batch, channels, (height - 1) // 2 + 1, (width - 1) // 2 + 1),
+        dtype=y.dtype,
+        device=y.device,
+        memory_format=torch.channels_last if is_channels_last(y) else torch.contiguous_format,
+    )
+    return out, torch.empty_like(out, dtype=torch.uint8)
+
+
+def _two_sums(grad: Tensor, indices: Tensor, y: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(mean), torch.empty_like(mean)
+
+
+forward_pass = primitive(
+    "bn_relu_maxpool(Tensor y, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias)"
+    " -> (Tensor out, Tensor indices)",
+    reference.bn_relu_maxpool,
+    _out_and_indices,
+)
+backward_reduce = primitive(
+    "bn_relu_maxpool_backward_reduce(Tensor grad, Tensor indices, Tensor y, Tensor mean, Tensor invstd)"
+    " -> (Tensor sum_dz, Tensor sum_dz_xhat)",
+    reference.bn_relu_maxpool_backward_reduce,
+    _two_sums,
+)
+backward_pass = primitive(
+    "bn_relu_maxpool_backward(Tensor grad, Tensor indices, Tensor y, Tensor mean, Tensor invstd, Tensor? weight,"
+    " Tensor? sum_dz, Tensor? sum_dz_xhat) -> Tensor",
+    reference.bn_relu_maxpool_backward,
+    lambda grad, indices, y, *_: torch.empty_like(dense(y)),
+)
+
+
+class _BnReluMaxpool(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        y: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        invstd: Tensor,
+        share: Tensor | None,
+        training: bool,
+        group: dist.ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor]:
+        return forward_pass(y, mean, invstd, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.training, ctx.group = inputs
+        indices = output[1]
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(indices, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 8
+        indices, y, weight, bias, mean, invstd, share = ctx.saved_tensors
+        needs_grad = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+
+            def again(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+                z = normalized(y, weight, bias, mean, invstd, ctx.training)
+                return F.max_pool2d(F.relu(z), 3, 2, 1).to(y.dtype)
+
+            grads = differentiable_backward(again, (y, weight, bias), needs_grad, grad, ctx.group)
+            return *grads, *[None] * 5
+        dbias = dweight = None
+        sums: list[Tensor | None] = [None, None]
+        if ctx.training or any(needs_grad[1:]):
+            dbias, dweight = backward_reduce(grad, indices, y, mean, invstd)
+            if ctx.training:
+                sums = [*shared_sums((dbias, dweight), ctx.group, share)]
+        dy = backward_pass(grad, indices, y, mean, invstd, weight, *sums) if needs_grad[0] else None
+        return dy, dweight if needs_grad[1] else None, dbias if needs_grad[2] else None, *[None] * 5
+
+
+def bn_relu_maxpool(y: Tensor, norm: Norm) -> Tensor:
+    """max_pool2d(relu(batch_norm(y)), 3, stride=2, padding=1) of an activation (N, C, H, W), in its dtype and layout."""
+    mean, invstd, share = statistics(y, norm)
+    weight, bias = in_statistics_dtype(norm.weight, y), in_statistics_dtype(norm.bias, y)
+    out, _ = _BnReluMaxpool.apply(y, weight, bias, mean, invstd, share, norm.training, norm.group)
+    return out
