@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 NATIVE := csrc tests/emulated_cuda
 
-.PHONY: demo test bench lint format build clean
+.PHONY: demo test bench report lint format build clean
 
 demo: build
 	$(BIN)/python -m resnet_fused train --impl compare --data digits --out runs/demo
@@ -17,8 +17,12 @@ demo: build
 test: build lint
 	$(BIN)/python -m pytest
 
+# RESULTS=benchmarks/results/NAME.json keeps the figures; `make report` puts the newest ones into README.
 bench: build
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest benchmarks --benchmark-disable-gc
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest benchmarks --benchmark-disable-gc $(if $(RESULTS),--results $(RESULTS))
+
+report: build
+	$(BIN)/python -m benchmarks.report
 
 build: $(VENV)/.built
 

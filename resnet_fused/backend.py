@@ -78,5 +78,7 @@ def status() -> list[dict[str, str]]:
         reason = "forced by the backend setting" if uses_reference() else why_not_native(device)
         for op in PRIMITIVES:
             implementation = "native" if reason is None else "reference"
-            rows.append({"op": op, "device": device, "implementation": implementation, "reason": reason or ""})
+            rows.append(
+                {"op": op, "device": device, "implementation": implementation, "reason": reason or ""}
+            )
     return rows

@@ -56,17 +56,17 @@ def bn_add_relu(
     """relu(batch_norm(y) + residual). Held for backward: ``y`` and one bit per element."""
     norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
     _check(y, norm)
-    return ops.bn_add_relu(y, norm, _partner(residual, y, "residual"))
+    return ops.bn_add_relu(y, _partner(residual, y, "residual"), norm)
 
 
-def bn_bn_add_relu(y: Tensor, norm: Norm, skip: Tensor, skip_norm: Norm) -> Tensor:
+def bn_bn_add_relu(y: Tensor, skip: Tensor, norm: Norm, skip_norm: Norm) -> Tensor:
     """relu(batch_norm(y) + batch_norm(skip)), each with a ``Norm``: running_mean, running_var, weight, bias,
     training, momentum, eps. Held for backward: ``y``, ``skip`` and one bit per element.
     """
     _check(y, norm)
     skip = _partner(skip, y, "skip")
     _check(skip, skip_norm)
-    return ops.bn_bn_add_relu(y, norm, skip, skip_norm)
+    return ops.bn_bn_add_relu(y, skip, norm, skip_norm)
 
 
 def bn_relu_maxpool(
@@ -102,7 +102,9 @@ def _check(y: Tensor, norm: Norm) -> None:
         if vector is not None and vector.numel() != y.shape[1]:
             raise RuntimeError(f"{name} should contain {y.shape[1]} elements not {vector.numel()}")
         if vector is not None and vector.device != y.device:
-            raise ValueError(f"{name} is on {vector.device} but the activation on {y.device}: move one of them")
+            raise ValueError(
+                f"{name} is on {vector.device} but the activation on {y.device}: move one of them"
+            )
 
 
 def _partner(other: Tensor, y: Tensor, name: str) -> Tensor:
@@ -111,7 +113,9 @@ def _partner(other: Tensor, y: Tensor, name: str) -> Tensor:
         found = other.dtype if isinstance(other, Tensor) else type(other).__name__
         raise TypeError(f"{name} must have the activation's dtype {y.dtype}, got {found}")
     if other.shape != y.shape:
-        raise ValueError(f"{name} must have the activation's shape {tuple(y.shape)}, got {tuple(other.shape)}")
+        raise ValueError(
+            f"{name} must have the activation's shape {tuple(y.shape)}, got {tuple(other.shape)}"
+        )
     if other.device != y.device:
         raise ValueError(f"{name} is on {other.device} but the activation on {y.device}: move one of them")
     return other

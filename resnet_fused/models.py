@@ -8,7 +8,6 @@ the ops could not stand for it (a hook on an inner module, another norm layer, .
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from resnet_fused import backend, ops, reference
+from resnet_fused import ops, reference
+from resnet_fused.backend import why_not_fused
 from resnet_fused.ops import Norm
+from resnet_fused.reference.resnet import BlockKind, build
 
 _FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -37,7 +38,7 @@ def _changed(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str | Non
     return "has hooks" if any(hooks) else None
 
 
-def _why_not_fused(owner: nn.Module, norms: tuple[str, ...]) -> str | None:
+def _why_changed(owner: nn.Module, norms: tuple[str, ...]) -> str | None:
     """Why a block or stem runs its plain composition, as far as its modules tell; None when it is fused."""
     for name in norms:
         if problem := _changed(owner.get_submodule(name), (nn.BatchNorm2d, nn.SyncBatchNorm)):
@@ -62,8 +63,8 @@ def _runs_fused(x: Tensor, owner: nn.Module, norms: tuple[str, ...]) -> bool:
         and x.dtype in _FUSED_DTYPES
         and not torch.jit.is_tracing()
         and not nn_module._has_any_global_hook()
-        and backend.why_not_fused(x.device.type) is None
-        and _why_not_fused(owner, norms) is None
+        and why_not_fused(x.device.type) is None
+        and _why_changed(owner, norms) is None
     )
 
 
@@ -106,9 +107,9 @@ def _end_of_block(y: Tensor, bn: nn.Module, x: Tensor, downsample: nn.Sequential
     """relu(bn(y) + identity), where identity is the block's input or the downsampled one."""
     norm = _norm(bn, y)
     if downsample is None:
-        return ops.bn_add_relu(y, norm, x)
+        return ops.bn_add_relu(y, x.to(y.dtype), norm)
     skip = downsample[0](x)
-    return ops.bn_bn_add_relu(y, norm, skip, _norm(downsample[1], skip))
+    return ops.bn_bn_add_relu(y, skip.to(y.dtype), norm, _norm(downsample[1], skip))
 
 
 class BasicBlock(reference.BasicBlock):
@@ -171,7 +172,63 @@ def explain(model: nn.Module) -> dict[str, str]:
     for name, part in model.named_modules():
         if not isinstance(part, (BasicBlock, Bottleneck, ResNet)):
             continue
-        reason = backend.why_not_fused(device) or _why_not_fused(part, part.norms)
+        reason = why_not_fused(device) or _why_changed(part, part.norms)
         if reason is not None:
             reasons[name] = reason
     return reasons
+
+
+BLOCKS: dict[BlockKind, type[reference.BasicBlock | reference.Bottleneck]] = {
+    "basic": BasicBlock,
+    "bottleneck": Bottleneck,
+}
+
+
+def resnet18(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-18. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
+    return build("resnet18", ResNet, BLOCKS, weights, kwargs)
+
+
+def resnet34(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-34. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
+    return build("resnet34", ResNet, BLOCKS, weights, kwargs)
+
+
+def resnet50(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-50. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
+    return build("resnet50", ResNet, BLOCKS, weights, kwargs)
+
+
+def resnet101(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-101. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
+    return build("resnet101", ResNet, BLOCKS, weights, kwargs)
+
+
+def resnet152(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-152. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
+    return build("resnet152", ResNet, BLOCKS, weights, kwargs)
+
+
+def resnext50_32x4d(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNeXt-50, 32 groups of 4. Arguments as for resnet50, without groups and width_per_group."""
+    return build("resnext50_32x4d", ResNet, BLOCKS, weights, kwargs)
+
+
+def resnext101_32x8d(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNeXt-101, 32 groups of 8. Arguments as for resnet101, without groups and width_per_group."""
+    return build("resnext101_32x8d", ResNet, BLOCKS, weights, kwargs)
+
+
+def resnext101_64x4d(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNeXt-101, 64 groups of 4. Arguments as for resnet101, without groups and width_per_group."""
+    return build("resnext101_64x4d", ResNet, BLOCKS, weights, kwargs)
+
+
+def wide_resnet50_2(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-50 with twice the inner channels. Arguments as for resnet50, without width_per_group."""
+    return build("wide_resnet50_2", ResNet, BLOCKS, weights, kwargs)
+
+
+def wide_resnet101_2(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-101 with twice the inner channels. Arguments as for resnet101, without width_per_group."""
+    return build("wide_resnet101_2", ResNet, BLOCKS, weights, kwargs)

@@ -14,7 +14,9 @@ missing_reason: str | None = None
 has_cuda = False
 
 if find_spec("resnet_fused._C") is None:
-    missing_reason = "resnet_fused._C is not built: run `pip install --no-build-isolation .` with a C++ compiler"
+    missing_reason = (
+        "resnet_fused._C is not built: run `pip install --no-build-isolation .` with a C++ compiler"
+    )
 else:
     try:
         from resnet_fused import _C

@@ -41,6 +41,15 @@
 #define RESNET_FUSED_UNROLL
 #endif
 
+// Before a short loop that is not worth unrolling: the code would be repeated for every clone and element type.
+#if defined(__clang__)
+#define RESNET_FUSED_NO_UNROLL _Pragma("clang loop unroll(disable)")
+#elif defined(__GNUC__)
+#define RESNET_FUSED_NO_UNROLL _Pragma("GCC unroll 1")
+#else
+#define RESNET_FUSED_NO_UNROLL
+#endif
+
 // Defines `name(const Args<T>&)` for the four element types as cloned functions around `body`.
 #define RESNET_FUSED_CLONE_EACH(name, Args, body)                       \
   RESNET_FUSED_CLONES void name(const Args<float>& args) { body; }    \

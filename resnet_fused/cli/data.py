@@ -1,7 +1,7 @@
 """Images: scikit-learn's digits or a folder, and the order and augmentation of every epoch.
 
-Order is a function of (seed, epoch), augmentation of (seed, epoch, index): no state is kept between images, so neither
-the number of workers nor an interruption can change what the model sees.
+Order is a function of (seed, epoch), augmentation of (seed, epoch, index): no state is kept between images,
+so neither the number of workers nor an interruption can change what the model sees.
 """
 
 import os
@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ Batch = tuple[Tensor, Tensor]  # uint8 [N, S, S, 3], int64 [N]
 
 @dataclass(frozen=True)
 class BadImage:
-    """An image that could not be read, as a value: an exception would cross from a worker with its traceback."""
+    """An image that could not be read, as a value: an exception would leave a worker with its traceback."""
 
     path: str
     reason: str
@@ -74,8 +74,8 @@ class Digits:
 class Folder:
     """The images of a folder with one folder a class.
 
-    Training images: random resized crop (8 to 100 % of the area, sides 3:4 to 4:3) and flip. Held-out images: shorter
-    side to 8/7 of the size, centre crop.
+    Training images: random resized crop (8 to 100 % of the area, sides 3:4 to 4:3) and flip. Held-out images:
+    shorter side to 8/7 of the size, centre crop.
     """
 
     def __init__(self, files: Sequence[tuple[str, int]], size: int, seed: int, augment: bool) -> None:
@@ -95,7 +95,14 @@ class Folder:
             with pillow.open(path) as file:
                 image = file.convert("RGB")
         # Pillow's decoders raise all of these on a damaged file.
-        except (OSError, SyntaxError, ValueError, EOFError, IndexError, pillow.DecompressionBombError) as error:
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            EOFError,
+            IndexError,
+            pillow.DecompressionBombError,
+        ) as error:
             return BadImage(path, str(error) or type(error).__name__)
         box, flip = _centre_box(image.size), False
         if self.augment:
@@ -109,7 +116,7 @@ class Folder:
 
 
 def _centre_box(size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The middle 7/8 of the largest centred square: resizing it is the usual resize and centre crop in one pass."""
+    """The middle 7/8 of the largest centred square: resizing it is resize and centre crop in one pass."""
     side = min(size) * 7 / 8
     left, top = (size[0] - side) / 2, (size[1] - side) / 2
     return left, top, left + side, top + side
@@ -169,7 +176,9 @@ def _digits(size: int, seed: int) -> Source:
 def _folder(root: Path, size: int, seed: int) -> Source:
     require("PIL.Image")
     if not root.is_dir():
-        raise UserError(f"--data {root}: no such folder; give 'digits' or a folder that holds train/ and val/")
+        raise UserError(
+            f"--data {root}: no such folder; give 'digits' or a folder that holds train/ and val/"
+        )
     train, val = root / "train", root / "val"
     for part in (train, val):
         if not part.is_dir():
@@ -179,7 +188,8 @@ def _folder(root: Path, size: int, seed: int) -> Source:
         missing = ", ".join(sorted(set(classes) - set(held_out))) or "none"
         extra = ", ".join(sorted(set(held_out) - set(classes))) or "none"
         raise UserError(
-            f"{val} must have the classes of {train}: missing {missing}; only in val {extra}. Rename or move those folders"
+            f"{val} must have the classes of {train}: missing {missing}; only in val {extra}. "
+            "Rename or move those folders"
         )
     return Source(
         classes,
@@ -192,11 +202,15 @@ def _folder(root: Path, size: int, seed: int) -> Source:
 
 def _classes(part: Path) -> list[str]:
     try:
-        names = sorted(entry.name for entry in part.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        names = sorted(
+            entry.name for entry in part.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+        )
     except OSError as error:
         raise UserError(f"cannot read {part}: {error.strerror}") from error
     if not names:
-        raise UserError(f"{part} holds no class folders: put the images of each class into a folder of its own")
+        raise UserError(
+            f"{part} holds no class folders: put the images of each class into a folder of its own"
+        )
     if len(names) == 1:
         raise UserError(f"{part} holds one class ({names[0]}): at least two are needed")
     return names
@@ -278,7 +292,9 @@ class Batches:
         steps: training steps in an epoch.
     """
 
-    def __init__(self, source: Source, batch_size: int, seed: int, workers: int, world: World, pin: bool) -> None:
+    def __init__(
+        self, source: Source, batch_size: int, seed: int, workers: int, world: World, pin: bool
+    ) -> None:
         self.source = source
         self.order = TrainingOrder(len(source.train), batch_size, seed, world)
         self.steps = self.order.steps
@@ -294,12 +310,13 @@ class Batches:
             "pin_memory": pin,
             "persistent_workers": workers > 0,
             "worker_init_fn": ignore_in_worker,
-            # Its own generator: a loader draws a seed when it starts, and the global one belongs to the model.
+            # Its own: a loader draws a seed when it starts, and the global generator belongs to the model.
             "generator": torch.Generator().manual_seed(seed),
         }
-        self._train = DataLoader(source.train, batch_sampler=self.order, **shared)  # type: ignore[arg-type]
         held_out = HeldOutOrder(len(source.held_out), batch_size, world)
-        self._held_out = DataLoader(source.held_out, batch_sampler=held_out, **shared)  # type: ignore[arg-type]
+        # torch types a DataLoader by its dataset class; `Images` is what it really needs.
+        self._train = DataLoader[Any](cast(Any, source.train), batch_sampler=self.order, **shared)
+        self._held_out = DataLoader[Any](cast(Any, source.held_out), batch_sampler=held_out, **shared)
 
     def training(self, epoch: int, start: int) -> Iterator[Batch]:
         """The batches of `epoch` from step `start` on.
@@ -323,5 +340,7 @@ class Batches:
 
 def _good(batch: Batch | BadImage) -> Batch:
     if isinstance(batch, BadImage):
-        raise UserError(f"cannot read the image {batch.path} ({batch.reason}): replace or remove it")
+        raise UserError(
+            f"cannot read the image {batch.path} ({batch.reason}): replace or remove it", everywhere=False
+        )
     return batch

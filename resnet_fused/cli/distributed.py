@@ -33,12 +33,14 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def barrier(self) -> None:
-        """Returns when every rank has arrived (an all-reduce over gloo: NCCL's barrier would need a device)."""
-        self.sum(torch.zeros(1))
+    def max(self, values: Tensor) -> Tensor:
+        """Maximum over the ranks of a CPU tensor; the tensor itself where there is one rank."""
+        if self.size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Gives every rank the buffers of rank 0, as DDP does at the start of a forward but not after the last one."""
+        """Gives every rank the buffers of rank 0: DDP does so before each forward, but not after the last."""
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
@@ -57,7 +59,9 @@ def from_environment() -> World:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World()
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    return World(
+        rank, size, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    )
 
 
 @contextlib.contextmanager
@@ -77,7 +81,7 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
 
 
 def pick_device(name: str, world: World) -> torch.device:
-    """The device for `auto`, `cpu`, `cuda` or `cuda:N`; under torchrun each process takes the GPU of its local rank.
+    """The device for `auto`, `cpu`, `cuda` or `cuda:N`; under torchrun the GPU of this process's local rank.
 
     Raises:
         UserError: the name is no device, or there is no such GPU.
@@ -96,13 +100,15 @@ def pick_device(name: str, world: World) -> torch.device:
         raise UserError(f"--device {name}: torch {torch.__version__} sees no CUDA GPU; use --device cpu")
     index = world.local_rank if world.size > 1 else device.index or 0
     if index >= torch.cuda.device_count():
-        raise UserError(f"GPU {index} is asked for, but there are {torch.cuda.device_count()}: start fewer processes")
+        raise UserError(
+            f"GPU {index} is asked for, but there are {torch.cuda.device_count()}: start fewer processes"
+        )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
 def digest(model: nn.Module) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of a model's state_dict, bytes in the order of the keys."""
+    """The first 16 hexadecimal digits of the SHA-256 of a state_dict, names and bytes in its order."""
     total = hashlib.sha256()
     for name, value in model.state_dict().items():
         total.update(name.encode())

@@ -9,9 +9,16 @@ _DISTRIBUTION = {"sklearn": "scikit-learn", "PIL": "Pillow"}
 class UserError(Exception):
     """A mistake that the user can put right.
 
-    The message is one line that names what was wrong and what to do. `main` prints it and returns 2; nothing else
-    catches it.
+    The message is one line that names what was wrong and what to do. `main` prints it and returns 2; nothing
+    else catches it.
+
+    Attributes:
+        everywhere: under torchrun, whether every process runs into it, so that one message is enough.
     """
+
+    def __init__(self, message: str, everywhere: bool = True) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 def require(module: str) -> Any:

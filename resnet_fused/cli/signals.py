@@ -22,8 +22,8 @@ class Stopped(Exception):
 class StopRequest:
     """Remembers the first SIGINT or SIGTERM while the context lasts.
 
-    A second one, more than a second later, interrupts at once: the user no longer wants to wait for the step. (A
-    launcher and a terminal may both deliver the same Ctrl-C, hence the second.)
+    Another signal, more than a second later, interrupts at once: the user no longer wants to wait for the
+    step. (A launcher and a terminal may both deliver the same Ctrl-C, hence the second.)
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -39,7 +39,9 @@ class StopRequest:
                 self._previous[signum] = signal.signal(signum, self._request)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
@@ -54,8 +56,8 @@ class StopRequest:
 def ignore_in_worker(worker: int) -> None:
     """`worker_init_fn` of a DataLoader: the parent decides when its workers end.
 
-    A terminal sends Ctrl-C, and torchrun sends SIGTERM, to the whole process group; a worker that died of it would
-    take the step that is to be finished with it.
+    A terminal sends Ctrl-C, and torchrun sends SIGTERM, to the whole process group; a worker that died of it
+    would take the step that is to be finished with it.
     """
     for signum in StopRequest.SIGNALS:
         signal.signal(signum, signal.SIG_IGN)

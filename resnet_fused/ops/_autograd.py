@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from resnet_fused.reference.layout import per_channel, statistics_dtype
+from resnet_fused.reference.batch_norm import affine
+from resnet_fused.reference.layout import widened
 
 
 def normalized(
@@ -19,15 +20,12 @@ def normalized(
     In training the statistics are functions of ``y`` too. ``var + eps`` takes its value from ``invstd`` and its
     derivative from ``y``, so that eps need not be known.
     """
-    values = y.to(statistics_dtype(y.dtype))
+    values = widened(y)
     if training:
         mean = values.mean((0, 2, 3))
         var = values.var((0, 2, 3), correction=0)
         invstd = (var - var.detach() + invstd.pow(-2)).rsqrt()
-    z = (values - per_channel(mean)) * per_channel(invstd)
-    if weight is not None:
-        z = z * per_channel(weight)
-    return z if bias is None else z + per_channel(bias)
+    return affine(values, mean, invstd, weight, bias)
 
 
 def differentiable_backward(
@@ -43,11 +41,16 @@ def differentiable_backward(
         RuntimeError: when the statistics were shared across processes.
     """
     if group is not None:
-        raise RuntimeError("double backward is not supported with statistics shared across processes (SyncBatchNorm)")
+        raise RuntimeError(
+            "double backward is not supported with statistics shared across processes (SyncBatchNorm)"
+        )
     with torch.enable_grad():
         # A view of each, so that one tensor given twice still gets two gradients.
         views = [None if x is None else x.view_as(x) for x in inputs]
         out = forward(*views)
         wanted = [view for view, needed in zip(views, needs_grad, strict=True) if needed and view is not None]
         grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    return [next(grads) if needed and x is not None else None for x, needed in zip(inputs, needs_grad, strict=True)]
+    return [
+        next(grads) if needed and x is not None else None
+        for x, needed in zip(inputs, needs_grad, strict=True)
+    ]

@@ -7,15 +7,13 @@ from typing import Any
 
 import torch
 
-from resnet_fused import backend
+from resnet_fused.backend import uses_reference
 
 #: Names of all primitives, in the order of their definition.
 PRIMITIVES: list[str] = []
 
 
-def primitive(
-    schema: str, reference: Callable[..., Any], fake: Callable[..., Any]
-) -> Callable[..., Any]:
+def primitive(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Defines ``resnet_fused::<schema>`` and returns the function that calls it.
 
     The reference is registered for every device; a native kernel takes precedence where csrc registered one.
@@ -35,6 +33,6 @@ def primitive(
     PRIMITIVES.append(name)
 
     def call(*args: Any) -> Any:
-        return reference(*args) if backend.uses_reference() else handle(*args)
+        return reference(*args) if uses_reference() else handle(*args)
 
     return call

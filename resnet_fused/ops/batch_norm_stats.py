@@ -94,7 +94,9 @@ def _merge_across(
     return merged, (weights * (variances + (means - merged).square())).sum(0), total
 
 
-def shared_sums(sums: tuple[Tensor, ...], group: dist.ProcessGroup | None, share: Tensor | None) -> list[Tensor]:
+def shared_sums(
+    sums: tuple[Tensor, ...], group: dist.ProcessGroup | None, share: Tensor | None
+) -> list[Tensor]:
     """The backward reductions over all processes, scaled so that a kernel may divide them by its own pixels."""
     if group is None or share is None:
         return list(sums)

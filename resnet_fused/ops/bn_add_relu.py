@@ -101,7 +101,7 @@ class _BnAddRelu(torch.autograd.Function):
         return dy, dresidual, dweight if needs_weight else None, dbias if needs_bias else None, *[None] * 5
 
 
-def bn_add_relu(y: Tensor, norm: Norm, residual: Tensor) -> Tensor:
+def bn_add_relu(y: Tensor, residual: Tensor, norm: Norm) -> Tensor:
     """relu(batch_norm(y) + residual) of activations (N, C, H, W), in their dtype and y's layout."""
     mean, invstd, share = statistics(y, norm)
     weight, bias = in_statistics_dtype(norm.weight, y), in_statistics_dtype(norm.bias, y)

@@ -20,7 +20,9 @@ def _out_and_mask(y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(y), y.new_empty(mask_shape(y), dtype=torch.uint8)
 
 
-def _three_sums(grad: Tensor, mask: Tensor, y: Tensor, mean: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _three_sums(
+    grad: Tensor, mask: Tensor, y: Tensor, mean: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(mean), torch.empty_like(mean), torch.empty_like(mean)
 
 
@@ -87,7 +89,7 @@ class _BnBnAddRelu(torch.autograd.Function):
         if grad is None:
             return (None,) * 14
         mask, *inputs, mean, invstd, share, skip_mean, skip_invstd, skip_share = ctx.saved_tensors
-        y, weight, bias, skip, skip_weight, skip_bias = inputs
+        y, weight, _, skip, skip_weight, _ = inputs
         needs_grad = ctx.needs_input_grad[:6]
         (training, skip_training), (group, skip_group) = ctx.modes, ctx.groups
         if torch.is_grad_enabled():
@@ -102,7 +104,9 @@ class _BnBnAddRelu(torch.autograd.Function):
                 skip_bias: Tensor | None,
             ) -> Tensor:
                 z = normalized(y, weight, bias, mean, invstd, training)
-                return (z + normalized(skip, skip_weight, skip_bias, skip_mean, skip_invstd, skip_training)).to(y.dtype)
+                return (
+                    z + normalized(skip, skip_weight, skip_bias, skip_mean, skip_invstd, skip_training)
+                ).to(y.dtype)
 
             grads = differentiable_backward(again, inputs, needs_grad, dz, group or skip_group)
             return *grads, *[None] * 8
@@ -125,10 +129,12 @@ class _BnBnAddRelu(torch.autograd.Function):
         return *wanted, *[None] * 8
 
 
-def bn_bn_add_relu(y: Tensor, norm: Norm, skip: Tensor, skip_norm: Norm) -> Tensor:
+def bn_bn_add_relu(y: Tensor, skip: Tensor, norm: Norm, skip_norm: Norm) -> Tensor:
     """relu(batch_norm(y) + batch_norm(skip)) of activations (N, C, H, W), in their dtype and y's layout."""
     stats, skip_stats = statistics(y, norm), statistics(skip, skip_norm)
-    parameters = (in_statistics_dtype(p, y) for p in (norm.weight, norm.bias, skip_norm.weight, skip_norm.bias))
+    parameters = (
+        in_statistics_dtype(p, y) for p in (norm.weight, norm.bias, skip_norm.weight, skip_norm.bias)
+    )
     weight, bias, skip_weight, skip_bias = parameters
     modes, groups = (norm.training, skip_norm.training), (norm.group, skip_norm.group)
     out, _ = _BnBnAddRelu.apply(

@@ -17,22 +17,19 @@ from resnet_fused.ops._autograd import differentiable_backward, normalized
 from resnet_fused.ops._primitive import primitive
 from resnet_fused.ops.batch_norm_stats import Norm, in_statistics_dtype, shared_sums, statistics
 from resnet_fused.reference import bn_relu_maxpool as reference
-from resnet_fused.reference.layout import dense, is_channels_last
+from resnet_fused.reference.layout import dense, memory_format
 
 
 def _out_and_indices(y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     y = dense(y)
-    batch, channels, height, width = y.shape
-    out = torch.empty(
-        (batch, channels, (height - 1) // 2 + 1, (width - 1) // 2 + 1),
-        dtype=y.dtype,
-        device=y.device,
-        memory_format=torch.channels_last if is_channels_last(y) else torch.contiguous_format,
-    )
+    sizes = (*y.shape[:2], *(reference.pooled_size(size) for size in y.shape[2:]))
+    out = torch.empty(sizes, dtype=y.dtype, device=y.device, memory_format=memory_format(y))
     return out, torch.empty_like(out, dtype=torch.uint8)
 
 
-def _two_sums(grad: Tensor, indices: Tensor, y: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+def _two_sums(
+    grad: Tensor, indices: Tensor, y: Tensor, mean: Tensor, invstd: Tensor
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(mean), torch.empty_like(mean)
 
 
@@ -103,7 +100,7 @@ class _BnReluMaxpool(torch.autograd.Function):
 
 
 def bn_relu_maxpool(y: Tensor, norm: Norm) -> Tensor:
-    """max_pool2d(relu(batch_norm(y)), 3, stride=2, padding=1) of an activation (N, C, H, W), in its dtype and layout."""
+    """max_pool2d(relu(batch_norm(y)), 3, stride=2, padding=1) of an activation (N, C, H, W)."""
     mean, invstd, share = statistics(y, norm)
     weight, bias = in_statistics_dtype(norm.weight, y), in_statistics_dtype(norm.bias, y)
     out, _ = _BnReluMaxpool.apply(y, weight, bias, mean, invstd, share, norm.training, norm.group)

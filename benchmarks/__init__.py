@@ -1,0 +1,1 @@
+"""Benchmarks: each op, and whole models, against eager PyTorch in the same process."""

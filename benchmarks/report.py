@@ -1,0 +1,88 @@
+"""Puts the figures of a results file into README, between its markers: ``python -m benchmarks.report [--check]``.
+
+No number in the table is typed by hand; ``--check`` only compares, and fails where README says something else.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+START, END = "<!-- results: start -->", "<!-- results: end -->"
+MODES = {"fwd_bwd": "forward + backward", "bwd": "backward", "train": "training step"}
+
+
+def newest_results() -> Path:
+    """The results file whose header has the latest date.
+
+    Raises:
+        FileNotFoundError: benchmarks/results holds none.
+    """
+    files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    if not files:
+        raise FileNotFoundError(
+            "benchmarks/results is empty: run `make bench RESULTS=benchmarks/results/NAME.json`"
+        )
+    return max(files, key=lambda path: json.loads(path.read_text())["header"]["date"])
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table: one line per op (geometric mean over its shapes) or model, mode and dtype."""
+    header, rows = results["header"], results["rows"]
+    lines = [
+        f"{header['device']}, {header['threads']} threads, torch {header['torch']}, {header['date'][:10]};"
+        " batch 16, channels_last, times interleaved in one process, outputs checked in the same run.",
+        "",
+        "| what | dtype | eager ms | fused ms | eager / fused |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["name"], row["mode"], row["dtype"]), []).append(row)
+    order = sorted(groups, key=lambda key: (groups[key][0]["layer"] != "model", list(MODES).index(key[1])))
+    for name, mode, dtype in order:
+        by_impl: dict[str, list[float]] = {}
+        for row in groups[name, mode, dtype]:
+            by_impl.setdefault(row["impl"], []).append(row["median_ms"])
+        eager, fused = by_impl["eager_channels_last"], by_impl["resnet_fused"]
+        ratios = [row["ratio"] for row in groups[name, mode, dtype] if row["impl"] == "resnet_fused"]
+        ratio = f"{statistics.geometric_mean(ratios):.2f}x"
+        if len(ratios) > 1:
+            ratio += f" (worst shape {min(ratios):.2f}x)"
+        shapes = f", all {len(ratios)} shapes" if len(ratios) > 1 else ""
+        lines.append(
+            f"| {name}, {MODES[mode]}{shapes} | {dtype} | {sum(eager):.1f} | {sum(fused):.1f} | {ratio} |"
+        )
+    return "\n".join(lines)
+
+
+def with_table(readme: str, table: str) -> str:
+    """README's text with the table between the markers.
+
+    Raises:
+        ValueError: the markers are missing.
+    """
+    if START not in readme or END not in readme:
+        raise ValueError(f"README.md must hold the markers {START} and {END}")
+    before, _, rest = readme.partition(START)
+    return f"{before}{START}\n{table}\n{END}{rest.partition(END)[2]}"
+
+
+def main(arguments: list[str]) -> int:
+    readme = ROOT / "README.md"
+    now = readme.read_text()
+    updated = with_table(now, markdown(json.loads(newest_results().read_text())))
+    if "--check" in arguments:
+        if now != updated:
+            print("README.md does not show the newest results: run `make report`", file=sys.stderr)
+        return int(now != updated)
+    readme.write_text(updated)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

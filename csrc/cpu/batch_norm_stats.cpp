@@ -1,0 +1,174 @@
+// Mean and variance of every channel, without a sum of squares that would cancel where |mean| >> std.
+//
+// A tile's values are taken relative to the running mean, s1 = sum (x - m) and s2 = sum (x - m)^2 in the statistics
+// type, and the tile is merged into the running mean and M2 in double (Chan et al.). What s2 - s1^2/n cancels is no
+// larger than what the merge adds to M2 for that tile, so the result is as good as two passes over the tile at the price
+// of one. The first tile of a task is gone through twice: it has to find its own m.
+#include <cmath>
+
+#include "blocks.h"
+
+namespace resnet_fused::cpu {
+namespace {
+
+template <class T>
+struct Stats {
+  const T* x;
+  Panel<Stat<T>> panel;
+  double *mean, *m2;  // of the lanes
+};
+
+// moments: s1 and s2 of rows [first, last) about `centre`, at 0 and at kTileLanes.
+template <class T>
+RESNET_FUSED_INLINE void sum_about(const Stats<T>& args, int64_t first, int64_t last, int64_t strip, int64_t width,
+                                   const Stat<T>* centre, Stat<T>* moments) {
+  using S = Stat<T>;
+  const Panel<S>& panel = args.panel;
+  for (int64_t i = 0; i < width; i++) moments[i] = moments[kTileLanes + i] = S(0);
+  for_each_row(first, last, [&](int64_t row, auto rows) RESNET_FUSED_INLINED {
+    for_each_block(width, [&](int64_t lane, auto n) RESNET_FUSED_INLINED {
+      const T* x = args.x + panel.at(row, strip + lane);
+      const S* about = centre + lane;
+      S* sums = moments + lane;
+      const int count = n;
+      constexpr int kRows = rows;
+      RESNET_FUSED_VECTOR
+      for (int i = 0; i < count; i++) {
+        S s1 = 0, s2 = 0;
+        RESNET_FUSED_UNROLL
+        for (int r = 0; r < kRows; r++) {
+          const S d = load(x[r * panel.stride + i]) - about[i];
+          s1 += d;
+          s2 += d * d;
+        }
+        sums[i] += s1;
+        sums[kTileLanes + i] += s2;
+      }
+    });
+  });
+}
+
+template <class T>
+RESNET_FUSED_INLINE void stats(const Stats<T>& args) {
+  using S = Stat<T>;
+  const Panel<S>& panel = args.panel;
+  alignas(64) S centre[kTileLanes], moments[2 * kTileLanes];
+  for (int64_t first = 0; first < panel.rows; first += kTileRows) {
+    const int64_t last = first + kTileRows < panel.rows ? first + kTileRows : panel.rows;
+    const double count = double(last - first);
+    for (int64_t strip = 0; strip < panel.lanes; strip += kTileLanes) {
+      const int64_t width = panel.lanes - strip < kTileLanes ? panel.lanes - strip : kTileLanes;
+      double *mean = args.mean + strip, *m2 = args.m2 + strip;
+      if (first == 0) {
+        const T* x = args.x + panel.at(0, strip);
+        RESNET_FUSED_VECTOR
+        for (int64_t i = 0; i < width; i++) centre[i] = load(x[i]);
+        sum_about(args, first, last, strip, width, centre, moments);
+        RESNET_FUSED_VECTOR
+        for (int64_t i = 0; i < width; i++) {
+          mean[i] = double(centre[i]) + double(moments[i]) * (1 / count);
+          m2[i] = 0;
+        }
+      }
+      RESNET_FUSED_VECTOR
+      for (int64_t i = 0; i < width; i++) centre[i] = S(mean[i]);
+      sum_about(args, first, last, strip, width, centre, moments);
+      const double share = count / double(last), joint = double(first) * share, inverse = 1 / count;
+      RESNET_FUSED_VECTOR
+      for (int64_t i = 0; i < width; i++) {
+        const double s1 = moments[i], s2 = moments[kTileLanes + i];
+        const double shift = s1 * inverse, delta = double(centre[i]) + shift - mean[i];
+        const double spread = s2 - s1 * shift;
+        m2[i] += (spread < 0 ? 0 : spread) + delta * delta * joint;
+        // The first tile is alone: the mean about its own centre, not an average with the centre.
+        mean[i] += delta * share;
+      }
+    }
+  }
+}
+
+RESNET_FUSED_CLONE_EACH(run_stats, Stats, stats(args))
+
+struct Moments {
+  double count, mean, m2;
+
+  void merge(const Moments& other) {
+    if (other.count == 0) return;
+    const double delta = other.mean - mean, share = other.count / (count + other.count);
+    mean += delta * share;
+    m2 += other.m2 + delta * delta * count * share;
+    count += other.count;
+  }
+};
+
+// The moments of all lanes together, each of `rows` values.
+Moments pool(double* mean, const double* m2, int64_t lanes, int64_t rows) {
+  const double centre = mean[0];
+  for (int64_t i = 0; i < lanes; i++) mean[i] -= centre;
+  const double shift = sum_of(mean, lanes) / double(lanes);
+  for (int64_t i = 0; i < lanes; i++) mean[i] = (mean[i] - shift) * (mean[i] - shift);
+  return {double(lanes * rows), centre + shift, sum_of(m2, lanes) + double(rows) * sum_of(mean, lanes)};
+}
+
+template <class T>
+void batch_norm_stats(const BatchNormStats& op) {
+  using S = Stat<T>;
+  const Runs runs(op.shape, false);
+  const ReduceTasks tasks(runs);
+  // Channels last: the moments of the lanes of every task, then of what a folded row leaves over; contiguous: those of
+  // every plane.
+  const int64_t channels = runs.channels, width = runs.channels_last ? runs.lanes : 1;
+  const int64_t rest = runs.empty() ? 0 : runs.length % runs.lanes, slots = runs.channels_last ? tasks.count() : runs.count;
+  std::vector<double> means((slots + 1) * width), m2s((slots + 1) * width);
+  if (!runs.empty()) {
+    const int64_t full = runs.full_rows();
+    const auto measure = [&](int64_t run, int64_t row, int64_t rows, int64_t lanes, double* mean, double* m2) {
+      const S* no_vectors = nullptr;
+      if (rows * lanes > 0)
+        run_stats(Stats<T>{static_cast<const T*>(op.x), runs.panel(run, row, rows, 0, lanes, no_vectors, 0), mean, m2});
+    };
+    tasks.each([&](int64_t task) {
+      const int64_t begin = tasks.begin(task), end = tasks.end(task);
+      if (runs.channels_last) {
+        measure(0, begin, end - begin, width, &means[task * width], &m2s[task * width]);
+        if (task == slots - 1) measure(0, full, 1, rest, &means[slots * width], &m2s[slots * width]);
+        return;
+      }
+      double mean[kPlaneLanes], m2[kPlaneLanes];
+      for (int64_t plane = begin; plane < end; plane++) {
+        measure(plane, 0, full, runs.lanes, mean, m2);
+        Moments moments = full > 0 ? pool(mean, m2, runs.lanes, full) : Moments{};
+        measure(plane, full, 1, rest, mean, m2);
+        if (rest > 0) moments.merge(pool(mean, m2, rest, 1));
+        means[plane] = moments.mean;
+        m2s[plane] = moments.m2;
+      }
+    });
+  }
+  S *mean = static_cast<S*>(op.mean), *var = static_cast<S*>(op.var), *invstd = static_cast<S*>(op.invstd);
+  for (int64_t c = 0; c < channels; c++) {
+    Moments moments{};
+    if (runs.channels_last) {
+      for (int64_t task = 0; task < slots; task++)
+        for (int64_t lane = c; lane < width; lane += channels)
+          moments.merge({double(tasks.end(task) - tasks.begin(task)), means[task * width + lane], m2s[task * width + lane]});
+      for (int64_t lane = c; lane < rest; lane += channels)
+        moments.merge({1, means[slots * width + lane], m2s[slots * width + lane]});
+    } else {
+      for (int64_t plane = c; plane < slots; plane += channels)
+        moments.merge({double(runs.length), means[plane], m2s[plane]});
+    }
+    const double variance = moments.m2 / moments.count;
+    mean[c] = S(moments.mean);
+    var[c] = S(variance);
+    invstd[c] = S(1 / std::sqrt(variance + op.eps));
+  }
+}
+
+}  // namespace
+
+void batch_norm_stats(const BatchNormStats& op) {
+  dispatch(op.dtype, [&](auto element) { batch_norm_stats<decltype(element)>(op); });
+}
+
+}  // namespace resnet_fused::cpu

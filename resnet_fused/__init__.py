@@ -1,0 +1,48 @@
+"""Drop-in ResNets for PyTorch whose conv-BN-ReLU-add blocks train fused.
+
+    model = resnet_fused.resnet50()            # where torchvision.models.resnet50() stood
+
+The front door: ten constructors with torchvision's names and arguments, ``explain`` (what does not run fused, and why),
+``functional`` (the fused ops), ``reference`` (the same in plain PyTorch) and ``backend`` (which implementation runs).
+"""
+
+from resnet_fused import functional, reference
+from resnet_fused._version import __version__
+from resnet_fused.backend import backend
+from resnet_fused.models import (
+    BasicBlock,
+    Bottleneck,
+    ResNet,
+    explain,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
+
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "ResNet",
+    "__version__",
+    "backend",
+    "explain",
+    "functional",
+    "reference",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]

@@ -1,0 +1,107 @@
+"""Checkpoints: plain dictionaries that load with `weights_only=True`, the model under `model`."""
+
+import pickle
+import random
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnet_fused.cli.errors import UserError
+from resnet_fused.cli.files import write_atomically
+
+FORMAT = "resnet_fused training 1"
+KEYS = (
+    "format",
+    "model",
+    "optimizer",
+    "scaler",
+    "progress",
+    "random",
+    "settings",
+    "arch",
+    "classes",
+    "steps_per_epoch",
+)
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Writes a checkpoint atomically.
+
+    Args:
+        path: where to; an old file there is replaced only by a whole new one.
+        state: tensors, numbers, strings, and lists and dictionaries of them, with `KEYS` except `format`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint that `save` wrote.
+
+    Raises:
+        UserError: there is no file, it is damaged, or it is something else.
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: give --resume the path of a last.pt or best.pt")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not compare checksums
+        if damaged:
+            raise UserError(f"the checkpoint {path} is damaged (in {damaged}): use another, such as best.pt")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+    except (
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+    ) as error:
+        reason = (str(error).splitlines() or [""])[0].rstrip(".")
+        raise UserError(
+            f"{path} is no checkpoint, or a damaged one ({reason}): use another, such as best.pt"
+        ) from error
+    missing = [key for key in KEYS if key not in state] if isinstance(state, dict) else list(KEYS)
+    if missing:
+        raise UserError(
+            f"{path} is not a checkpoint of `python -m resnet_fused train`: it lacks {', '.join(missing)}. "
+            "Give --resume a last.pt or best.pt that it wrote"
+        )
+    if state["format"] != FORMAT:
+        raise UserError(
+            f"{path} has the format {state['format']!r}; this version reads {FORMAT!r}: start afresh"
+        )
+    return state
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random generator that a model could draw from, as tensors and integers."""
+    version, internal, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(internal), gauss],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if "numpy" in sys.modules:
+        name, keys, *rest = sys.modules["numpy"].random.get_state()
+        state["numpy"] = [name, keys.tolist(), *rest]
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Puts back what `random_state` returned; a GPU's only where there are as many GPUs as there were."""
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if len(state.get("cuda", ())) == torch.cuda.device_count() > 0:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if "numpy" in state and "numpy" in sys.modules:
+        sys.modules["numpy"].random.set_state(tuple(state["numpy"]))

@@ -1,0 +1,54 @@
+"""`python -m resnet_fused info`: what is installed, what this machine has, and what serves which op."""
+
+import importlib
+import importlib.util
+import platform
+from collections.abc import Sequence
+
+import torch
+
+
+def info() -> None:
+    """Prints versions, devices, and the rows of `resnet_fused.backend.status()`."""
+    print(layout([*versions(), *devices()]))
+    rows = importlib.import_module("resnet_fused.backend").status()
+    head = ("op", "device", "implementation", "reason")
+    print()
+    print(layout([head, *([str(row[key] or "") for key in head] for row in rows)]))
+
+
+def versions() -> list[tuple[str, str]]:
+    """Name and version of everything that matters."""
+    triton = "missing"
+    if importlib.util.find_spec("triton"):
+        triton = importlib.import_module("triton").__version__
+    package = importlib.import_module("resnet_fused")
+    return [
+        ("resnet_fused", package.__version__),
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("triton", triton),
+        ("CUDA of torch", torch.version.cuda or "none"),
+    ]
+
+
+def devices() -> list[tuple[str, str]]:
+    """The CPU and every GPU."""
+    found = [
+        ("system", f"{platform.system()} {platform.machine()}"),
+        ("CPU capability", torch.backends.cpu.get_cpu_capability()),
+        ("CPU threads", str(torch.get_num_threads())),
+        ("oneDNN", "yes" if torch.backends.mkldnn.is_available() else "no"),
+    ]
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        found.append(
+            (f"GPU {index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
+        )
+    return found if torch.cuda.device_count() else [*found, ("GPU", "none that torch sees")]
+
+
+def layout(rows: Sequence[Sequence[str]]) -> str:
+    """Rows with their columns aligned."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -1,0 +1,201 @@
+"""Arguments, and the one place where errors become messages and exit codes."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from resnet_fused.cli.distributed import from_environment
+from resnet_fused.cli.errors import UserError
+from resnet_fused.cli.settings import (
+    ARCHITECTURES,
+    BY_DATA,
+    IMPLEMENTATIONS,
+    PRECISIONS,
+    Invocation,
+    Settings,
+)
+from resnet_fused.cli.signals import Stopped
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: the arguments, without the program's name; those of the process by default.
+
+    Returns:
+        The exit code: 0, 2 for a user's mistake (one line on stderr), 130 or 143 after Ctrl-C or SIGTERM.
+    """
+    try:
+        arguments = vars(make_parser().parse_args(argv))
+        command = arguments.pop("command")
+        command(arguments)
+    except UserError as error:
+        if error.everywhere and not from_environment().main:
+            return 2
+        print(f"resnet_fused: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+    except Stopped as stopped:
+        return 128 + stopped.signal if stopped.signal else 0
+    except KeyboardInterrupt:
+        print(
+            "resnet_fused: interrupted at once; the last checkpoint is as it was", file=sys.stderr, flush=True
+        )
+        return 128 + signal.SIGINT
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises instead of printing its usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def make_parser() -> Parser:
+    """The parser of all commands; each sets `command` to the function that runs it."""
+    parser = Parser(prog="python -m resnet_fused", description="ResNets that train fused.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    info = commands.add_parser("info", help="versions, devices, and which backend serves which op")
+    info.set_defaults(command=_info)
+    # An option that is not given stays away: a checkpoint that is resumed may have it.
+    train = commands.add_parser(
+        "train",
+        help="train a model, or two side by side",
+        description="Trains on images. With --resume, options that are not given come from the checkpoint.",
+        argument_default=argparse.SUPPRESS,
+    )
+    train.set_defaults(command=_train)
+    _add_train_options(train)
+    return parser
+
+
+def _add_train_options(parser: argparse.ArgumentParser) -> None:
+    def by_data(name: str) -> str:
+        return "{} for the digits, {} for a folder".format(*BY_DATA[name])
+
+    add = parser.add_argument_group("what").add_argument
+    add("--arch", choices=ARCHITECTURES, metavar="NAME", help=f"one of {', '.join(ARCHITECTURES)} (resnet18)")
+    add(
+        "--impl",
+        choices=IMPLEMENTATIONS,
+        help="fused, reference (plain PyTorch), or both side by side (fused)",
+    )
+    add(
+        "--data",
+        metavar="DATA",
+        help="'digits', or a folder with train/ and val/, each with a folder per class (digits)",
+    )
+    add(
+        "--image-size",
+        type=_count,
+        metavar="PIXELS",
+        help=f"side of the square images ({by_data('image_size')})",
+    )
+    add("--precision", choices=PRECISIONS, help="autocast dtype; fp16 scales its gradients (fp32)")
+    add("--device", help="auto, cpu, cuda or cuda:N (auto)")
+    help_layout = "memory layout of images and weights (channels_last)"
+    add("--channels-last", action=argparse.BooleanOptionalAction, help=help_layout)
+
+    add = parser.add_argument_group("how").add_argument
+    add("--epochs", type=_count, metavar="N", help=f"({by_data('epochs')})")
+    add("--batch-size", type=_count, metavar="N", help=f"images per step and process ({Settings.batch_size})")
+    add(
+        "--lr",
+        type=_positive,
+        metavar="RATE",
+        help=f"highest learning rate; warm-up, then cosine to 0 ({Settings.lr})",
+    )
+    add("--momentum", type=_fraction, metavar="M", help=f"of SGD ({Settings.momentum})")
+    add(
+        "--weight-decay",
+        type=_not_negative,
+        metavar="D",
+        help=f"not on norms and biases ({Settings.weight_decay})",
+    )
+    add(
+        "--warmup",
+        type=_fraction,
+        metavar="PART",
+        help=f"part of the steps that warms up ({Settings.warmup})",
+    )
+    add("--seed", type=_whole, metavar="N", help=f"of weights, order and augmentation ({Settings.seed})")
+    add("--workers", type=_whole, metavar="N", help=f"processes that load images ({by_data('workers')})")
+    add(
+        "--max-steps",
+        type=_count,
+        metavar="N",
+        help="stop after this many steps in all, saved, as if interrupted",
+    )
+
+    add = parser.add_argument_group("where").add_argument
+    add(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help=f"for checkpoints, metrics and curves ({Invocation.DEFAULT_OUT})",
+    )
+    add(
+        "--resume",
+        type=Path,
+        nargs="?",
+        const=None,
+        metavar="PATH",
+        help="go on from a checkpoint (OUT/last.pt)",
+    )
+    add("--overwrite", action="store_true", help="replace the run that --out holds")
+
+
+def _train(arguments: dict[str, Any]) -> None:
+    from resnet_fused.cli.train import train
+
+    names = {field.name for field in fields(Invocation)}
+    own = {name: arguments.pop(name) for name in names if name in arguments}
+    if "resume" in own and own["resume"] is None:
+        own["resume"] = own.get("out", Invocation.DEFAULT_OUT)
+    train(arguments, Invocation(**own))
+
+
+def _info(arguments: dict[str, Any]) -> None:
+    from resnet_fused.cli.info import info
+
+    info()
+
+
+def _count(text: str) -> int:
+    return _number(text, int, lambda value: value >= 1, "a whole number above 0")
+
+
+def _whole(text: str) -> int:
+    return _number(text, int, lambda value: value >= 0, "a whole number, 0 or more")
+
+
+def _positive(text: str) -> float:
+    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
+
+
+def _not_negative(text: str) -> float:
+    return _number(text, float, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
+
+
+def _fraction(text: str) -> float:
+    return _number(text, float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+
+def _number(text: str, kind: Any, good: Any, wanted: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not good(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value

@@ -1,0 +1,105 @@
+"""Everything that decides a run: the options, their defaults, and what a checkpoint remembers of them."""
+
+import os
+import shlex
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from resnet_fused.cli.distributed import World
+from resnet_fused.cli.errors import UserError
+
+ARCHITECTURES = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+)
+IMPLEMENTATIONS = ("fused", "reference", "compare")
+PRECISIONS = ("fp32", "bf16", "fp16")
+SMALLEST_IMAGE = 16
+
+# Option: (for the digits, for a folder). None on the command line and in `Settings` stands for these.
+BY_DATA: dict[str, tuple[Any, Any]] = {
+    "epochs": (15, 90),
+    "image_size": (32, 224),
+    "workers": (0, min(4, os.cpu_count() or 1)),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of `train`, named as on the command line."""
+
+    arch: str = "resnet18"
+    data: str = "digits"
+    impl: str = "fused"
+    precision: str = "fp32"
+    epochs: int = 0
+    batch_size: int = 64
+    image_size: int = 0
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.1
+    seed: int = 0
+    workers: int = -1
+    device: str = "auto"
+    channels_last: bool = True
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """The options that are about this start of the program, not about the run: no checkpoint has them."""
+
+    DEFAULT_OUT: ClassVar[Path] = Path("runs/train")
+
+    out: Path | None = None
+    resume: Path | None = None
+    overwrite: bool = False
+    max_steps: int | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's files go."""
+        return self.out or self.DEFAULT_OUT
+
+
+def settle(given: dict[str, Any], remembered: dict[str, Any]) -> Settings:
+    """Settings from the options given on the command line, else those of the checkpoint, else the defaults.
+
+    Raises:
+        UserError: options that cannot be, alone or together.
+    """
+    known = {field.name for field in fields(Settings)}
+    chosen = {name: value for name, value in (remembered | given).items() if name in known}
+    data = chosen.get("data", Settings.data)
+    for name, (for_digits, for_folder) in BY_DATA.items():
+        chosen.setdefault(name, for_digits if data == "digits" else for_folder)
+    if data != "digits":
+        chosen["data"] = os.path.abspath(data)  # the command that goes on may be run elsewhere
+    settings = replace(Settings(), **chosen)
+    if settings.batch_size < 2:
+        raise UserError(f"--batch-size {settings.batch_size}: batch norm needs at least 2 images")
+    if settings.image_size < SMALLEST_IMAGE:
+        raise UserError(f"--image-size {settings.image_size} is too small: use at least {SMALLEST_IMAGE}")
+    return settings
+
+
+def remembered(settings: Settings) -> dict[str, Any]:
+    """The settings as a checkpoint keeps them."""
+    return asdict(settings)
+
+
+def command_to_resume(out: Path, world: World) -> str:
+    """The command that goes on with the run in `out`; everything else is in its checkpoint."""
+    start = "python" if world.size == 1 else f"torchrun --nproc-per-node {world.local_size}"
+    if world.size > world.local_size:
+        start += f" --nnodes {world.size // world.local_size}"
+    return f"{start} -m resnet_fused train --out {shlex.quote(str(out))} --resume"

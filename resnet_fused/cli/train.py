@@ -1,0 +1,311 @@
+"""`python -m resnet_fused train`: sets a run up, goes through its epochs, leaves it so that it can go on."""
+
+import json
+import platform
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnet_fused.cli import checkpoint, compare
+from resnet_fused.cli.data import Batch, Batches, open_source
+from resnet_fused.cli.distributed import World, from_environment, pick_device, process_group
+from resnet_fused.cli.errors import UserError, require
+from resnet_fused.cli.files import make_folder, share, write_text
+from resnet_fused.cli.learner import Learner, check_precision
+from resnet_fused.cli.metrics import describe, write_metrics
+from resnet_fused.cli.plots import plot_curves
+from resnet_fused.cli.settings import Invocation, Settings, command_to_resume, remembered, settle
+from resnet_fused.cli.signals import Stopped, StopRequest
+
+NAMES = {"fused": ("fused",), "reference": ("reference",), "compare": ("fused", "reference")}
+GPU_STEPS_BETWEEN_LOOKS = 10  # reading a loss waits for the GPU
+
+
+def train(given: dict[str, Any], invocation: Invocation) -> None:
+    """Runs the command.
+
+    Args:
+        given: the options of `Settings` that are on the command line.
+        invocation: the others.
+
+    Raises:
+        UserError: something that the user has to put right.
+        Stopped: a signal or --max-steps ended the run; it is saved.
+    """
+    world = from_environment()
+    with StopRequest() as stop:
+        states: dict[str, dict[str, Any]] = {}
+        if invocation.resume is not None:
+            invocation, states = find_states(invocation, given.get("impl"))
+        settings = settle(given, next(iter(states.values()))["settings"] if states else {})
+        for package in ("numpy", "tqdm", "matplotlib"):
+            require(package)  # now, not after an hour
+        device = pick_device(settings.device, world)
+        check_precision(settings.precision, device)
+        source = open_source(settings.data, settings.image_size, settings.seed)
+        batches = Batches(
+            source, settings.batch_size, settings.seed, settings.workers, world, device.type == "cuda"
+        )
+        if world.main:
+            prepare_out(invocation, settings, world)
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+        with process_group(world, device):
+            learners = [
+                Learner(name, settings, source, batches.steps, device, world) for name in NAMES[settings.impl]
+            ]
+            for learner in learners:
+                if learner.name in states:
+                    learner.restore(states[learner.name], str(invocation.resume))
+            Run(settings, invocation, world, device, batches, learners, stop).start()
+
+
+def find_states(invocation: Invocation, impl: str | None) -> tuple[Invocation, dict[str, dict[str, Any]]]:
+    """The checkpoints to go on from, by the name of the implementation, and where the run's files go.
+
+    Raises:
+        UserError: there is none, it cannot be read, or two that belong together stand at different steps.
+    """
+    path = invocation.resume
+    assert path is not None
+    if path.is_dir():
+        compared = impl if impl in NAMES["compare"] else "fused"
+        candidates = (path / "last.pt", path / str(compared) / "last.pt")
+        path = next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
+    state = checkpoint.load(path)
+    was = state["settings"]["impl"]
+    out = path.parent.parent if was == "compare" else path.parent
+    if impl == "compare" and was != "compare":
+        raise UserError(
+            f"{path} is of a run with --impl {was}, which --impl compare cannot go on with: start afresh"
+        )
+    if was != "compare" or impl not in (None, "compare"):
+        out, states = path.parent, {impl or was: state}
+    else:
+        states = {name: checkpoint.load(out / name / path.name) for name in NAMES["compare"]}
+        stand = {name: (s["progress"]["epoch"], s["progress"]["step"]) for name, s in states.items()}
+        if len(set(stand.values())) > 1:
+            raise UserError(
+                f"the two checkpoints in {out} stand at different steps ({stand}): start afresh with "
+                "--overwrite, or go on with one of them by --impl fused or --impl reference"
+            )
+    return replace(invocation, resume=path, out=invocation.out or out), states
+
+
+def prepare_out(invocation: Invocation, settings: Settings, world: World) -> None:
+    """Makes the folder and writes `config.json`.
+
+    Raises:
+        UserError: it cannot be written, or it holds a run that this one would replace.
+    """
+    out = invocation.folder
+    make_folder(out)
+    for old in (out / part / file for part in ("", *NAMES["compare"]) for file in ("last.pt", "best.pt")):
+        if invocation.resume is None and old.exists():
+            if not invocation.overwrite:
+                raise UserError(
+                    f"{out} already holds a run ({old.name}): "
+                    "add --resume or --overwrite, or choose another --out"
+                )
+            old.unlink()
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "processes": world.size}
+    write_text(
+        out / "config.json",
+        json.dumps({"settings": remembered(settings), "versions": versions}, indent=2) + "\n",
+    )
+
+
+@dataclass
+class Run:
+    """One or two learners on their way through the epochs, step by step with the same batches."""
+
+    settings: Settings
+    invocation: Invocation
+    world: World
+    device: torch.device
+    batches: Batches
+    learners: Sequence[Learner]
+    stop: StopRequest
+
+    def __post_init__(self) -> None:
+        self.comparing = len(self.learners) > 1
+        self.total = self.settings.epochs * self.batches.steps
+        self.warm_up = compare.WARM_UP
+        self.look_every = 1 if self.comparing or self.device.type == "cpu" else GPU_STEPS_BETWEEN_LOOKS
+        limit = self.invocation.max_steps
+        self.limit = limit if limit is not None and limit < self.total else None
+        if self.limit is not None and self.limit <= self.steps_done:
+            raise UserError(
+                f"--max-steps {limit}: the run already stands at step {self.steps_done}; give a larger number"
+            )
+
+    @property
+    def steps_done(self) -> int:
+        """Steps since the very first."""
+        progress = self.learners[0].progress
+        return progress.epoch * self.batches.steps + progress.step
+
+    def folder(self, learner: Learner) -> Path:
+        """Where the checkpoints of a learner are."""
+        return self.invocation.folder / learner.name if self.comparing else self.invocation.folder
+
+    def start(self) -> None:
+        """Trains to the end.
+
+        Raises:
+            UserError: a loss is not finite, an image cannot be read, a file cannot be written.
+            Stopped: a signal or --max-steps ended it.
+        """
+        if self.world.main:
+            for learner in self.learners:
+                make_folder(self.folder(learner))
+                self.keep_best(learner)
+            print(self.headline(), flush=True)
+        self.bar = require("tqdm").tqdm(
+            total=self.total,
+            initial=self.steps_done,
+            unit="step",
+            disable=None if self.world.main else True,  # None: where the output is no terminal
+            dynamic_ncols=True,
+        )
+        try:
+            while self.learners[0].progress.epoch < self.settings.epochs:
+                self.epoch()
+        except Stopped as stopped:
+            if stopped.signal or not self.comparing:
+                raise
+        finally:
+            self.bar.close()
+        self.finish()
+
+    def keep_best(self, learner: Learner) -> None:
+        """Brings the best checkpoint along where a run goes on in another folder."""
+        resume = self.invocation.resume
+        if resume is not None:
+            folder = resume.parent.parent / learner.name if self.comparing else resume.parent
+            old, new = folder / "best.pt", self.folder(learner) / "best.pt"
+            if old.is_file() and not new.exists():
+                share(old, new)
+
+    def epoch(self) -> None:
+        """The steps left in this epoch, then the held-out images."""
+        lead = self.learners[0].progress
+        self.bar.set_description(f"epoch {lead.epoch + 1}/{self.settings.epochs}")
+        mark = time.perf_counter()
+        for batch in self.batches.training(lead.epoch, lead.step):
+            images, labels = self.learners[0].prepare(batch)
+            if self.comparing:
+                compare.timed_steps(self.learners, images, labels, keep=self.warm_up <= 0)
+                self.warm_up -= 1
+            else:
+                self.learners[0].step(images, labels)
+            if lead.step % self.look_every == 0:
+                mark = self.look(mark)
+        self.look(mark)
+        # First all evaluations, which a signal may cut short, then all ends of the epoch: learners stay level.
+        results = [learner.evaluate(self.watched(self.batches.held_out())) for learner in self.learners]
+        for learner, result in zip(self.learners, results, strict=True):
+            rate = learner.optimizer.param_groups[0]["lr"]  # of the latest step, also after resuming
+            better = learner.progress.finish_epoch(rate, *result)
+            self.save(learner, better)
+            if self.world.main:
+                self.bar.write(
+                    self.prefix(learner) + describe(learner.progress.history[-1], self.settings.epochs)
+                )
+        self.draw()
+        self.leave_if_asked()
+
+    def look(self, mark: float) -> float:
+        """Reads the losses of the last steps, moves the bar, stops where asked to; returns the time."""
+        for learner in self.learners:
+            learner.settle()
+        now = time.perf_counter()
+        if not self.comparing:
+            self.learners[0].progress.seconds += now - mark
+        self.bar.update(self.steps_done - self.bar.n)
+        shown = [p.progress for p in self.learners if p.progress.seen]
+        if shown:
+            self.bar.set_postfix_str(
+                f"loss {'/'.join(f'{p.loss / p.seen:.4f}' for p in shown)}, "
+                f"accuracy {'/'.join(f'{p.correct / p.seen:.2%}' for p in shown)}, "
+                f"{'/'.join(f'{p.seen / max(p.seconds, 1e-9):.0f}' for p in shown)} img/s",
+                refresh=False,
+            )
+        self.leave_if_asked()
+        return now
+
+    def watched(self, batches: Iterable[Batch | None]) -> Iterator[Batch | None]:
+        """The batches, for as long as nobody asks to stop. Every rank has equally many."""
+        for batch in batches:
+            self.leave_if_asked()
+            yield batch
+
+    def leave_if_asked(self) -> None:
+        """Saves and raises `Stopped` where a signal has come, on any rank, or --max-steps is reached."""
+        asked = int(self.world.max(torch.tensor([self.stop.signal])))
+        if not asked and (self.limit is None or self.steps_done < self.limit):
+            return
+        if self.steps_done < self.total or self.learners[0].progress.step:
+            for learner in self.learners:
+                if learner.progress.step:  # else the end of the epoch has just saved it
+                    self.save(learner, better=False)
+            self.draw()
+            self.bar.close()
+            if self.world.main:
+                print(f"stopped at step {self.steps_done} of {self.total}; to go on:")
+                print(f"  {command_to_resume(self.invocation.folder, self.world)}", flush=True)
+            raise Stopped(asked)
+
+    def save(self, learner: Learner, better: bool) -> None:
+        """Writes `last.pt`, and `best.pt` where it is better, and the metrics. Every rank must call it."""
+        state = learner.state()
+        if self.world.main:
+            folder = self.folder(learner)
+            checkpoint.save(folder / "last.pt", state)
+            if better:
+                share(folder / "last.pt", folder / "best.pt")
+            write_metrics(folder / "metrics.jsonl", learner.progress.history)
+
+    def draw(self) -> None:
+        """Draws the curves so far."""
+        if self.world.main:
+            name = "compare.png" if self.comparing else "curves.png"
+            runs = {learner.name: learner.progress for learner in self.learners}
+            plot_curves(self.invocation.folder / name, runs, self.headline())
+
+    def finish(self) -> None:
+        """Prints how it ended: for a comparison the table."""
+        if self.comparing:
+            compare.conclude(self.invocation.folder, self.headline(), self.learners, self.batches)
+        else:
+            progress = self.learners[0].progress
+            last = progress.history[-1]["val_accuracy"]
+            if self.world.main:
+                print(f"held-out accuracy {last:.2%}, best {progress.best:.2%}; see {self.invocation.folder}")
+        for learner in self.learners:
+            digests = self.world.digests(learner.model)
+            if self.world.main and self.world.size > 1:
+                weights = ", ".join(f"rank {rank} {found}" for rank, found in enumerate(digests))
+                print(f"{self.prefix(learner)}sha256 of the weights: {weights}")
+
+    def prefix(self, learner: Learner) -> str:
+        """Before a line about one of two learners."""
+        return f"{learner.name:<9}  " if self.comparing else ""
+
+    def headline(self) -> str:
+        """The run in one line."""
+        s = self.settings
+        where = (
+            torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else f"{torch.get_num_threads()} threads"
+        )
+        many = f" x {self.world.size} processes" if self.world.size > 1 else ""
+        return (
+            f"{s.arch}, {s.impl}, {s.data} at {s.image_size}x{s.image_size}, batch {s.batch_size}{many}, "
+            f"{s.precision}{', channels_last' if s.channels_last else ''}, {self.device.type} ({where})"
+        )

@@ -1,0 +1,51 @@
+"""Pure PyTorch: ops, forward and explicit backward, and the ResNets. It defines what the fast ops compute."""
+
+from resnet_fused.reference import (
+    batch_norm_stats,
+    bn_add_relu,
+    bn_bn_add_relu,
+    bn_relu,
+    bn_relu_maxpool,
+    layout,
+)
+from resnet_fused.reference.resnet import (
+    ARCHITECTURES,
+    Architecture,
+    BasicBlock,
+    Bottleneck,
+    ResNet,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "BasicBlock",
+    "Bottleneck",
+    "ResNet",
+    "batch_norm_stats",
+    "bn_add_relu",
+    "bn_bn_add_relu",
+    "bn_relu",
+    "bn_relu_maxpool",
+    "layout",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]

@@ -1,0 +1,63 @@
+"""relu(bn(y) + residual), the end of a residual block, with the ReLU's sign kept as one bit per element."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resnet_fused.reference.batch_norm import affine, gradient_sums, input_gradient, is_kept
+from resnet_fused.reference.layout import dense, like_layout, pack_mask, stored, unpack_mask, widened
+
+
+def bn_add_relu(
+    y: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor
+) -> tuple[Tensor, Tensor]:
+    """relu((y - mean) * (invstd * weight) + bias + residual).
+
+    Args:
+        y, residual: activations of one shape (N, C, H, W) and dtype.
+        mean, invstd, weight, bias: (C,), statistics dtype.
+
+    Returns:
+        out: shape, dtype and layout of ``y`` (of dense(y) where y is not dense).
+        mask: uint8, see layout.pack_mask.
+    """
+    y = dense(y)
+    z = affine(widened(y), mean, invstd, weight, bias) + widened(like_layout(residual, y))
+    return stored(torch.relu(z), y), pack_mask(is_kept(z), y)
+
+
+def bn_add_relu_backward_reduce(
+    grad: Tensor, mask: Tensor, y: Tensor, mean: Tensor, invstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(sum_dz, sum_dz_xhat), (C,) in the statistics dtype; ``grad`` is that of bn_add_relu's output."""
+    y = dense(y)
+    return gradient_sums(behind_relu(grad, mask, y), widened(y), mean, invstd)
+
+
+def bn_add_relu_backward(
+    grad: Tensor,
+    mask: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    sum_dz: Tensor | None,
+    sum_dz_xhat: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(dy, dresidual), each with shape, dtype and layout of ``y``.
+
+    Both sums are None where the statistics are constants.
+
+    Raises:
+        ValueError: only one of the sums is None.
+    """
+    y = dense(y)
+    dz = behind_relu(grad, mask, y)
+    dy = input_gradient(dz, widened(y), mean, invstd, weight, sum_dz, sum_dz_xhat)
+    return stored(dy, y), stored(dz, y)
+
+
+def behind_relu(grad: Tensor, mask: Tensor, y: Tensor) -> Tensor:
+    """``grad`` where the mask of the dense ``y`` has a bit, else 0, in the statistics dtype."""
+    return torch.where(unpack_mask(mask, y), widened(like_layout(grad, y)), 0)

@@ -1,0 +1,84 @@
+"""What every test gets: fresh seeds that can be repeated, poisoned memory, and no more threads than cores."""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import zlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.accuracy import DTYPES, LAYOUTS
+
+_SEED = "RESNET_FUSED_TEST_SEED"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Through the environment, so that the workers of pytest-xdist and the processes of a test get the same.
+    os.environ.setdefault(_SEED, str(secrets.randbelow(2**31)))
+    workers = getattr(config.option, "numprocesses", None)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // workers if isinstance(workers, int) and workers > 0 else cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(2, share))))
+    # What cuBLAS asks for in deterministic mode, which poisons memory below.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_report_header() -> str:
+    return f"random inputs: {_SEED}={os.environ[_SEED]} repeats them"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_seed(request: pytest.FixtureRequest) -> None:
+    """Seeds the generators from the run's seed and the test's name, so that a test alone repeats its part of a run."""
+    run = os.environ[_SEED]
+    seed = zlib.crc32(f"{run} {request.node.nodeid}".encode())
+    torch.manual_seed(seed)
+    random.seed(seed)
+    request.node.add_report_section("setup", "seed", f"{_SEED}={run}")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Fills torch.empty with NaN (with the largest value, in integer tensors), so that reading it shows."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(params=DTYPES.values(), ids=DTYPES.keys())
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """float32, bfloat16 and float16."""
+    chosen: torch.dtype = request.param
+    return chosen
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> str:
+    """ "contiguous" and "channels_last"."""
+    chosen: str = request.param
+    return chosen
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """The names "cpu" and, where there is one, "cuda"."""
+    chosen: str = request.param
+    return chosen

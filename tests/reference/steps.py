@@ -1,0 +1,229 @@
+"""One training step through an op, three ways: by the primitives, by eager PyTorch, and by eager PyTorch in float64.
+
+The primitives may be any implementation of them: the reference, or torch.ops.resnet_fused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from resnet_fused.reference import (
+    batch_norm_stats,
+    bn_add_relu,
+    bn_bn_add_relu,
+    bn_relu,
+    bn_relu_maxpool,
+)
+from resnet_fused.reference.layout import statistics_dtype
+from tests.accuracy import Case
+
+STEMS = ("bn_relu", "bn_add_relu", "bn_bn_add_relu", "bn_relu_maxpool")
+MODULES = (batch_norm_stats, bn_relu, bn_add_relu, bn_bn_add_relu, bn_relu_maxpool)
+
+#: The reference, with all its primitives side by side as torch.ops.resnet_fused has them.
+REFERENCE = SimpleNamespace(
+    **{
+        name: function
+        for module in MODULES
+        for name, function in vars(module).items()
+        if name.startswith(module.__name__.rpartition(".")[2])
+    }
+)
+
+EPS = 1e-5
+MOMENTUM = 0.1
+
+
+@dataclass
+class BatchNorm:
+    """What F.batch_norm takes beside its input; ``frozen`` is eval mode."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor
+    running_var: Tensor
+    frozen: bool
+
+
+@dataclass
+class Step:
+    """An op, its inputs, and the gradient of its output. ``other`` is the residual or the skip."""
+
+    stem: str
+    y: Tensor
+    norm: BatchNorm
+    other: Tensor
+    skip_norm: BatchNorm
+    grad: Tensor
+
+
+def make_step(
+    stem: str, case: Case, frozen: bool = False, skip_frozen: bool | None = None, affine: bool = True
+) -> Step:
+    """A step on the input of a case, with a gradient that is zero wherever rounding decides where it goes."""
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor, frozen: bool) -> BatchNorm:
+        var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+        running_mean = (mean + 0.1 * var.sqrt() * torch.randn_like(mean)).to(weight.dtype)
+        running_var = (var + 0.1 * torch.rand_like(var)).to(weight.dtype)
+        parameters = (weight, bias) if affine else (None, None)
+        return BatchNorm(*parameters, running_mean, running_var, frozen)
+
+    step = Step(
+        stem,
+        case.y,
+        norm(case.y, case.weight, case.bias, frozen),
+        case.skip if stem == "bn_bn_add_relu" else case.residual,
+        norm(case.skip, case.skip_weight, case.skip_bias, frozen if skip_frozen is None else skip_frozen),
+        case.grad,
+    )
+    certain = _gradient_is_certain(step)
+    grad = case.grad[:, :, : certain.shape[2], : certain.shape[3]]
+    return replace(step, grad=torch.where(certain, grad, torch.zeros_like(grad)))
+
+
+def eager_step(step: Step) -> dict[str, Tensor]:
+    """Output, gradients and running statistics by F.batch_norm, relu, add, max_pool2d and autograd."""
+    y, other = (x.detach().clone().requires_grad_() for x in (step.y, step.other))
+    found: dict[str, Tensor] = {}
+    parameters: dict[str, Tensor] = {}
+
+    def batch_norm(x: Tensor, norm: BatchNorm, prefix: str) -> Tensor:
+        mean, var = norm.running_mean.clone(), norm.running_var.clone()
+        found[f"{prefix}running_mean"], found[f"{prefix}running_var"] = mean, var
+        for name in ("weight", "bias"):
+            vector = getattr(norm, name)
+            if vector is not None:
+                parameters[prefix + name] = vector.detach().clone().requires_grad_()
+        weight, bias = parameters.get(f"{prefix}weight"), parameters.get(f"{prefix}bias")
+        return F.batch_norm(x, mean, var, weight, bias, not norm.frozen, MOMENTUM, EPS)
+
+    z = batch_norm(y, step.norm, "")
+    inputs = {"dy": y}
+    if step.stem == "bn_add_relu":
+        z = z + other
+        inputs["dresidual"] = other
+    if step.stem == "bn_bn_add_relu":
+        z = z + batch_norm(other, step.skip_norm, "skip_")
+        inputs["dskip"] = other
+    out = F.relu(z)
+    if step.stem == "bn_relu_maxpool":
+        out = F.max_pool2d(out, 3, stride=2, padding=1)
+    found["out"] = out.detach()
+    inputs |= {f"d{name}": vector for name, vector in parameters.items()}
+    gradients = torch.autograd.grad(out, list(inputs.values()), step.grad)
+    return found | dict(zip(inputs, gradients, strict=True))
+
+
+def exact_step(step: Step) -> dict[str, Tensor]:
+    """The same in float64."""
+    return eager_step(_in_float64(step))
+
+
+def fused_step(ops: Any, step: Step) -> dict[str, Tensor]:
+    """The same by the primitives that are attributes of ``ops``."""
+    found: dict[str, Tensor] = {}
+
+    def statistics(x: Tensor, norm: BatchNorm, prefix: str) -> tuple[Tensor, Tensor]:
+        mean, var = norm.running_mean.clone(), norm.running_var.clone()
+        found[f"{prefix}running_mean"], found[f"{prefix}running_var"] = mean, var
+        if norm.frozen:
+            return mean, torch.rsqrt(var + EPS)
+        batch_mean, batch_var, invstd = ops.batch_norm_stats(x, EPS)
+        pixels = x.numel() // x.shape[1]
+        mean.lerp_(batch_mean, MOMENTUM)
+        var.lerp_(batch_var * (pixels / (pixels - 1)), MOMENTUM)
+        return batch_mean, invstd
+
+    stem, grad, y, norm, skip_norm = step.stem, step.grad, step.y, step.norm, step.skip_norm
+    reduce, backward = (getattr(ops, f"{stem}_{part}") for part in ("backward_reduce", "backward"))
+    mean, invstd = statistics(y, norm, "")
+    affine = (mean, invstd, norm.weight, norm.bias)
+    if stem == "bn_bn_add_relu":
+        skip = (step.other, *statistics(step.other, skip_norm, "skip_"))
+        skip_affine = (*skip, skip_norm.weight, skip_norm.bias)
+        found["out"], mask = ops.bn_bn_add_relu(y, *affine, *skip_affine)
+        sum_dz, sum_dz_xhat, sum_dz_skip_xhat = reduce(grad, mask, y, mean, invstd, *skip)
+        sums = (None, None) if norm.frozen else (sum_dz, sum_dz_xhat)
+        skip_sums = (None, None) if skip_norm.frozen else (sum_dz, sum_dz_skip_xhat)
+        found["dy"], found["dskip"] = backward(
+            grad, mask, y, mean, invstd, norm.weight, *sums, *skip, skip_norm.weight, *skip_sums
+        )
+        if skip_norm.weight is not None:
+            found["dskip_weight"], found["dskip_bias"] = sum_dz_skip_xhat, sum_dz
+    elif stem == "bn_relu":
+        found["out"] = ops.bn_relu(y, *affine)
+        sum_dz, sum_dz_xhat = reduce(grad, y, *affine)
+        sums = (None, None) if norm.frozen else (sum_dz, sum_dz_xhat)
+        found["dy"] = backward(grad, y, *affine, *sums)
+    else:
+        residual = (step.other,) if stem == "bn_add_relu" else ()
+        found["out"], saved = getattr(ops, stem)(y, *affine, *residual)
+        sum_dz, sum_dz_xhat = reduce(grad, saved, y, mean, invstd)
+        sums = (None, None) if norm.frozen else (sum_dz, sum_dz_xhat)
+        gradients = backward(grad, saved, y, mean, invstd, norm.weight, *sums)
+        if stem == "bn_add_relu":
+            found["dy"], found["dresidual"] = gradients
+        else:
+            found["dy"] = gradients
+    if norm.weight is not None:
+        found["dweight"], found["dbias"] = sum_dz_xhat, sum_dz
+    return found
+
+
+def _in_float64(step: Step) -> Step:
+    def wide(value: Any) -> Any:
+        if isinstance(value, BatchNorm):
+            return replace(value, **{f.name: wide(getattr(value, f.name)) for f in fields(value)})
+        return value.double() if isinstance(value, Tensor) else value
+
+    return replace(step, **{f.name: wide(getattr(step, f.name)) for f in fields(step)})
+
+
+def _gradient_is_certain(step: Step) -> Tensor:
+    """Where the output's gradient goes the same way however z is rounded: bool, the shape of the output.
+
+    ReLU and max-pooling are not differentiable where z is zero or two z of a window are equal, and one element
+    on the other side costs more than all rounding together: no rule about rounding can hold there. Exact ties
+    between equal inputs stay in; the first of them is the maximum.
+    """
+    eps = torch.finfo(statistics_dtype(step.y.dtype)).eps
+    exact = _in_float64(step)
+
+    def batch_norm(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+        """z, and the size of what it is made of, which is what rounding errors are relative to."""
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
+        if norm.frozen:
+            mean, var = norm.running_mean.view(1, -1, 1, 1), norm.running_var.view(1, -1, 1, 1)
+        one, zero = torch.ones_like(mean), torch.zeros_like(mean)
+        weight = one if norm.weight is None else norm.weight.view(1, -1, 1, 1)
+        bias = zero if norm.bias is None else norm.bias.view(1, -1, 1, 1)
+        scale = weight * torch.rsqrt(var + EPS)
+        return (x - mean) * scale + bias, (x.abs() + mean.abs()) * scale.abs() + bias.abs()
+
+    z, size = batch_norm(exact.y, exact.norm)
+    if step.stem == "bn_add_relu":
+        z, size = z + exact.other, size + exact.other.abs()
+    if step.stem == "bn_bn_add_relu":
+        skip_z, skip_size = batch_norm(exact.other, exact.skip_norm)
+        z, size = z + skip_z, size + skip_size
+    margin = 32 * eps * size  # far beyond the few roundings that lead to z
+    if step.stem != "bn_relu_maxpool":
+        return z.abs() > margin
+    n, c, h, w = z.shape
+    out_h, out_w = (h + 1) // 2, (w + 1) // 2
+
+    def windows(x: Tensor, padding: float) -> Tensor:
+        padded = F.pad(x, (1, 1, 1, 1), value=padding)
+        return F.unfold(padded, 3, stride=2).view(n, c, 9, out_h, out_w)
+
+    taps, margins = windows(z, -torch.inf), windows(margin, 0.0).amax(2)
+    largest = taps.amax(2)
+    second = torch.where(taps < largest.unsqueeze(2), taps, -torch.inf).amax(2)
+    return (largest.abs() > margins) & ((largest - second > margins) | (largest < 0))

@@ -1,0 +1,144 @@
+"""Every primitive of the reference against autograd through plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from resnet_fused.reference.layout import dense, is_channels_last
+from tests.accuracy import (
+    HOSTILE_CASES,
+    assert_as_accurate,
+    hostile_input,
+    relative_error,
+    worst_element_error,
+)
+from tests.reference.steps import MODULES, REFERENCE, STEMS, eager_step, exact_step, fused_step, make_step
+
+# In these, float64 itself loses digits: to |mean|/std, or to a gradient that cancels but for eps.
+_ILL_CONDITIONED = ("mean", "two_values", "constant_channel")
+_WELL_CONDITIONED = [name for name in HOSTILE_CASES if name not in _ILL_CONDITIONED]
+
+
+def assert_exact(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name].shape == expected[name].shape, name
+        assert found[name].dtype == torch.float64, name
+        assert relative_error(found[name], expected[name]) < 1e-12, name
+        assert worst_element_error(found[name], expected[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
+@pytest.mark.parametrize("name", _WELL_CONDITIONED)
+@pytest.mark.parametrize("stem", STEMS)
+def test_equals_autograd_in_float64(stem: str, name: str, frozen: bool, layout: str) -> None:
+    step = make_step(stem, hostile_input(name, torch.float64, layout), frozen)
+    assert_exact(fused_step(REFERENCE, step), eager_step(step))
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
+@pytest.mark.parametrize("stem", STEMS)
+def test_weight_and_bias_may_be_none(stem: str, frozen: bool, layout: str) -> None:
+    step = make_step(stem, hostile_input("plain", torch.float64, layout), frozen, affine=False)
+    found = fused_step(REFERENCE, step)
+    assert "dweight" not in found
+    assert_exact(found, eager_step(step))
+
+
+@pytest.mark.parametrize(("frozen", "skip_frozen"), [(True, False), (False, True)])
+def test_one_of_two_batch_norms_may_be_frozen(frozen: bool, skip_frozen: bool) -> None:
+    case = hostile_input("plain", torch.float64, "channels_last")
+    step = make_step("bn_bn_add_relu", case, frozen, skip_frozen)
+    assert_exact(fused_step(REFERENCE, step), eager_step(step))
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
+@pytest.mark.parametrize("name", HOSTILE_CASES)
+@pytest.mark.parametrize("stem", STEMS)
+def test_is_as_accurate_as_eager(
+    stem: str, name: str, frozen: bool, dtype: torch.dtype, layout: str, device: str
+) -> None:
+    step = make_step(stem, hostile_input(name, dtype, layout, device), frozen)
+    fused, eager, exact = fused_step(REFERENCE, step), eager_step(step), exact_step(step)
+    assert fused.keys() == eager.keys() == exact.keys()
+    for result in exact:
+        assert_as_accurate(f"{stem} {name} {result}", fused[result], eager[result], exact[result])
+
+
+@pytest.mark.parametrize("name", ["plain", "odd_size", "sliced", "sliced_channels", "permuted"])
+@pytest.mark.parametrize("stem", STEMS)
+def test_results_have_the_layout_of_y(stem: str, name: str, dtype: torch.dtype, layout: str) -> None:
+    """Whatever the layouts of the other activations are."""
+    opposite = {"contiguous": "channels_last", "channels_last": "contiguous"}[layout]
+    case = hostile_input(name, dtype, layout)
+    others = hostile_input("odd_size" if name == "odd_size" else "plain", dtype, opposite)
+    case.residual, case.skip, case.grad = others.residual, others.skip, others.grad
+    step = make_step(stem, case)
+    y = dense(step.y)
+    assert is_channels_last(y) == (layout == "channels_last" and name != "permuted" or name == "permuted" and layout == "channels_last")
+    found = fused_step(REFERENCE, step)
+    same = exact_step(step)
+    for result in ("out", "dy", "dresidual", "dskip"):
+        if result not in found:
+            continue
+        x = found[result]
+        assert x.dtype == dtype
+        if x.shape == y.shape:
+            assert x.stride() == y.stride(), result
+        assert is_channels_last(x) == is_channels_last(y), result
+        assert relative_error(x, same[result]) < 4 * torch.finfo(dtype).eps, result
+
+
+def test_statistics_keep_their_digits_far_from_zero(layout: str) -> None:
+    x = hostile_input("mean", torch.float32, layout).y * 10 + 5e4
+    mean, var, invstd = REFERENCE.batch_norm_stats(x, 1e-5)
+    exact_var, exact_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    eps = torch.finfo(torch.float32).eps
+    assert relative_error(mean, exact_mean) < 2 * eps
+    assert relative_error(var, exact_var) < 4 * eps
+    assert relative_error(invstd, torch.rsqrt(exact_var + 1e-5)) < 4 * eps
+
+
+@pytest.mark.parametrize("value", [0.1, 1e3, -7.7e4, 0.0])
+def test_a_constant_channel_has_no_variance(value: float, layout: str) -> None:
+    x = hostile_input("odd_size", torch.float32, layout).y
+    x[:, 3] = value
+    mean, var, invstd = REFERENCE.batch_norm_stats(x, 1e-5)
+    assert mean[3] == x[0, 3, 0, 0]
+    assert var[3] == 0
+    assert invstd[3].item() == pytest.approx(1e-5**-0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4, 3), (2, 5, 0, 3), (2, 5, 3, 0), (2, 0, 3, 3)])
+@pytest.mark.parametrize("stem", STEMS)
+def test_empty_activations(stem: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    from tests.accuracy import LAYOUTS, Case
+
+    def empty() -> Tensor:
+        return torch.zeros(shape, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
+
+    c = shape[1]
+    case = Case("empty", empty(), *(torch.ones(c) for _ in range(2)), empty(), empty(), *(torch.ones(c) for _ in range(2)), empty())
+    mean, var, invstd = REFERENCE.batch_norm_stats(case.y, 0.25)
+    assert mean.tolist() == var.tolist() == [0.0] * c
+    assert invstd.tolist() == [2.0] * c
+    for sums in ([], [torch.zeros(c)] * 2):
+        outputs = _outputs(stem, case, mean, invstd, sums)
+        assert all(x.numel() == 0 and x.dtype in (dtype, torch.uint8) for x in outputs[:-2])
+        for total in outputs[-2:]:
+            assert total.tolist() == [0.0] * c
+            assert total.dtype == torch.float32
+
+
+def _outputs(stem, case, mean, invstd, sums):  # type: ignore[no-untyped-def]
+    raise NotImplementedError
+
+
+def test_every_primitive_is_there() -> None:
+    names = {"batch_norm_stats"} | {f"{s}{part}" for s in STEMS for part in ("", "_backward_reduce", "_backward")}
+    assert names <= vars(REFERENCE).keys()
+    assert len(MODULES) == 5

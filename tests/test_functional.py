@@ -1,0 +1,84 @@
+"""What the functions of resnet_fused.functional refuse, and what they leave alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from resnet_fused import functional
+from resnet_fused.ops import Norm
+
+C = 5
+Y = torch.randn(2, C, 4, 4)
+BUFFERS = (torch.zeros(C), torch.ones(C))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            (Y.int(), *BUFFERS),
+            TypeError,
+            "expected a float32, float64, bfloat16 or float16 tensor, got torch.int32",
+        ),
+        (([1.0], *BUFFERS), TypeError, "got list"),
+        ((Y[0], *BUFFERS), ValueError, r"expected 4D input \(got 3D input\)"),
+        (
+            (Y[:1, :, :1, :1], *BUFFERS, None, None, True),
+            ValueError,
+            "Expected more than 1 value per channel",
+        ),
+        ((Y[:0], *BUFFERS, None, None, True), ValueError, "Expected a non-empty batch when training"),
+        ((Y, None, None), ValueError, "Expected running_mean and running_var to be defined"),
+        ((Y, torch.zeros(3), torch.ones(3)), RuntimeError, "running_mean should contain 5 elements not 3"),
+        ((Y, *BUFFERS, torch.ones(4)), RuntimeError, "weight should contain 5 elements not 4"),
+        (
+            (Y, *BUFFERS, torch.ones(C, device="meta")),
+            ValueError,
+            "weight is on meta but the activation on cpu",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["bn_relu", "bn_relu_maxpool"])
+def test_bad_input(name: str, arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        getattr(functional, name)(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("other", "error", "message"),
+    [
+        (Y.double(), TypeError, "must have the activation's dtype torch.float32, got torch.float64"),
+        (Y[:, :, :3], ValueError, r"must have the activation's shape \(2, 5, 4, 4\), got \(2, 5, 3, 4\)"),
+        (Y.to("meta"), ValueError, "is on meta but the activation on cpu"),
+        (1.0, TypeError, "got float"),
+    ],
+)
+def test_bad_partner(other: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"residual {message}"):
+        functional.bn_add_relu(Y, other, *BUFFERS)
+    norm = Norm(*BUFFERS, None, None, False, 0.1, 1e-5)
+    with pytest.raises(error, match=f"skip {message}"):
+        functional.bn_bn_add_relu(Y, other, norm, norm)
+
+
+def test_half_precision_parameters() -> None:
+    """A model cast as a whole to bfloat16 has parameters and buffers of that dtype too."""
+    y = Y.bfloat16().requires_grad_()
+    weight = torch.ones(C, dtype=torch.bfloat16, requires_grad=True)
+    buffers = [b.bfloat16() for b in BUFFERS]
+    functional.bn_relu(y, *buffers, weight, None, True).sum().backward()
+    assert weight.grad is not None and weight.grad.dtype == torch.bfloat16
+    assert buffers[0].dtype == torch.bfloat16 and not torch.equal(buffers[0], BUFFERS[0].bfloat16())
+
+
+def test_backend_choice_is_checked() -> None:
+    import resnet_fused
+
+    with (
+        pytest.raises(ValueError, match="backend must be one of auto, reference, got 'fast'"),
+        resnet_fused.backend("fast"),
+    ):
+        pass
