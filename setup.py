@@ -40,10 +40,7 @@ def extension(mode: str) -> dict[str, Any]:
     cxx = ["-O3", "-std=c++17", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
     cxx += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
     sources = ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
-    defines: list[tuple[str, str | None]] = [
-        ("TORCH_TARGET_VERSION", "0x020a000000000000"),
-        ("Py_LIMITED_API", "0x03090000"),
-    ]
+    defines: list[tuple[str, str | None]] = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
     if with_cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         sources += sorted(glob("csrc/cuda/*.cu"))

@@ -2,8 +2,7 @@
 
 The rule: with e = |x - exact| / |exact| for a result x and the same computation in float64 on the same (rounded)
 inputs, a fused result passes if e_fused <= 1.5 * e_eager + 4 * eps(dtype), eager PyTorch run on the same inputs and
-device. It is asked of the whole result, with Euclidean norms, and of its worst element. There are no other
-tolerances.
+device. It is asked of the result as a vector and of its elements. There are no other tolerances.
 """
 
 from __future__ import annotations
@@ -22,12 +21,14 @@ def relative_error(x: Tensor, exact: Tensor) -> float:
     return _ratio((x - exact).norm().item(), exact.norm().item())
 
 
-def worst_element_error(x: Tensor, exact: Tensor) -> float:
-    """The largest |x - exact| / (|exact| + rms), with rms = sqrt(mean(exact^2)).
+def element_error(x: Tensor, exact: Tensor) -> float:
+    """The sixth-power mean of |x - exact| / (|exact| + rms) over all elements, with rms = sqrt(mean(exact^2)).
 
     Rounding moves an element by up to eps/2 of its own size, and what it was summed from by some eps of the typical
-    size: the denominator is the sum of both scales, so that neither a large nor a cancelled element fails for having
-    been rounded, while one wrong element among millions, which no norm would show in bfloat16, does.
+    size: the denominator is the sum of both scales, so that neither a large nor a cancelled element counts as wrong
+    for having been rounded. A high mean stands in for the maximum, which luck decides where errors are far above eps:
+    two results of equal accuracy differ in it by more than 1.5 in one of a hundred draws. One element that is off by
+    its own size and the rms still shows among 1e7 in bfloat16: (1e7)^(-1/6) = 0.068, twice 4 * eps = 0.031.
     """
     x, exact = x.detach().double(), exact.detach().double()
     if exact.numel() == 0:
@@ -35,7 +36,8 @@ def worst_element_error(x: Tensor, exact: Tensor) -> float:
     rms = exact.square().mean().sqrt()
     if rms == 0:
         return _ratio((x - exact).abs().max().item(), 0.0)
-    return ((x - exact).abs() / (exact.abs() + rms)).max().item()
+    scaled = (x - exact).abs() / (exact.abs() + rms)
+    return scaled.pow(6).mean().pow(1 / 6).item()
 
 
 def _ratio(error: float, size: float) -> float:
@@ -64,7 +66,7 @@ def assert_as_accurate(
     for what, x in (("fused", fused), ("eager", eager), ("exact", exact)):
         assert not x.isnan().any(), f"{name}: NaN in the {what} result"
     eps = torch.finfo(dtype or fused.dtype).eps
-    for measure in (relative_error, worst_element_error):
+    for measure in (relative_error, element_error):
         by_fused, by_eager = measure(fused, exact), measure(eager, exact)
         limit = 1.5 * by_eager + 4 * eps
         assert by_fused <= limit, (

@@ -58,12 +58,11 @@ def _poisoned_memory() -> Iterator[None]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-@pytest.fixture(params=DTYPES.values(), ids=DTYPES.keys())
+@pytest.fixture(params=list(DTYPES.values()), ids=list(DTYPES))
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     """float32, bfloat16 and float16."""
     chosen: torch.dtype = request.param

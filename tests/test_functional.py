@@ -53,7 +53,7 @@ def test_bad_input(name: str, arguments: tuple[Any, ...], error: type[Exception]
         (Y.double(), TypeError, "must have the activation's dtype torch.float32, got torch.float64"),
         (Y[:, :, :3], ValueError, r"must have the activation's shape \(2, 5, 4, 4\), got \(2, 5, 3, 4\)"),
         (Y.to("meta"), ValueError, "is on meta but the activation on cpu"),
-        (1.0, TypeError, "got float"),
+        (1.0, TypeError, "must have the activation's dtype torch.float32, got float"),
     ],
 )
 def test_bad_partner(other: Any, error: type[Exception], message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import resnet_fused
 from resnet_fused import reference
-from tests.accuracy import assert_as_accurate, relative_error
+from tests.accuracy import assert_as_accurate, relative_error, worst_element_error
 
 TORCHVISION: dict[str, Any] = json.loads((Path(__file__).parent / "torchvision_resnets.json").read_text())
 FUSED_NODES = {"_BnReluBackward", "_BnAddReluBackward", "_BnBnAddReluBackward", "_BnReluMaxpoolBackward"}
@@ -34,16 +35,23 @@ def nodes(out: Tensor) -> list[str]:
     return [node.name() for node in seen]
 
 
-def pair(arch: str, seed: int = 0, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
-    """The fused model and its reference with equal, non-trivial weights and statistics."""
-    torch.manual_seed(seed)
+def pair(arch: str, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
+    """The fused model and its reference with equal random weights and statistics.
+
+    Biases keep most activations well away from zero, on either side: where a ReLU sits within rounding of zero, float32
+    itself decides the gradient, and the two models may decide differently.
+    """
     eager = getattr(reference, arch)(**kwargs)
-    for module in eager.modules():
+    for name, module in eager.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-            module.running_mean.normal_(std=0.2)
-            module.running_var.uniform_(0.5, 2.0)
+            nn.init.uniform_(module.bias, 3.0, 4.0)
+            if name.endswith("bn1") or (
+                name.endswith("bn2") and isinstance(eager.layer1[0], reference.Bottleneck)
+            ):
+                module.bias.data *= torch.randn_like(module.bias).sign()
+            nn.init.normal_(module.running_mean, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
     fused = getattr(resnet_fused, arch)(**kwargs)
     fused.load_state_dict(eager.state_dict(), strict=True)
     return fused, eager
@@ -56,9 +64,16 @@ def results(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     # A loss whose gradient is neither constant nor tiny.
     F.cross_entropy(out, torch.arange(len(x)) % out.shape[1]).backward()
     found = {"output": out.detach(), "input gradient": x.grad}
-    found |= {f"{name} gradient": p.grad for name, p in model.named_parameters()}
+    found |= {f"{name} gradient": p.grad for name, p in model.named_parameters() if p.grad is not None}
     found |= {name: b for name, b in model.named_buffers() if b.is_floating_point()}
     return found
+
+
+def assert_equal(fused: dict[str, Tensor], eager: dict[str, Tensor]) -> None:
+    """Equal up to the rounding of float64."""
+    assert fused.keys() == eager.keys()
+    for name, expected in eager.items():
+        assert relative_error(fused[name], expected) < 1e-9, name
 
 
 @pytest.mark.parametrize("arch", TORCHVISION)
@@ -79,6 +94,7 @@ def test_same_seed_same_weights() -> None:
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[1])
 
 
+DRAWS = 3
 ACCURACY_CASES = [
     ("resnet18", {}),
     ("resnet50", {}),
@@ -89,22 +105,62 @@ ACCURACY_CASES = [
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("size", [(64, 64), (97, 65)], ids=["64x64", "97x65"])
+@pytest.mark.parametrize("shape", [(4, 3, 64, 64), (2, 3, 65, 49)], ids=["64x64", "65x49"])
 @pytest.mark.parametrize(
-    ("arch", "kwargs"), ACCURACY_CASES, ids=lambda v: v if isinstance(v, str) else "d" * len(v)
+    ("arch", "kwargs"), ACCURACY_CASES, ids=["resnet18", "resnet50", "resnext50", "wide50", "dilated50"]
 )
-def test_accuracy(arch: str, kwargs: dict[str, Any], size: tuple[int, int], training: bool) -> None:
-    fused, eager = pair(arch, num_classes=10, **kwargs)
-    x = torch.randn(8, 3, *size).to(memory_format=torch.channels_last)
-    found = []
-    for model in (fused, eager, copy.deepcopy(eager).double()):
-        model.train(training).to(memory_format=torch.channels_last)
-        found.append(results(model, x.to(next(model.parameters()).dtype)))
-    by_fused, by_eager, exact = found
-    missing = FUSED_NODES.difference(nodes(fused(x)))
-    assert not missing, "the model did not run fused"
-    for name in exact:
-        assert_as_accurate(f"{arch} {name}", by_fused[name], by_eager[name], exact[name])
+def test_accuracy(arch: str, kwargs: dict[str, Any], shape: tuple[int, ...], training: bool) -> None:
+    """The accuracy rule, asked of the median of several draws: of every result as a vector, and of the worst element of
+    each kind of result.
+
+    One ReLU or one maximum of the pooling that rounding decides the other way moves a gradient by orders of magnitude
+    in a single draw, and the largest of 64 rounding errors varies by itself: for eager as for fused.
+    """
+    as_vector: dict[str, list[tuple[float, float]]] = {}
+    worst: dict[str, list[tuple[float, float]]] = {}
+    for _ in range(DRAWS):
+        fused, eager = pair(arch, num_classes=10, **kwargs)
+        x = torch.randn(shape).to(memory_format=torch.channels_last)
+        if not training:
+            adopt_statistics(eager, x)
+            fused.load_state_dict(eager.state_dict())
+        found = []
+        for model in (fused, eager, copy.deepcopy(eager).double()):
+            model.train(training).to(memory_format=torch.channels_last)
+            found.append(results(model, x.to(next(model.parameters()).dtype)))
+        by_fused, by_eager, exact = found
+        worst_of_kind: dict[str, tuple[float, float]] = {}
+        for name, right in exact.items():
+            pair_of_errors = relative_error(by_fused[name], right), relative_error(by_eager[name], right)
+            as_vector.setdefault(name, []).append(pair_of_errors)
+            elements = worst_element_error(by_fused[name], right), worst_element_error(by_eager[name], right)
+            so_far = worst_of_kind.get(kind_of(name), (0.0, 0.0))
+            worst_of_kind[kind_of(name)] = max(so_far[0], elements[0]), max(so_far[1], elements[1])
+        for kind, errors in worst_of_kind.items():
+            worst.setdefault(f"worst element of {kind}", []).append(errors)
+    assert not FUSED_NODES.difference(nodes(fused(x))), "the model did not run fused"
+    for name, draws in (as_vector | worst).items():
+        error, eager_error = map(statistics.median, zip(*draws, strict=True))
+        assert error <= 1.5 * eager_error + 4 * torch.finfo(torch.float32).eps, f"{name}: eager {eager_error}"
+
+
+def adopt_statistics(model: nn.Module, x: Tensor) -> None:
+    """Makes the batch's statistics the running ones, as training does in time."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(x)
+    for norm in norms:
+        norm.momentum = 0.1
+
+
+def kind_of(name: str) -> str:
+    """layer1.0.bn1.weight gradient -> bn weight gradient."""
+    for kind in ("bn", "conv", "downsample", "fc"):
+        if kind in name:
+            return f"{kind} {name.rpartition('.')[2]}"
+    return name
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
@@ -114,8 +170,7 @@ def test_float64_equals_reference(arch: str, training: bool, layout: torch.memor
     fused, eager = (m.double().train(training).to(memory_format=layout) for m in pair(arch, num_classes=7))
     x = torch.randn(4, 3, 65, 47, dtype=torch.float64).to(memory_format=layout)
     by_fused, by_eager = results(fused, x), results(eager, x)
-    for name, expected in by_eager.items():
-        assert relative_error(by_fused[name], expected) < 1e-9, name
+    assert_equal(by_fused, by_eager)
 
 
 def test_frozen_batch_norm_takes_gradients_in_training() -> None:
@@ -142,7 +197,7 @@ def test_one_frozen_of_two_batch_norms_in_a_downsample_block() -> None:
         model.layer3[0].bn3.eval()
     x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
     by_fused, by_eager = results(fused, x), results(eager, x)
-    assert all(relative_error(by_fused[name], by_eager[name]) < 1e-9 for name in by_eager)
+    assert_equal(by_fused, by_eager)
 
 
 MODES: dict[str, dict[str, Any]] = {
@@ -167,7 +222,7 @@ def test_batch_norm_modes(kwargs: dict[str, Any], training: bool) -> None:
     x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
     for _ in range(3):  # the cumulative average differs from the third batch on
         by_fused, by_eager = (results(model, x) for model in models)
-    assert all(relative_error(by_fused[name], by_eager[name]) < 1e-9 for name in by_eager)
+    assert_equal(by_fused, by_eager)
     for (name, ours), theirs in zip(models[0].named_buffers(), models[1].buffers(), strict=True):
         if "num_batches" in name:
             assert torch.equal(ours, theirs), name
@@ -366,7 +421,7 @@ def test_a_changed_block_runs_plain_and_says_so(change: Callable[[nn.Module], st
     assert resnet_fused.explain(fused) == {"layer1.0": reason}
     x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
     by_fused, by_eager = results(fused, x), results(eager, x)
-    assert all(relative_error(by_fused[name], by_eager[name]) < 1e-9 for name in by_eager)
+    assert_equal(by_fused, by_eager)
 
 
 def test_hooks_on_blocks_and_convs_leave_them_fused() -> None:
@@ -385,7 +440,7 @@ def test_a_model_without_max_pool_keeps_its_fused_norm() -> None:
         model.maxpool = nn.Identity()
     x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     by_fused, by_eager = results(fused, x), results(eager, x)
-    assert all(relative_error(by_fused[name], by_eager[name]) < 1e-9 for name in by_eager)
+    assert_equal(by_fused, by_eager)
 
 
 def test_forced_reference_gives_the_same_answers() -> None:

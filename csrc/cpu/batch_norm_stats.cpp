@@ -3,7 +3,8 @@
 // A tile's values are taken relative to the running mean, s1 = sum (x - m) and s2 = sum (x - m)^2 in the statistics
 // type, and the tile is merged into the running mean and M2 in double (Chan et al.). What s2 - s1^2/n cancels is no
 // larger than what the merge adds to M2 for that tile, so the result is as good as two passes over the tile at the price
-// of one. The first tile of a task is gone through twice: it has to find its own m.
+// of one. The first tile of a task is gone through twice: it has to find its own m. Means are sums of two doubles, so that
+// double activations lose no more than others do.
 #include <cmath>
 
 #include "blocks.h"
@@ -11,11 +12,18 @@
 namespace resnet_fused::cpu {
 namespace {
 
+// mean + low += addend, to about twice the digits of a double (Knuth's exact sum).
+RESNET_FUSED_INLINE void add_to_mean(double& mean, double& low, double addend) {
+  const double small = low + addend, sum = mean + small, taken = sum - mean;
+  low = (mean - (sum - taken)) + (small - taken);
+  mean = sum;
+}
+
 template <class T>
 struct Stats {
   const T* x;
   Panel<Stat<T>> panel;
-  double *mean, *m2;  // of the lanes
+  double *mean, *low, *m2;  // of the lanes; what mean + low is exact to is beyond a double
 };
 
 // moments: s1 and s2 of rows [first, last) about `centre`, at 0 and at kTileLanes.
@@ -58,7 +66,7 @@ RESNET_FUSED_INLINE void stats(const Stats<T>& args) {
     const double count = double(last - first);
     for (int64_t strip = 0; strip < panel.lanes; strip += kTileLanes) {
       const int64_t width = panel.lanes - strip < kTileLanes ? panel.lanes - strip : kTileLanes;
-      double *mean = args.mean + strip, *m2 = args.m2 + strip;
+      double *mean = args.mean + strip, *low = args.low + strip, *m2 = args.m2 + strip;
       if (first == 0) {
         const T* x = args.x + panel.at(0, strip);
         RESNET_FUSED_VECTOR
@@ -67,6 +75,7 @@ RESNET_FUSED_INLINE void stats(const Stats<T>& args) {
         RESNET_FUSED_VECTOR
         for (int64_t i = 0; i < width; i++) {
           mean[i] = double(centre[i]) + double(moments[i]) * (1 / count);
+          low[i] = 0;
           m2[i] = 0;
         }
       }
@@ -77,11 +86,10 @@ RESNET_FUSED_INLINE void stats(const Stats<T>& args) {
       RESNET_FUSED_VECTOR
       for (int64_t i = 0; i < width; i++) {
         const double s1 = moments[i], s2 = moments[kTileLanes + i];
-        const double shift = s1 * inverse, delta = double(centre[i]) + shift - mean[i];
+        const double shift = s1 * inverse, delta = (double(centre[i]) - mean[i]) - low[i] + shift;
         const double spread = s2 - s1 * shift;
         m2[i] += (spread < 0 ? 0 : spread) + delta * delta * joint;
-        // The first tile is alone: the mean about its own centre, not an average with the centre.
-        mean[i] += delta * share;
+        add_to_mean(mean[i], low[i], delta * share);
       }
     }
   }
@@ -90,24 +98,43 @@ RESNET_FUSED_INLINE void stats(const Stats<T>& args) {
 RESNET_FUSED_CLONE_EACH(run_stats, Stats, stats(args))
 
 struct Moments {
-  double count, mean, m2;
+  double count, mean, low, m2;
 
   void merge(const Moments& other) {
     if (other.count == 0) return;
-    const double delta = other.mean - mean, share = other.count / (count + other.count);
-    mean += delta * share;
+    if (count == 0) {
+      *this = other;
+      return;
+    }
+    const double delta = (other.mean - mean) + (other.low - low), share = other.count / (count + other.count);
+    add_to_mean(mean, low, delta * share);
     m2 += other.m2 + delta * delta * count * share;
     count += other.count;
   }
 };
 
-// The moments of all lanes together, each of `rows` values.
-Moments pool(double* mean, const double* m2, int64_t lanes, int64_t rows) {
-  const double centre = mean[0];
-  for (int64_t i = 0; i < lanes; i++) mean[i] -= centre;
+// Of `slots` slots of `width` lanes.
+struct MomentLanes {
+  int64_t width;
+  std::vector<double> mean, low, m2;
+
+  MomentLanes(int64_t slots, int64_t width)
+      : width(width), mean(slots * width), low(slots * width), m2(slots * width) {}
+  Moments at(int64_t slot, int64_t lane, int64_t rows) const {
+    const int64_t i = slot * width + lane;
+    return {double(rows), mean[i], low[i], m2[i]};
+  }
+};
+
+// The moments of lanes of `rows` values each, all of one channel.
+Moments pool(double* mean, const double* low, const double* m2, int64_t lanes, int64_t rows) {
+  Moments all{double(lanes * rows), mean[0], 0, sum_of(m2, lanes)};
+  for (int64_t i = 0; i < lanes; i++) mean[i] = (mean[i] - all.mean) + low[i];
   const double shift = sum_of(mean, lanes) / double(lanes);
   for (int64_t i = 0; i < lanes; i++) mean[i] = (mean[i] - shift) * (mean[i] - shift);
-  return {double(lanes * rows), centre + shift, sum_of(m2, lanes) + double(rows) * sum_of(mean, lanes)};
+  all.m2 += double(rows) * sum_of(mean, lanes);
+  add_to_mean(all.mean, all.low, shift);
+  return all;
 }
 
 template <class T>
@@ -118,30 +145,39 @@ void batch_norm_stats(const BatchNormStats& op) {
   // Channels last: the moments of the lanes of every task, then of what a folded row leaves over; contiguous: those of
   // every plane.
   const int64_t channels = runs.channels, width = runs.channels_last ? runs.lanes : 1;
-  const int64_t rest = runs.empty() ? 0 : runs.length % runs.lanes, slots = runs.channels_last ? tasks.count() : runs.count;
-  std::vector<double> means((slots + 1) * width), m2s((slots + 1) * width);
+  const int64_t rest = runs.empty() ? 0 : runs.length % runs.lanes;
+  const int64_t slots = runs.channels_last ? tasks.count() : runs.count;
+  MomentLanes lanes(slots + 1, width);
   if (!runs.empty()) {
     const int64_t full = runs.full_rows();
-    const auto measure = [&](int64_t run, int64_t row, int64_t rows, int64_t lanes, double* mean, double* m2) {
+    const auto measure = [&](int64_t run, int64_t row, int64_t rows, int64_t count, double* mean, double* low,
+                             double* m2) {
       const S* no_vectors = nullptr;
-      if (rows * lanes > 0)
-        run_stats(Stats<T>{static_cast<const T*>(op.x), runs.panel(run, row, rows, 0, lanes, no_vectors, 0), mean, m2});
+      if (rows * count > 0)
+        run_stats(Stats<T>{static_cast<const T*>(op.x), runs.panel(run, row, rows, 0, count, no_vectors, 0), mean,
+                           low, m2});
+    };
+    const auto measure_slot = [&](int64_t row, int64_t rows, int64_t count, int64_t slot) {
+      const int64_t at = slot * width;
+      measure(0, row, rows, count, &lanes.mean[at], &lanes.low[at], &lanes.m2[at]);
     };
     tasks.each([&](int64_t task) {
       const int64_t begin = tasks.begin(task), end = tasks.end(task);
       if (runs.channels_last) {
-        measure(0, begin, end - begin, width, &means[task * width], &m2s[task * width]);
-        if (task == slots - 1) measure(0, full, 1, rest, &means[slots * width], &m2s[slots * width]);
+        measure_slot(begin, end - begin, width, task);
+        if (task == slots - 1) measure_slot(full, 1, rest, slots);
         return;
       }
-      double mean[kPlaneLanes], m2[kPlaneLanes];
+      double mean[kPlaneLanes], low[kPlaneLanes], m2[kPlaneLanes];
       for (int64_t plane = begin; plane < end; plane++) {
-        measure(plane, 0, full, runs.lanes, mean, m2);
-        Moments moments = full > 0 ? pool(mean, m2, runs.lanes, full) : Moments{};
-        measure(plane, full, 1, rest, mean, m2);
-        if (rest > 0) moments.merge(pool(mean, m2, rest, 1));
-        means[plane] = moments.mean;
-        m2s[plane] = moments.m2;
+        Moments moments{};
+        measure(plane, 0, full, runs.lanes, mean, low, m2);
+        if (full > 0) moments = pool(mean, low, m2, runs.lanes, full);
+        measure(plane, full, 1, rest, mean, low, m2);
+        if (rest > 0) moments.merge(pool(mean, low, m2, rest, 1));
+        lanes.mean[plane] = moments.mean;
+        lanes.low[plane] = moments.low;
+        lanes.m2[plane] = moments.m2;
       }
     });
   }
@@ -151,15 +187,13 @@ void batch_norm_stats(const BatchNormStats& op) {
     if (runs.channels_last) {
       for (int64_t task = 0; task < slots; task++)
         for (int64_t lane = c; lane < width; lane += channels)
-          moments.merge({double(tasks.end(task) - tasks.begin(task)), means[task * width + lane], m2s[task * width + lane]});
-      for (int64_t lane = c; lane < rest; lane += channels)
-        moments.merge({1, means[slots * width + lane], m2s[slots * width + lane]});
+          moments.merge(lanes.at(task, lane, tasks.end(task) - tasks.begin(task)));
+      for (int64_t lane = c; lane < rest; lane += channels) moments.merge(lanes.at(slots, lane, 1));
     } else {
-      for (int64_t plane = c; plane < slots; plane += channels)
-        moments.merge({double(runs.length), means[plane], m2s[plane]});
+      for (int64_t plane = c; plane < slots; plane += channels) moments.merge(lanes.at(plane, 0, runs.length));
     }
-    const double variance = moments.m2 / moments.count;
-    mean[c] = S(moments.mean);
+    const double variance = moments.m2 / moments.count;  // 0 / 0 without values: no mean either
+    mean[c] = S(moments.count == 0 ? variance : moments.mean + moments.low);
     var[c] = S(variance);
     invstd[c] = S(1 / std::sqrt(variance + op.eps));
   }

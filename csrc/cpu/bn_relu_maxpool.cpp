@@ -292,7 +292,7 @@ void bn_relu_maxpool_backward_reduce(const BnReluMaxpoolBackwardReduce& op) {
         sum_dz_centred += sums[slot * 2 * channels + channels + c];
       }
       static_cast<S*>(op.sum_dz)[c] = S(sum_dz);
-      static_cast<S*>(op.sum_dz_xhat)[c] = S(sum_dz_centred * double(static_cast<const S*>(op.norm.invstd)[c]));
+      static_cast<S*>(op.sum_dz_xhat)[c] = S(slots == 0 ? 0 : sum_dz_centred * double(static_cast<const S*>(op.norm.invstd)[c]));
     }
   });
 }

@@ -206,7 +206,7 @@ void reduce_panels(const Runs& runs, const Vectors<S>& vectors, const Body& body
             sum += partial[(slot * kSums + o) * width + lane];
       else
         for (int64_t run = channel; run < slots; run += runs.channels) sum += partial[run * kSums + o];
-      static_cast<S*>(out[o].values)[channel] = S(factor ? sum * double(factor[channel]) : sum);
+      static_cast<S*>(out[o].values)[channel] = S(factor && !runs.empty() ? sum * double(factor[channel]) : sum);
     }
   }
 }

@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads) pool_planes_kernel(PoolForward<T> op
 // Sums over the windows instead of the pixels: each window's gradient goes to the one pixel that its index
 // names.
 template <typename T, bool kVector>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<false>)
     pool_reduce_columns_kernel(PoolReduce<T> op, PoolShape s, int64_t tiles, Stat<T>* partials) {
   using S = Stat<T>;
   for (int64_t tile = blockIdx.y; tile < tiles; tile += gridDim.y) {
@@ -231,7 +231,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) pool_backward_planes_kernel(PoolBackward<T> op, PoolShape s) {
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<false>)
+    pool_backward_planes_kernel(PoolBackward<T> op, PoolShape s) {
   using S = Stat<T>;
   for (int64_t plane = blockIdx.x; plane < s.batch * s.channels; plane += gridDim.x) {
     const GradientCoefficients<S> coefficients = op.gradient.coefficients(plane % s.channels);

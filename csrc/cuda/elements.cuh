@@ -100,7 +100,8 @@ struct Lanes<T, true> {
     uint4* to = reinterpret_cast<uint4*>(row + at.first);
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i) {
-      to[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+      // An assignment would do, but the compiler splits some of those into four.
+      __stwb(to + i, make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]));
     }
   }
   __device__ float get(int j) const {

@@ -39,10 +39,13 @@ __device__ inline void store_mask_of_block(uint8_t* row, bool row_exists, const 
 // channels_last and hangs on the row otherwise; the loop over the other one is the inner one, so that the
 // coefficients stay in registers.
 template <class Op, bool kVector, bool kChannelsLast>
-__global__ void __launch_bounds__(kThreads) elementwise_kernel(Op op, Matrix shape, int64_t tiles) {
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<kVector>)
+    elementwise_kernel(Op op, Matrix shape, int64_t tiles) {
   using T = typename Op::Element;
   using S = Stat<T>;
-  constexpr int kBatch = kVector && sizeof(T) == 2 ? 2 : 1;  // 32 bytes of each input in flight
+  // 32 bytes of each input in flight, unless three inputs and their coefficients then leave a multiprocessor
+  // with registers for one block only.
+  constexpr int kBatch = kVector && sizeof(T) == 2 && Op::kInputs < 3 ? 2 : 1;
 
   const int64_t row_blocks = ceil_div(shape.rows, blockDim.y);
   const int64_t mask_bytes = (shape.cols + 7) / 8;

@@ -25,6 +25,11 @@ constexpr int64_t kFullGrid = kMultiprocessors * 8;  // blocks that keep a devic
 constexpr int64_t kMaxGridX = 2147483647;
 constexpr int64_t kMaxGridY = 65535;
 
+// Without a least number of blocks the compiler aims at an occupancy of its own choice, at times at the price
+// of spilling a few registers, which the scalar kernels' longer addressing brings about. 0: no such number.
+template <bool kVector>
+constexpr int kLeastBlocks = kVector ? 0 : 1;
+
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // `count` places split into equal tiles of at most `limit`: 98 places under a limit of 64 are two tiles

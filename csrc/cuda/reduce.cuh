@@ -148,7 +148,7 @@ __device__ void accumulate(const Op& op, const Coefficients* coefficients, int c
 
 // Grid: chunks by tiles of channels.
 template <class Op, bool kVector>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<kVector>)
     reduce_columns_kernel(Op op, Matrix shape, int64_t tiles, Stat<typename Op::Element>* partials) {
   using T = typename Op::Element;
   constexpr int kBatch = kVector && sizeof(T) == 2 ? 2 : 1;

@@ -105,11 +105,9 @@ def pack_mask(kept: Tensor, y: Tensor) -> Tensor:
         uint8 (rows, ceil(cols / 8)); bit j of byte i stands for column 8*i + j, unused bits are zero.
     """
     n, c, h, w = y.shape
-    if is_channels_last(y):
-        matrix = kept.permute(0, 2, 3, 1).reshape(n * h * w, c)
-    else:
-        matrix = kept.reshape(n * c, h * w)
-    rows, cols = matrix.shape
+    by_pixels = is_channels_last(y)
+    rows, cols = (n * h * w, c) if by_pixels else (n * c, h * w)
+    matrix = (kept.permute(0, 2, 3, 1) if by_pixels else kept).reshape(rows, cols)
     padded = torch.nn.functional.pad(matrix.to(torch.uint8), (0, -cols % 8))
     columns = padded.view(rows, (cols + 7) // 8, 8)
     mask = columns[..., 0].clone()
@@ -124,5 +122,5 @@ def unpack_mask(mask: Tensor, y: Tensor) -> Tensor:
     bits = torch.arange(8, dtype=torch.uint8, device=mask.device)
     columns = ((mask.unsqueeze(-1) >> bits) & 1).to(torch.bool).flatten(1)
     if is_channels_last(y):
-        return columns[:, :c].reshape(n, h, w, c).permute(0, 3, 1, 2)
-    return columns[:, : h * w].reshape(n, c, h, w)
+        return columns[:, :c].contiguous().view(n, h, w, c).permute(0, 3, 1, 2)
+    return columns[:, : h * w].contiguous().view(n, c, h, w)

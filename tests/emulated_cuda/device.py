@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -115,7 +116,7 @@ class Device:
     def __call__(
         self,
         op: str,
-        inputs: list[Tensor | None],
+        inputs: Sequence[Tensor | None],
         size: torch.Size,
         like: int = 0,
         vectors: int = 0,
@@ -146,7 +147,7 @@ class Device:
         self,
         order: int,
         op: str,
-        inputs: list[Tensor | None],
+        inputs: Sequence[Tensor | None],
         size: torch.Size,
         like: int,
         vectors: int,

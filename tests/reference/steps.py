@@ -72,8 +72,9 @@ def make_step(
         var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
         running_mean = (mean + 0.1 * var.sqrt() * torch.randn_like(mean)).to(weight.dtype)
         running_var = (var + 0.1 * torch.rand_like(var)).to(weight.dtype)
-        parameters = (weight, bias) if affine else (None, None)
-        return BatchNorm(*parameters, running_mean, running_var, frozen)
+        if not affine:
+            return BatchNorm(None, None, running_mean, running_var, frozen)
+        return BatchNorm(weight, bias, running_mean, running_var, frozen)
 
     step = Step(
         stem,

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from resnet_fused.reference.layout import dense, is_channels_last
+from resnet_fused.reference.layout import dense, is_channels_last, unpack_mask
 from tests.accuracy import (
     HOSTILE_CASES,
+    LAYOUTS,
     assert_as_accurate,
+    element_error,
     hostile_input,
     relative_error,
-    worst_element_error,
 )
-from tests.reference.steps import MODULES, REFERENCE, STEMS, eager_step, exact_step, fused_step, make_step
+from tests.reference.steps import REFERENCE, STEMS, eager_step, exact_step, fused_step, make_step
 
 # In these, float64 itself loses digits: to |mean|/std, or to a gradient that cancels but for eps.
 _ILL_CONDITIONED = ("mean", "two_values", "constant_channel")
@@ -29,7 +32,7 @@ def assert_exact(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert found[name].shape == expected[name].shape, name
         assert found[name].dtype == torch.float64, name
         assert relative_error(found[name], expected[name]) < 1e-12, name
-        assert worst_element_error(found[name], expected[name]) < 1e-12, name
+        assert element_error(found[name], expected[name]) < 1e-12, name
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
@@ -79,7 +82,7 @@ def test_results_have_the_layout_of_y(stem: str, name: str, dtype: torch.dtype, 
     case.residual, case.skip, case.grad = others.residual, others.skip, others.grad
     step = make_step(stem, case)
     y = dense(step.y)
-    assert is_channels_last(y) == (layout == "channels_last" and name != "permuted" or name == "permuted" and layout == "channels_last")
+    assert is_channels_last(y) == (layout == "channels_last")
     found = fused_step(REFERENCE, step)
     same = exact_step(step)
     for result in ("out", "dy", "dresidual", "dskip"):
@@ -116,29 +119,88 @@ def test_a_constant_channel_has_no_variance(value: float, layout: str) -> None:
 @pytest.mark.parametrize("shape", [(0, 5, 4, 3), (2, 5, 0, 3), (2, 5, 3, 0), (2, 0, 3, 3)])
 @pytest.mark.parametrize("stem", STEMS)
 def test_empty_activations(stem: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
-    from tests.accuracy import LAYOUTS, Case
-
-    def empty() -> Tensor:
-        return torch.zeros(shape, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
-
+    y = torch.zeros(shape, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
     c = shape[1]
-    case = Case("empty", empty(), *(torch.ones(c) for _ in range(2)), empty(), empty(), *(torch.ones(c) for _ in range(2)), empty())
-    mean, var, invstd = REFERENCE.batch_norm_stats(case.y, 0.25)
+    mean, var, invstd = REFERENCE.batch_norm_stats(y, 0.25)
     assert mean.tolist() == var.tolist() == [0.0] * c
     assert invstd.tolist() == [2.0] * c
-    for sums in ([], [torch.zeros(c)] * 2):
-        outputs = _outputs(stem, case, mean, invstd, sums)
-        assert all(x.numel() == 0 and x.dtype in (dtype, torch.uint8) for x in outputs[:-2])
-        for total in outputs[-2:]:
-            assert total.tolist() == [0.0] * c
-            assert total.dtype == torch.float32
+    affine = (mean, invstd, torch.ones(c), torch.ones(c))
+    extra: tuple[Tensor, ...] = {"bn_add_relu": (y,), "bn_bn_add_relu": (y, *affine)}.get(stem, ())
+    forward, reduce, backward = (
+        getattr(REFERENCE, stem + part) for part in ("", "_backward_reduce", "_backward")
+    )
+    out, *saved = as_tuple(forward(y, *affine, *extra))
+    skip = (y, mean, invstd) if stem == "bn_bn_add_relu" else ()
+    sums = as_tuple(reduce(out, *saved, y, *affine[: 4 if stem == "bn_relu" else 2], *skip))
+    assert out.numel() == 0 and out.dtype == dtype
+    for total in sums:
+        assert total.tolist() == [0.0] * c
+        assert total.dtype == torch.float32
+    parameters = affine[: 4 if stem == "bn_relu" else 3]
+    for given in (sums[:2], (None, None)):
+        skip_backward = (*skip, None, *given) if skip else ()
+        for gradient in as_tuple(backward(out, *saved, y, *parameters, *given, *skip_backward)):
+            assert gradient.shape == y.shape and gradient.dtype == dtype
 
 
-def _outputs(stem, case, mean, invstd, sums):  # type: ignore[no-untyped-def]
-    raise NotImplementedError
+def as_tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (results,) if isinstance(results, Tensor) else results
+
+
+def test_only_one_of_two_sums_is_refused() -> None:
+    step = make_step("bn_relu", hostile_input("plain", torch.float32, "contiguous"))
+    channels = step.y.shape[1]
+    vectors = [torch.ones(channels) for _ in range(4)]
+    with pytest.raises(ValueError, match="sum_dz and sum_dz_xhat must be given together"):
+        REFERENCE.bn_relu_backward(step.grad, step.y, *vectors, torch.ones(channels), None)
+
+
+@pytest.mark.parametrize(
+    ("y", "vector", "error", "message"),
+    [
+        (torch.ones(2, 3, 4), torch.ones(3), ValueError, r"expected 4D input \(got 3D input\)"),
+        (torch.ones(2, 3, 4, 4), torch.ones(1), ValueError, "one element per channel"),
+        (torch.ones(2, 3, 4, 4, dtype=torch.int32), torch.ones(3), TypeError, "got torch.int32"),
+        (torch.ones(2, 3, 4, 4, dtype=torch.float8_e4m3fn), torch.ones(3), TypeError, "got torch.float8"),
+    ],
+    ids=["rank", "channels", "integers", "float8"],
+)
+def test_bad_input(y: Tensor, vector: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        REFERENCE.bn_relu(y, vector, vector, None, None)
+
+
+def test_nan_passes_as_in_eager() -> None:
+    y = hostile_input("plain", torch.float64, "channels_last").y
+    y[1, 2, 3, 4] = y[1, 2, 4, 4] = y[0, 0, 0, 0] = math.nan
+    ones, zeros = torch.ones(y.shape[1]).double(), torch.zeros(y.shape[1]).double()
+    out = REFERENCE.bn_relu(y, zeros, ones, None, None)
+    assert torch.equal(out.isnan(), y.isnan())
+    _, mask = REFERENCE.bn_add_relu(y, zeros, ones, None, None, torch.zeros_like(y))
+    assert unpack_mask(mask, y)[y.isnan()].all()
+
+    leaf = y.clone().requires_grad_()
+    pooled = F.max_pool2d(F.relu(leaf), 3, stride=2, padding=1)
+    grad = torch.randn_like(pooled)
+    (expected,) = torch.autograd.grad(pooled, leaf, grad)
+    out, indices = REFERENCE.bn_relu_maxpool(y, zeros, ones, None, None)
+    assert torch.equal(out.isnan(), pooled.isnan())
+    dy = REFERENCE.bn_relu_maxpool_backward(grad, indices, y, zeros, ones, None, None, None)
+    torch.testing.assert_close(dy, expected, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_backward_is_differentiable(stem: str) -> None:
+    """What double backward stands on: autograd goes through the explicit backward, the sums among it."""
+    step = make_step(stem, hostile_input("odd_size", torch.float64, "channels_last"))
+
+    def backward(y: Tensor, grad: Tensor) -> Tensor:
+        return fused_step(REFERENCE, replace(step, y=y, grad=grad))["dy"]
+
+    y, grad = step.y.clone().requires_grad_(), step.grad.clone().requires_grad_()
+    assert torch.autograd.gradcheck(backward, (y, grad), fast_mode=True)
 
 
 def test_every_primitive_is_there() -> None:
-    names = {"batch_norm_stats"} | {f"{s}{part}" for s in STEMS for part in ("", "_backward_reduce", "_backward")}
-    assert names <= vars(REFERENCE).keys()
-    assert len(MODULES) == 5
+    parts = ("", "_backward_reduce", "_backward")
+    assert set(vars(REFERENCE)) == {"batch_norm_stats"} | {stem + part for stem in STEMS for part in parts}

@@ -37,6 +37,10 @@ template <typename T>
 T __ldg(const T* pointer) {
   return *pointer;
 }
+template <typename T>
+void __stwb(T* pointer, T value) {
+  *pointer = value;
+}
 
 template <typename To, typename From>
 To emulated_bits(From from) {

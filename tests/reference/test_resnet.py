@@ -1,0 +1,252 @@
+"""The reference models: torchvision's names, shapes, initialisation, arguments and errors."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resnet_fused import reference
+from resnet_fused.reference.resnet import BLOCKS, build
+
+TORCHVISION: dict[str, Any] = json.loads((Path(__file__).parents[1] / "torchvision_resnets.json").read_text())
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_names_shapes_and_parameter_count(name: str) -> None:
+    with torch.device("meta"):
+        model = getattr(reference, name)()
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    assert shapes == TORCHVISION[name]["state_dict"]
+    assert list(shapes) == list(TORCHVISION[name]["state_dict"])
+    assert sum(p.numel() for p in model.parameters()) == TORCHVISION[name]["parameters"]
+
+
+def test_the_table_and_the_constructors_are_the_same_ten() -> None:
+    assert list(reference.ARCHITECTURES) == list(TORCHVISION)
+    for name in TORCHVISION:
+        constructor = getattr(reference, name)
+        assert constructor.__name__ == name and constructor.__doc__
+        parameters = inspect.signature(constructor).parameters
+        assert {n: p.default for n, p in list(parameters.items())[:2]} == {"weights": None, "progress": True}
+        assert {p.kind for p in list(parameters.values())[:2]} == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_positional_order_of_the_arguments() -> None:
+    assert list(inspect.signature(reference.ResNet).parameters) == [
+        "block",
+        "layers",
+        "num_classes",
+        "zero_init_residual",
+        "groups",
+        "width_per_group",
+        "replace_stride_with_dilation",
+        "norm_layer",
+    ]
+    for block in (reference.BasicBlock, reference.Bottleneck):
+        assert list(inspect.signature(block).parameters) == [
+            "inplanes",
+            "planes",
+            "stride",
+            "downsample",
+            "groups",
+            "base_width",
+            "dilation",
+            "norm_layer",
+        ]
+
+
+def test_modules_and_attributes() -> None:
+    with torch.device("meta"):
+        model: Any = reference.resnext50_32x4d()
+    names = "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4 avgpool fc"
+    assert [name for name, _ in model.named_children()] == names.split()
+    assert (model.inplanes, model.dilation, model.groups, model.base_width) == (2048, 1, 32, 4)
+    assert model.relu.inplace
+    block: Any = model.layer2[0]
+    assert " ".join(n for n, _ in block.named_children()) == "conv1 bn1 conv2 bn2 conv3 bn3 relu downsample"
+    assert [type(m) for m in block.downsample] == [nn.Conv2d, nn.BatchNorm2d]
+    assert (block.stride, model.layer2[1].stride, model.layer2[1].downsample) == (2, 1, None)
+    # The stride sits on the 3x3.
+    assert [m.stride[0] for m in (block.conv1, block.conv2, block.conv3)] == [1, 2, 1]
+    assert (reference.BasicBlock.expansion, reference.Bottleneck.expansion) == (1, 4)
+
+
+def test_initialization_is_drawn_in_torchvisions_order() -> None:
+    """Recomputed from the shapes alone: what the layers draw when made, then a normal for every convolution."""
+    torch.manual_seed(11)
+    model = reference.resnet18(num_classes=5)
+    found = model.state_dict()
+
+    torch.manual_seed(11)
+    convolutions = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    # A block's downsample comes after it among the modules, but is made before it.
+    made = sorted(convolutions, key=lambda n: (n.split(".")[:2], "downsample" not in n))
+    assert made[0] == "conv1" and made.index("layer2.0.downsample.0") < made.index("layer2.0.conv1")
+    for name in made:
+        fan_in = found[f"{name}.weight"][0].numel()
+        torch.empty_like(found[f"{name}.weight"]).uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+    bound = 1 / math.sqrt(512)
+    assert torch.equal(found["fc.weight"], torch.empty(5, 512).uniform_(-bound, bound))
+    assert torch.equal(found["fc.bias"], torch.empty(5).uniform_(-bound, bound))
+    for name in convolutions:
+        weight = found[f"{name}.weight"]
+        fan_out = weight.shape[0] * weight.shape[2] * weight.shape[3]
+        assert torch.equal(weight, torch.empty_like(weight).normal_(0, math.sqrt(2 / fan_out))), name
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == 1).all() and (module.bias == 0).all(), name
+
+
+@pytest.mark.parametrize(("name", "last"), [("resnet18", "bn2"), ("resnet50", "bn3")])
+def test_zero_init_residual(name: str, last: str) -> None:
+    model = getattr(reference, name)(zero_init_residual=True)
+    for module_name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            is_last = module_name.startswith("layer") and module_name.endswith(f".{last}")
+            assert (module.weight == (0 if is_last else 1)).all(), module_name
+
+
+def test_dilation_replaces_strides() -> None:
+    with torch.device("meta"):
+        model: Any = reference.resnet50(replace_stride_with_dilation=[False, True, True])
+    assert model.dilation == 4
+    dilations = {
+        f"{n}.{i}": b.conv2.dilation[0] for n in ("layer3", "layer4") for i, b in enumerate(getattr(model, n))
+    }
+    assert [dilations[f"layer3.{i}"] for i in range(6)] == [1, 2, 2, 2, 2, 2]
+    assert [dilations[f"layer4.{i}"] for i in range(3)] == [2, 4, 4]
+    assert all(m.stride == (1, 1) for n, m in model.layer4.named_modules() if isinstance(m, nn.Conv2d))
+    features = nn.Sequential(
+        model.conv1, model.maxpool, model.layer1, model.layer2, model.layer3, model.layer4
+    )
+    assert features(torch.empty(1, 3, 97, 65, device="meta")).shape == (1, 2048, 13, 9)
+
+
+def test_another_norm_layer() -> None:
+    model: Any = reference.resnet18(num_classes=4, norm_layer=lambda channels: nn.GroupNorm(8, channels))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert isinstance(model.layer2[0].downsample[1], nn.GroupNorm)
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 4)
+    zeroed: Any = reference.resnet18(
+        zero_init_residual=True, norm_layer=lambda channels: nn.GroupNorm(8, channels)
+    )
+    assert (zeroed.layer1[0].bn2.weight == 0).all()
+
+
+def test_batch_norm_without_parameters() -> None:
+    def norm_layer(channels: int) -> nn.Module:
+        return nn.BatchNorm2d(channels, affine=False)
+
+    model = reference.resnet18(num_classes=4, zero_init_residual=True, norm_layer=norm_layer)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 4)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (33, 47), (64, 64), (97, 65)])
+@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d"])
+def test_forward_shape(name: str, size: tuple[int, int]) -> None:
+    with torch.device("meta"):
+        model = getattr(reference, name)(num_classes=7)
+        assert model(torch.empty(2, 3, *size)).shape == (2, 7)
+
+
+def test_a_block_is_what_the_paper_says() -> None:
+    """relu(bn(conv(relu(bn(conv(x))))) + shortcut), by functions."""
+    model: Any = reference.resnet18()
+    block = model.layer2[0].double()
+    x = torch.randn(2, 64, 9, 7, dtype=torch.float64)
+
+    def norm(y: Tensor) -> Tensor:
+        centred = y - y.mean((0, 2, 3), keepdim=True)
+        return centred / (centred.square().mean((0, 2, 3), keepdim=True) + 1e-5).sqrt()
+
+    out = norm(nn.functional.conv2d(x, block.conv1.weight, stride=2, padding=1)).relu()
+    out = norm(nn.functional.conv2d(out, block.conv2.weight, padding=1))
+    out = out + norm(nn.functional.conv2d(x, block.downsample[0].weight, stride=2))
+    torch.testing.assert_close(block(x), out.relu(), rtol=1e-11, atol=1e-11)
+
+
+def test_state_dict_round_trip(tmp_path: Path) -> None:
+    first, second = reference.resnet18(num_classes=3), reference.resnet18(num_classes=3)
+    x = torch.randn(4, 3, 33, 31)
+    first(x)  # moves the running statistics
+    torch.save(first.state_dict(), tmp_path / "model.pt")
+    second.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True), strict=True)
+    assert torch.equal(first.eval()(x), second.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "error", "message"),
+    [
+        (
+            "resnet50",
+            {"replace_stride_with_dilation": [True]},
+            ValueError,
+            r"replace_stride_with_dilation should be None or a 3-element tuple, got \[True\]",
+        ),
+        ("resnet18", {"groups": 2}, ValueError, "BasicBlock only supports groups=1 and base_width=64"),
+        (
+            "resnet34",
+            {"width_per_group": 128},
+            ValueError,
+            "BasicBlock only supports groups=1 and base_width",
+        ),
+        (
+            "resnet18",
+            {"replace_stride_with_dilation": [False, True, True]},
+            NotImplementedError,
+            "Dilation > 1 not supported in BasicBlock",
+        ),
+        (
+            "resnext50_32x4d",
+            {"groups": 4},
+            ValueError,
+            "The parameter 'groups' expected value 32 but got 4 instead.",
+        ),
+        (
+            "wide_resnet50_2",
+            {"width_per_group": 64},
+            ValueError,
+            "'width_per_group' expected value 128 but got 64",
+        ),
+        ("resnet50", {"classes": 10}, TypeError, "unexpected keyword argument 'classes'"),
+        ("resnet50", {"weights": "IMAGENET1K_V1"}, ValueError, r"resnet50\(\) holds no .*load_state_dict"),
+    ],
+)
+def test_bad_arguments(name: str, kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
+    with torch.device("meta"), pytest.raises(error, match=message):
+        getattr(reference, name)(**kwargs)
+
+
+def test_accepted_arguments_without_effect() -> None:
+    with torch.device("meta"):
+        reference.resnext50_32x4d(weights=None, progress=False, groups=32, width_per_group=4)
+
+
+def test_bad_input_fails_as_in_batch_norm() -> None:
+    model = reference.resnet18()
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        model(torch.randn(1, 3, 32, 32))
+    with pytest.raises(RuntimeError, match="channels"):
+        model(torch.randn(2, 4, 32, 32))
+
+
+def test_subclasses_are_built_from_the_same_table() -> None:
+    class Model(reference.ResNet):
+        pass
+
+    class Block(reference.Bottleneck):
+        pass
+
+    with torch.device("meta"):
+        model: Any = build(
+            "resnext50_32x4d", Model, {**BLOCKS, "bottleneck": Block}, None, {"num_classes": 3}
+        )
+    assert type(model) is Model and type(model.layer1[0]) is Block
+    assert model.layer1[0].conv2.groups == 32
