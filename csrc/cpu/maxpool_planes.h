@@ -128,7 +128,7 @@ RESNET_FUSED_INLINE void backward_plane(const BackwardPlane<T>& args) {
     if (args.batch_statistics) {
       RESNET_FUSED_VECTOR
       for (int64_t i = 0; i < shape.width; i++)
-        dy[i] = store<T>(dz[i] * scale + ((load(y[i]) - mean) * slope + offset));
+        dy[i] = store<T>(scale * (dz[i] + ((load(y[i]) - mean) * slope + offset)));
     } else {
       RESNET_FUSED_VECTOR
       for (int64_t i = 0; i < shape.width; i++) dy[i] = store<T>(dz[i] * scale);

@@ -51,19 +51,18 @@ void fill_affine(const Norm& norm, Vectors<S>& vectors, int k) {
   fill_bias(norm, vectors, k + 2);
 }
 
-// The vectors k and k+1: slope and offset of dy = scale * dz + ((y - mean) * slope + offset). Without sums they are
-// zero and not to be used: y may be infinite.
+// The vectors k and k+1: slope and offset of dy = scale * (dz + ((y - mean) * slope + offset)). What cancels
+// is added before it is scaled, so that the scale's own rounding stays relative to the result. Without sums
+// they are zero and not to be used: y may be infinite.
 template <class S>
 void fill_backward(const Norm& norm, const NormSums& sums, int64_t pixels, Vectors<S>& vectors, int k) {
   const S* invstd = static_cast<const S*>(norm.invstd);
-  const S* weight = static_cast<const S*>(norm.weight);
   const S* sum_dz = static_cast<const S*>(sums.sum_dz);
   const S* sum_dz_xhat = static_cast<const S*>(sums.sum_dz_xhat);
   if (sum_dz == nullptr || sum_dz_xhat == nullptr) return;
   for (int64_t c = 0; c < vectors.channels(); c++) {
-    const double scale = double(invstd[c]) * (weight ? double(weight[c]) : 1.0) / double(pixels);
-    vectors[k][c] = S(-scale * double(invstd[c]) * double(sum_dz_xhat[c]));
-    vectors[k + 1][c] = S(-scale * double(sum_dz[c]));
+    vectors[k][c] = S(-double(invstd[c]) * double(sum_dz_xhat[c]) / double(pixels));
+    vectors[k + 1][c] = S(-double(sum_dz[c]) / double(pixels));
   }
 }
 

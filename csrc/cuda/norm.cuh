@@ -41,36 +41,39 @@ struct NormVectors {
   }
 };
 
-// dy = scale * (dz - mean_dz - (y - mean) * slope)
+// dy = scale * (dz + ((y - mean) * slope + offset)). What cancels is added before it is scaled, so that the
+// scale's own rounding stays relative to the result.
 template <typename S>
 struct GradientCoefficients {
-  S mean, scale, mean_dz, slope;
+  S mean, scale, slope, offset;
 };
 
 template <typename S>
 struct GradientVectors {
   NormVectors<S> norm;
   const S *sum_dz, *sum_dz_xhat;
-  S inverse_pixels;
+  double pixels;
 
   GradientVectors(const Norm& norm, const NormSums& sums, int64_t pixels)
       : norm(norm),
         sum_dz(static_cast<const S*>(sums.sum_dz)),
         sum_dz_xhat(static_cast<const S*>(sums.sum_dz_xhat)),
-        inverse_pixels(static_cast<S>(1.0 / static_cast<double>(pixels))) {}
+        pixels(static_cast<double>(pixels)) {}
 
   __device__ bool batch_statistics() const { return sum_dz != nullptr; }
   __device__ GradientCoefficients<S> coefficients(int64_t c) const {
     GradientCoefficients<S> k{__ldg(norm.mean + c), norm.scale(c), S(0), S(0)};
     if (batch_statistics()) {
-      k.mean_dz = __ldg(sum_dz + c) * inverse_pixels;
-      k.slope = __ldg(norm.invstd + c) * (__ldg(sum_dz_xhat + c) * inverse_pixels);
+      const double invstd = __ldg(norm.invstd + c), sum = __ldg(sum_dz + c),
+                   sum_xhat = __ldg(sum_dz_xhat + c);
+      k.slope = static_cast<S>(-invstd * sum_xhat / pixels);
+      k.offset = static_cast<S>(-sum / pixels);
     }
     return k;
   }
   // Frozen statistics must not touch y: an infinite y times a slope of zero would be NaN.
   __device__ S operator()(const GradientCoefficients<S>& k, S dz, S y) const {
-    return k.scale * (batch_statistics() ? multiply_add(k.mean - y, k.slope, dz - k.mean_dz) : dz);
+    return k.scale * (batch_statistics() ? dz + multiply_add(y - k.mean, k.slope, k.offset) : dz);
   }
 };
 

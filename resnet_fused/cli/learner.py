@@ -207,7 +207,7 @@ class Learner:
         if progress.step and before != (self.steps_per_epoch, self.settings.seed):
             raise UserError(
                 f"{path} stands at step {progress.step} of an epoch of {before[0]} steps, seed {before[1]}; "
-                f"now there are {self.steps_per_epoch} steps seed {self.settings.seed}: "
+                f"now there are {self.steps_per_epoch} steps, seed {self.settings.seed}: "
                 "go on with the same data, --batch-size, --seed and number of processes"
             )
         try:

@@ -206,7 +206,7 @@ class Run:
             if lead.step % self.look_every == 0:
                 mark = self.look(mark)
         self.look(mark)
-        # First all evaluations, which a signal may cut short, then all ends of the epoch: learners stay level.
+        # All evaluations, which a signal may cut short, before any end of the epoch: learners stay level.
         results = [learner.evaluate(self.watched(self.batches.held_out())) for learner in self.learners]
         for learner, result in zip(self.learners, results, strict=True):
             rate = learner.optimizer.param_groups[0]["lr"]  # of the latest step, also after resuming

@@ -1,0 +1,101 @@
+"""A small folder of images, and a way to run the command line in this process."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from resnet_fused.cli.main import main
+
+Cli = Callable[..., "Result"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def make_images(root: Path) -> Path:
+    """Bright and dark images: 9 of each to train on, 9 held out in all; PNG and JPEG, of odd sizes and modes."""
+    from PIL import Image
+
+    draw = random.Random(0)
+    modes = ("RGB", "L", "RGB", "P")
+    for part, counts in (("train", (9, 9)), ("val", (4, 5))):
+        for (name, low), count in zip((("bright", 130), ("dark", 0)), counts, strict=True):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                size = draw.randint(18, 40), draw.randint(18, 40)
+                pixels = bytes(low + draw.randrange(120) for _ in range(3 * size[0] * size[1]))
+                image = Image.frombytes("RGB", size, pixels)
+                image = image.convert(modes[index % 4])
+                image.save(folder / f"{index}.{'png' if index % 2 else 'JPEG'}")
+    return root
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`make_images`, once; not to be changed."""
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
+    """Runs `python -m resnet_fused ARGUMENTS` in this process."""
+
+    def call(*arguments: object) -> Result:
+        capfd.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return Result(code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def train(cli: Cli, images: Path, tmp_path: Path) -> Cli:
+    """Trains on the small folder, 4 steps an epoch, into `tmp_path / out`."""
+
+    def call(*arguments: object, out: str = "out") -> Result:
+        small = ("--image-size", 16, "--batch-size", 4, "--epochs", 2, "--workers", 0, "--device", "cpu")
+        return cli("train", "--data", images, *small, "--out", tmp_path / out, *arguments)
+
+    return call
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A checkpoint, read as a user would."""
+    state: dict[str, Any] = torch.load(path, weights_only=True)
+    return state
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """Two checkpoints stand at the same place with the same bits; times aside."""
+    a, b = load(one), load(two)
+    assert a["model"].keys() == b["model"].keys()
+    for name, value in a["model"].items():
+        assert torch.equal(value, b["model"][name]), name
+    for index, buffers in a["optimizer"]["state"].items():
+        assert torch.equal(buffers["momentum_buffer"], b["optimizer"]["state"][index]["momentum_buffer"]), (
+            index
+        )
+    assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
+    first, second = a["progress"], b["progress"]
+    for key in ("epoch", "step", "loss", "correct", "seen", "best"):
+        assert first[key] == second[key], key
+    assert torch.equal(first["losses"], second["losses"])
+    timeless = [
+        [{k: v for k, v in record.items() if "second" not in k} for record in run["history"]]
+        for run in (first, second)
+    ]
+    assert timeless[0] == timeless[1]

@@ -1,0 +1,240 @@
+"""Every mistake at the command line: one line on stderr that names it, exit code 2, nothing lost."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from resnet_fused.cli import learner
+from tests.cli.conftest import Cli, Result, load, make_images
+
+
+def assert_refused(result: Result, *words: str) -> None:
+    assert result.code == 2
+    assert result.err.startswith("resnet_fused: error: ")
+    assert result.err.count("\n") == 1, result.err
+    for word in words:
+        assert word in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), ["COMMAND", "--help"]),
+        (("trian",), ["trian", "train", "info"]),
+        (("train", "--arch", "resnet17"), ["resnet17", "resnet18", "wide_resnet101_2"]),
+        (("train", "--impl", "fast"), ["fast", "compare"]),
+        (("train", "--precision", "fp8"), ["fp8", "bf16"]),
+        (("train", "--epochs", "0"), ["--epochs", "'0'", "above 0"]),
+        (("train", "--epochs", "many"), ["--epochs", "'many'"]),
+        (("train", "--lr", "nan"), ["--lr", "'nan'"]),
+        (("train", "--lr", "-1"), ["--lr"]),
+        (("train", "--momentum", "1"), ["--momentum", "below 1"]),
+        (("train", "--colour"), ["--colour"]),
+        (("train", "--batch-size", "1"), ["--batch-size 1", "at least 2"]),
+        (("train", "--batch-size", "1349"), ["--batch-size 1349", "1348 images", "at most 1348"]),
+        (("train", "--image-size", "15"), ["--image-size 15", "at least 16"]),
+        (("train", "--device", "tpu-ish"), ["tpu-ish", "cuda:N"]),
+        (("train", "--device", "meta"), ["meta", "not supported"]),
+        (("train", "--data", "nowhere"), ["nowhere", "no such folder"]),
+    ],
+)
+def test_arguments(arguments: tuple[str, ...], words: list[str], cli: Cli, tmp_path: Path) -> None:
+    extra = ("--out", tmp_path / "out") if arguments[:1] == ("train",) else ()
+    assert_refused(cli(*arguments, *extra), *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_missing_gpu(cli: Cli) -> None:
+    assert_refused(cli("train", "--device", "cuda"), "--device cuda", "--device cpu")
+
+
+def _remove(path: str) -> Callable[[Path], None]:
+    return lambda root: shutil.rmtree(root / path)
+
+
+def _empty(path: str) -> Callable[[Path], None]:
+    def spoil(root: Path) -> None:
+        shutil.rmtree(root / path)
+        (root / path).mkdir()
+
+    return spoil
+
+
+def _rename(old: str, new: str) -> Callable[[Path], None]:
+    return lambda root: (root / old).rename(root / new) and None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (_remove("train"), ["train/ is missing"]),
+        (_remove("val"), ["val/ is missing"]),
+        (_empty("train"), ["train holds no class folders"]),
+        (_remove("train/dark"), ["one class (bright)"]),
+        (_empty("train/dark"), ["dark holds no images", ".png"]),
+        (_empty("val/dark"), ["val", "dark holds no images"]),
+        (_rename("val/dark", "val/grim"), ["missing dark", "only in val grim"]),
+        (_remove("val/dark"), ["one class"]),
+    ],
+)
+def test_folder(spoil: Callable[[Path], None], words: list[str], cli: Cli, tmp_path: Path) -> None:
+    spoil(make_images(tmp_path / "data"))
+    assert_refused(
+        cli("train", "--data", tmp_path / "data", "--out", tmp_path / "out"), str(tmp_path), *words
+    )
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _truncate,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"not an image at all"),
+        lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 50),
+    ],
+    ids=["truncated", "empty", "text", "header only"],
+)
+def test_corrupt_image(damage: Callable[[Path], None], workers: int, cli: Cli, tmp_path: Path) -> None:
+    bad = make_images(tmp_path / "data") / "train" / "dark" / "3.png"
+    damage(bad)
+    arguments = ("--data", tmp_path / "data", "--image-size", 16, "--batch-size", 4, "--workers", workers)
+    assert_refused(cli("train", *arguments, "--out", tmp_path / "out"), str(bad), "replace or remove")
+
+
+def test_unwritable_out(train: Cli, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert_refused(train("--out", tmp_path / "file" / "out"), "--out", "cannot be written", "another")
+
+
+def test_out_that_holds_a_run(train: Cli, tmp_path: Path) -> None:
+    assert train("--max-steps", 1).code == 0
+    before = (tmp_path / "out" / "last.pt").read_bytes()
+    assert_refused(train("--max-steps", 1), "already holds a run", "--resume", "--overwrite")
+    assert (tmp_path / "out" / "last.pt").read_bytes() == before
+    assert train("--max-steps", 1, "--overwrite").code == 0
+
+
+def test_loss_that_is_not_finite(train: Cli, tmp_path: Path) -> None:
+    assert train("--max-steps", 2).code == 0
+    last = tmp_path / "out" / "last.pt"
+    before = last.read_bytes()
+    result = train("--resume", "--lr", "1e38")
+    assert_refused(result, "fused", "epoch 1, step 4", "untouched", "--lr (it is 1e+38)")
+    assert last.read_bytes() == before
+    assert all(value.isfinite().all() for value in load(last)["model"].values())
+
+
+@pytest.mark.parametrize("damage", ["missing", "text", "truncated", "flipped", "pickle", "foreign", "format"])
+def test_checkpoint(damage: str, train: Cli, tmp_path: Path) -> None:
+    assert train("--max-steps", 1).code == 0
+    last = tmp_path / "out" / "last.pt"
+    whole = last.read_bytes()
+    words = [str(last)]
+    if damage == "missing":
+        last.unlink()
+        words = [str(tmp_path), "no checkpoint"]
+    elif damage == "text":
+        last.write_text("hello")
+    elif damage == "truncated":
+        last.write_bytes(whole[: len(whole) // 2])
+    elif damage == "flipped":
+        middle = len(whole) // 2
+        last.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+        words.append("damaged")
+    elif damage == "pickle":
+        torch.save({"model": torch.nn.Linear(1, 1)}, last)
+    elif damage == "foreign":
+        torch.save(load(last)["model"], last)
+        words += ["lacks", "optimizer"]
+    else:
+        torch.save(load(last) | {"format": "resnet_fused training 0"}, last)
+        words.append("resnet_fused training 0")
+    left = last.read_bytes() if last.exists() else None
+    assert_refused(train("--resume"), *words)
+    assert (last.read_bytes() if last.exists() else None) == left
+
+
+def test_checkpoint_of_another_architecture(train: Cli) -> None:
+    assert train("--max-steps", 1).code == 0
+    assert_refused(train("--resume", "--arch", "resnet34"), "resnet18", "resnet34")
+
+
+def test_checkpoint_of_other_classes(train: Cli, tmp_path: Path) -> None:
+    assert train("--max-steps", 1).code == 0
+    data = make_images(tmp_path / "data")
+    for part in ("train", "val"):
+        shutil.copytree(data / part / "dark", data / part / "middling")
+    assert_refused(
+        train("--resume", "--data", data), "2 classes (bright, dark)", "3 classes (bright, dark, middling)"
+    )
+
+
+def test_checkpoint_in_mid_epoch_with_another_batch_size(train: Cli) -> None:
+    assert train("--max-steps", 1).code == 0
+    assert_refused(train("--resume", "--batch-size", 8), "step 1 of an epoch of 4", "2 steps", "--batch-size")
+
+
+def test_checkpoint_that_does_not_fit(train: Cli, tmp_path: Path) -> None:
+    assert train("--max-steps", 1).code == 0
+    last = tmp_path / "out" / "last.pt"
+    state = load(last)
+    del state["model"]["fc.bias"]
+    torch.save(state, last)
+    assert_refused(train("--resume"), str(last), "resnet18", "fc.bias")
+
+
+def test_one_checkpoint_is_no_comparison(train: Cli) -> None:
+    assert train("--max-steps", 1).code == 0
+    assert_refused(train("--resume", "--impl", "compare"), "--impl fused", "--impl compare")
+
+
+def test_max_steps_that_are_done(train: Cli) -> None:
+    assert train("--max-steps", 2).code == 0
+    assert_refused(train("--max-steps", 2, "--resume"), "--max-steps 2", "already", "larger")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_precision_without_a_kernel(precision: str, train: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise RuntimeError("not implemented for this dtype")
+
+    monkeypatch.setattr(learner.F, "conv2d", missing)
+    assert_refused(train("--precision", precision), f"--precision {precision}", "cpu", "--precision fp32")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "data"),
+    [
+        ("tqdm", "tqdm", "folder"),
+        ("matplotlib", "matplotlib", "folder"),
+        ("numpy", "numpy", "folder"),
+        ("PIL", "Pillow", "folder"),
+        ("sklearn", "scikit-learn", "digits"),
+    ],
+)
+def test_missing_package(
+    module: str, name: str, data: str, cli: Cli, train: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for loaded in [key for key in sys.modules if key.split(".")[0] == module]:
+        monkeypatch.setitem(sys.modules, loaded, None)
+    monkeypatch.setitem(sys.modules, module, None)
+    result = train() if data == "folder" else cli("train", "--out", tmp_path / "out")
+    assert_refused(result, f"{name} is not installed", "pip install 'resnet_fused[train]'")
+
+
+def test_a_common_mistake_is_said_once_under_torchrun(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli("train", "--batch-size", 1) == Result(2, "", "")

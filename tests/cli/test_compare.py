@@ -1,0 +1,132 @@
+"""`--impl compare`: its table, its picture, and what it counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resnet_fused.cli import compare
+from resnet_fused.cli.compare import spread, timed_steps
+from resnet_fused.cli.data import open_source
+from resnet_fused.cli.distributed import World
+from resnet_fused.cli.learner import Learner
+from resnet_fused.cli.settings import settle
+from tests.cli.conftest import Cli, load
+
+
+def test_table_and_picture(train: Cli, tmp_path: Path) -> None:
+    result = train("--impl", "compare", "--epochs", 3)
+    assert result.code == 0, result.err
+    out = tmp_path / "out"
+    for words in (
+        "img/s, median of steps",
+        "paired steps",
+        "memory held for backward",
+        "held-out accuracy",
+        "points",
+    ):
+        assert words in result.out
+    table = json.loads((out / "compare.json").read_text())
+    assert table["timed_steps"] == 3 * 4 - compare.WARM_UP
+    for name in ("fused", "reference"):
+        row, progress = table[name], load(out / name / "last.pt")["progress"]
+        rate = row["images_per_second"]
+        assert 0 < rate["p20"] <= rate["median"] <= rate["p80"]
+        assert row["held_out_accuracy"] == progress["history"][-1]["val_accuracy"]
+        assert len(progress["step_seconds"]) == table["timed_steps"]
+        assert len((out / name / "metrics.jsonl").read_text().splitlines()) == 3
+    assert 0 < table["speedup"]["p20"] <= table["speedup"]["median"] <= table["speedup"]["p80"]
+    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_few_steps_still_end_with_a_table(train: Cli, tmp_path: Path) -> None:
+    result = train("--impl", "compare", "--max-steps", 2)
+    assert result.code == 0
+    assert "not timed" in result.out and "held-out accuracy" in result.out
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())["timed_steps"] == 0
+
+
+def _learner(name: str, size: int = 32) -> Learner:
+    settings = settle({"image_size": size, "batch_size": 4}, {})
+    return Learner(name, settings, open_source("digits", size, 0), 10, torch.device("cpu"), World())
+
+
+def test_both_start_with_the_same_weights() -> None:
+    fused, reference = _learner("fused"), _learner("reference")
+    for (name, a), (other, b) in zip(
+        fused.model.state_dict().items(), reference.model.state_dict().items(), strict=True
+    ):
+        assert name == other and torch.equal(a, b)
+
+
+def test_steps_alternate_and_share_their_batch() -> None:
+    turns: list[tuple[str, int]] = []
+
+    class Stub(Learner):
+        def __init__(self, name: str) -> None:
+            full = _learner(name)
+            self.__dict__.update(full.__dict__)
+
+        def step(self, images: Tensor, labels: Tensor) -> None:
+            turns.append((self.name, id(images)))
+            self.progress.step += 1
+
+    learners = [Stub("fused"), Stub("reference")]
+    for number in range(4):
+        timed_steps(learners, torch.zeros(number + 1), torch.zeros(1), keep=number > 0)
+    assert [name for name, _ in turns] == ["fused", "reference", "reference", "fused"] * 2
+    assert [a == b for (_, a), (_, b) in zip(turns[::2], turns[1::2], strict=True)] == [True] * 4
+    assert [len(learner.progress.step_seconds) for learner in learners] == [3, 3]
+
+
+def test_memory_counts_each_storage_once_and_no_parameters() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(10, 100))
+            self.register_buffer("scale", torch.ones(100))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2  # saves nothing but a number
+            z = y.sigmoid()  # saves its result
+            return (
+                z * z * self.scale
+            ) @ self.weight.t()  # saves z (again), the scale, z*z, the product, the weight
+
+    learner = _learner("reference")
+    learner.model = Model()
+    x = torch.ones(7, 100, requires_grad=True)
+    held, peak = compare.memory(learner, x, torch.zeros(7, dtype=torch.long))
+    assert peak is None
+    assert held == 3 * 7 * 100 * 4  # z, z*z and the product
+
+
+def test_measuring_leaves_the_model_as_it_is() -> None:
+    learner = _learner("fused")
+    before = {name: value.clone() for name, value in learner.model.state_dict().items()}
+    images, labels = learner.prepare(
+        (torch.zeros(4, 32, 32, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.long))
+    )
+    held = {name: compare.memory(_learner(name), images, labels)[0] for name in ("fused", "reference")}
+    compare.memory(learner, images, labels)
+    assert all(torch.equal(value, before[name]) for name, value in learner.model.state_dict().items())
+    assert 0 < held["fused"] < held["reference"]
+
+
+def test_spread() -> None:
+    assert spread([]) is None
+    assert spread([2.0]) == {"median": 2, "p20": 2, "p80": 2}
+    assert spread([float(x) for x in range(11)]) == {"median": 5, "p20": 2, "p80": 8}
+
+
+@pytest.mark.gpu
+def test_gpu(cli: Cli, images: Path, tmp_path: Path) -> None:
+    small = ("--image-size", 64, "--batch-size", 4, "--epochs", 3, "--workers", 0, "--precision", "bf16")
+    result = cli("train", "--impl", "compare", "--data", images, *small, "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert "peak memory of a step" in result.out
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())["fused"]["peak_step_bytes"] > 0

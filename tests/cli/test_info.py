@@ -1,0 +1,56 @@
+"""`python -m resnet_fused info`, and what starting the program loads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import resnet_fused
+from tests.cli.conftest import Cli
+
+
+def test_info(cli: Cli) -> None:
+    result = cli("info")
+    assert result.code == 0 and not result.err
+    rows = {line.split("  ")[0]: line for line in result.out.splitlines()}
+    assert rows["resnet_fused"].endswith(resnet_fused.__version__)
+    assert rows["torch"].endswith(torch.__version__)
+    assert rows["CPU threads"].endswith(str(torch.get_num_threads()))
+    assert "triton" in rows and "CUDA of torch" in rows
+    for op in ("bn_relu", "bn_add_relu", "bn_bn_add_relu", "bn_relu_maxpool", "batch_norm_stats"):
+        assert "cpu" in rows[op] and ("native" in rows[op] or "reference" in rows[op])
+
+
+def test_info_says_why_native_is_missing(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resnet_fused.backend.__globals__["native"], "is_loaded", False)
+    monkeypatch.setattr(resnet_fused.backend.__globals__["native"], "missing_reason", "the cellar is shut")
+    lines = cli("info").out.splitlines()
+    assert any(
+        line.startswith("bn_relu ") and "reference" in line and "the cellar is shut" in line for line in lines
+    )
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    from resnet_fused.cli.main import main
+
+    for arguments in (["--help"], ["train", "--help"], ["info", "--help"]):
+        with pytest.raises(SystemExit) as left:
+            main(arguments)
+        assert left.value.code == 0
+    assert "--no-channels-last" in capsys.readouterr().out
+
+
+def test_the_library_and_info_need_no_optional_package() -> None:
+    optional = ("sklearn", "matplotlib", "tqdm", "PIL", "scipy")
+    program = (
+        "import sys, resnet_fused\n"
+        f"assert not [m for m in {optional} if m in sys.modules]\n"
+        "assert 'resnet_fused.cli' not in sys.modules\n"
+        f"sys.modules.update(dict.fromkeys({(*optional, 'numpy')}))\n"
+        "from resnet_fused.cli.main import main\n"
+        "raise SystemExit(main(['info']))\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=60)

@@ -1,0 +1,132 @@
+"""Training itself: it learns, it writes down what it does, in every precision, on one process and on two."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from resnet_fused.cli.learner import Learner, learning_rate
+from resnet_fused.cli.settings import BY_DATA, Settings, settle
+from tests.cli.conftest import Cli, assert_same_run, load
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test_learns_a_folder_of_images(train: Cli, tmp_path: Path) -> None:
+    result = train("--epochs", 6)
+    assert result.code == 0, result.err
+    out = tmp_path / "out"
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    assert lines[-1]["val_accuracy"] == 1
+    assert all(line["images_per_second"] > 0 for line in lines)
+    assert result.out.count("held-out loss") == 6
+    assert (out / "curves.png").read_bytes().startswith(PNG)
+    assert json.loads((out / "config.json").read_text())["settings"]["batch_size"] == 4
+    assert load(out / "best.pt")["progress"]["best"] == 1
+
+
+def test_learns_digits(cli: Cli, tmp_path: Path) -> None:
+    arguments = ("--epochs", 2, "--batch-size", 32, "--device", "cpu", "--out", tmp_path)
+    assert cli("train", *arguments).code == 0
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["val_accuracy"] > 0.7
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+def test_lower_precision(precision: str, impl: str, train: Cli, tmp_path: Path) -> None:
+    result = train("--precision", precision, "--impl", impl, "--max-steps", 3)
+    if result.code == 2:
+        assert f"--precision {precision} is not supported on cpu" in result.err
+        return
+    state = load(tmp_path / "out" / "last.pt")
+    assert bool(state["scaler"]) == (precision == "fp16")
+    assert all(map(math.isfinite, state["progress"]["losses"].tolist()))
+    assert train("--resume").code == 0
+
+
+def test_contiguous_layout(train: Cli, tmp_path: Path) -> None:
+    assert train("--no-channels-last", "--max-steps", 1).code == 0
+    assert load(tmp_path / "out" / "last.pt")["model"]["layer1.0.conv1.weight"].is_contiguous()
+
+
+def test_learning_rate() -> None:
+    settings = Settings(lr=1.0, warmup=0.1)
+    rates = [learning_rate(step, 100, settings) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * k for k in range(1, 11)])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[55] == pytest.approx(0.5)
+    assert 0 < rates[-1] < 1e-3
+
+
+def test_norms_and_biases_do_not_decay(train: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Learner] = []
+    whole = Learner.step
+    monkeypatch.setattr(Learner, "step", lambda self, *a: (seen.append(self), whole(self, *a))[1])
+    assert train("--max-steps", 1, "--weight-decay", 0.25).code == 0
+    decayed, plain = seen[0].optimizer.param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.25, 0)
+    names = {id(p): name for name, p in seen[0].model.named_parameters()}
+    assert all("bn" not in names[id(p)] and "bias" not in names[id(p)] for p in decayed["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+
+
+def test_settings_come_from_the_command_then_the_checkpoint_then_the_defaults() -> None:
+    kept = {"lr": 0.5, "seed": 3, "epochs": 7, "an option of a later version": 1}
+    settings = settle({"seed": 4}, kept)
+    assert (settings.lr, settings.seed, settings.epochs) == (0.5, 4, 7)
+    assert settings.image_size == BY_DATA["image_size"][0]
+    assert settle({"data": "elsewhere"}, {}).image_size == BY_DATA["image_size"][1]
+
+
+def _torchrun(*arguments: object) -> str:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "-m", "resnet_fused", "train", "--device", "cpu", *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+def test_two_processes(impl: str, images: Path, tmp_path: Path) -> None:
+    """Equal weights on both; the nine held-out images are counted once; resuming in mid-epoch changes nothing."""
+    small = (
+        "--data",
+        images,
+        "--image-size",
+        16,
+        "--batch-size",
+        4,
+        "--epochs",
+        2,
+        "--workers",
+        0,
+        "--impl",
+        impl,
+    )
+    printed = _torchrun(*small, "--out", tmp_path / "whole")
+    digests = re.findall(r"rank \d ([0-9a-f]{16})", printed)
+    assert len(digests) == 2 and digests[0] == digests[1]
+    assert printed.count("epoch 1/2") == 1
+    records = load(tmp_path / "whole" / "last.pt")["progress"]["history"]
+    assert [record["step"] for record in records] == [2, 4]
+    for record in records:
+        assert record["val_accuracy"] * 9 == pytest.approx(round(record["val_accuracy"] * 9), abs=1e-9)
+        assert record["train_accuracy"] * 16 == pytest.approx(round(record["train_accuracy"] * 16), abs=1e-9)
+    stopped = _torchrun(*small, "--out", tmp_path / "out", "--max-steps", 3)
+    assert f"torchrun --nproc-per-node 2 -m resnet_fused train --out {tmp_path / 'out'} --resume" in stopped
+    assert digests[0] in _torchrun("--out", tmp_path / "out", "--resume")
+    assert_same_run(tmp_path / "whole" / "last.pt", tmp_path / "out" / "last.pt")
