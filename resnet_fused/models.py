@@ -103,11 +103,12 @@ def _bn_relu(y: Tensor, bn: nn.Module) -> Tensor:
     return ops.bn_relu(y, _norm(bn, y))
 
 
-def _end_of_block(y: Tensor, bn: nn.Module, x: Tensor, downsample: nn.Sequential | None) -> Tensor:
+def _end_of_block(y: Tensor, bn: nn.Module, x: Tensor, downsample: nn.Module | None) -> Tensor:
     """relu(bn(y) + identity), where identity is the block's input or the downsampled one."""
     norm = _norm(bn, y)
     if downsample is None:
         return ops.bn_add_relu(y, x.to(y.dtype), norm)
+    assert isinstance(downsample, nn.Sequential)
     skip = downsample[0](x)
     return ops.bn_bn_add_relu(y, skip.to(y.dtype), norm, _norm(downsample[1], skip))
 

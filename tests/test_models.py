@@ -70,10 +70,11 @@ def results(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def kind_of(name: str) -> str:
-    """layer1.0.bn1.weight gradient -> bn weight gradient."""
-    for kind in ("bn", "conv", "downsample", "fc"):
-        if kind in name:
-            return f"{kind} {name.rpartition('.')[2]}"
+    """layer1.0.bn1.weight gradient -> norm weight gradient."""
+    module, _, result = name.rpartition(".")
+    for kind, parts in {"norm": ("bn", "downsample.1"), "conv": ("conv", "downsample.0")}.items():
+        if any(part in module for part in parts):
+            return f"{kind} {result}"
     return name
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from resnet_fused.cli.distributed import World
 from resnet_fused.cli.errors import UserError, require
-from resnet_fused.cli.signals import ignore_in_worker
+from resnet_fused.cli.signals import detach_worker
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -309,7 +309,7 @@ class Batches:
             "collate_fn": collate,
             "pin_memory": pin,
             "persistent_workers": workers > 0,
-            "worker_init_fn": ignore_in_worker,
+            "worker_init_fn": detach_worker,
             # Its own: a loader draws a seed when it starts, and the global generator belongs to the model.
             "generator": torch.Generator().manual_seed(seed),
         }

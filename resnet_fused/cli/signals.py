@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM as a request that the training loop answers between two steps."""
 
+import os
 import signal
 import threading
 import time
@@ -53,11 +54,13 @@ class StopRequest:
             self._since = time.monotonic()
 
 
-def ignore_in_worker(worker: int) -> None:
-    """`worker_init_fn` of a DataLoader: the parent decides when its workers end.
+def detach_worker(worker: int) -> None:
+    """`worker_init_fn` of a DataLoader: takes the worker out of the program's process group.
 
-    A terminal sends Ctrl-C, and torchrun sends SIGTERM, to the whole process group; a worker that died of it
-    would take the step that is to be finished with it.
+    A terminal sends Ctrl-C, and torchrun sends SIGTERM, to the whole group; a worker that died of it would take
+    the step that is to be finished with it. Ignoring the signals is no way: multiprocessing ends the workers
+    that are left at exit by SIGTERM, and waits for them.
     """
+    os.setpgrp()
     for signum in StopRequest.SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+        signal.signal(signum, signal.SIG_DFL)  # instead of the handler that came with the fork

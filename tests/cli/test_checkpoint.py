@@ -50,7 +50,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(error: Exception, tmp
         file.write(b"half of the new")
         raise error
 
-    with pytest.raises(UserError, match="cannot write .*last.pt .*(No space|unexpected pos)"):
+    with pytest.raises(UserError, match=r"cannot write .*last.pt .*(No space|unexpected pos)"):
         write_atomically(path, write)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["last.pt"]
