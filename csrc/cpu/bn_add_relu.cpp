@@ -50,30 +50,28 @@ template <class T>
 RESNET_FUSED_INLINE void reduce(const Reduce<T>& args) {
   using S = Stat<T>;
   const Panel<S>& panel = args.panel;
-  sum_tiles<2>(panel, args.sums,
-               [&](S* tile, int64_t row, int64_t lane, auto n, auto rows) RESNET_FUSED_INLINED {
-                 const int64_t at = panel.at(row, lane);
-                 const T *grad = args.grad + at, *y = args.y + at;
-                 const S* mean = panel.vector(0) + lane;
-                 const int count = n;
-                 constexpr int kRows = rows;
-                 alignas(64) uint8_t kept[kRows * kBlock];
-                 for (int r = 0; r < kRows; r++)
-                   unpack_mask(args.mask + panel.mask_at(row + r, lane), n, kept + r * kBlock);
-                 RESNET_FUSED_VECTOR
-                 for (int i = 0; i < count; i++) {
-                   S sum_dz = 0, sum_dz_centred = 0;
-                   RESNET_FUSED_UNROLL
-                   for (int r = 0; r < kRows; r++) {
-                     const S da = load(grad[r * panel.stride + i]);
-                     const S dz = kept[r * kBlock + i] ? da : S(0);
-                     sum_dz += dz;
-                     sum_dz_centred += dz * (load(y[r * panel.stride + i]) - mean[i]);
-                   }
-                   tile[i] += sum_dz;
-                   tile[kTileLanes + i] += sum_dz_centred;
-                 }
-               });
+  sum_tiles<2>(panel, args.sums, [&](S* tile, int64_t row, int64_t lane, auto n, auto rows) RESNET_FUSED_INLINED {
+    const int64_t at = panel.at(row, lane);
+    const T *grad = args.grad + at, *y = args.y + at;
+    const S* mean = panel.vector(0) + lane;
+    const int count = n;
+    constexpr int kRows = rows;
+    alignas(64) uint8_t kept[kRows * kBlock];
+    for (int r = 0; r < kRows; r++) unpack_mask(args.mask + panel.mask_at(row + r, lane), n, kept + r * kBlock);
+    RESNET_FUSED_VECTOR
+    for (int i = 0; i < count; i++) {
+      S sum_dz = 0, sum_dz_centred = 0;
+      RESNET_FUSED_UNROLL
+      for (int r = 0; r < kRows; r++) {
+        const S da = load(grad[r * panel.stride + i]);
+        const S dz = kept[r * kBlock + i] ? da : S(0);
+        sum_dz += dz;
+        sum_dz_centred += dz * (load(y[r * panel.stride + i]) - mean[i]);
+      }
+      tile[i] += sum_dz;
+      tile[kTileLanes + i] += sum_dz_centred;
+    }
+  });
 }
 
 RESNET_FUSED_CLONE_EACH(run, Reduce, reduce(args))
@@ -106,8 +104,7 @@ RESNET_FUSED_INLINE void backward(const Backward<T>& args) {
         const S da = load(grad[i]);
         dz[i] = kept[i] ? da : S(0);
       }
-      write_block<kStream>(args.dresidual + at, n,
-                           [&](int i) RESNET_FUSED_INLINED { return store<T>(dz[i]); });
+      write_block<kStream>(args.dresidual + at, n, [&](int i) RESNET_FUSED_INLINED { return store<T>(dz[i]); });
       write_block<kStream>(args.dy + at, n, [&](int i) RESNET_FUSED_INLINED {
         if constexpr (!kBatchStatistics) return store<T>(dz[i] * scale[i]);
         return store<T>(scale[i] * (dz[i] + ((load(y[i]) - mean[i]) * slope[i] + offset[i])));
@@ -131,8 +128,8 @@ void bn_add_relu(const BnAddRelu& op) {
     fill_affine(op.norm, vectors, 0);
     const bool stream = streams<T>(op.out, op.shape);
     for_each_panel(Runs(op.shape, true), vectors, [&](const Panel<Stat<T>>& panel) {
-      run(Forward<T>{static_cast<const T*>(op.y), static_cast<const T*>(op.residual), static_cast<T*>(op.out),
-                     op.mask, panel, stream});
+      run(Forward<T>{static_cast<const T*>(op.y), static_cast<const T*>(op.residual), static_cast<T*>(op.out), op.mask,
+                     panel, stream});
     });
   });
 }
@@ -143,12 +140,11 @@ void bn_add_relu_backward_reduce(const BnAddReluBackwardReduce& op) {
     using S = Stat<T>;
     Vectors<S> vectors(1, op.shape.channels);
     fill_mean(op.norm, vectors, 0);
-    reduce_panels<2>(
-        Runs(op.shape, true), vectors,
-        [&](const Panel<S>& panel, double* sums) {
-          run(Reduce<T>{static_cast<const T*>(op.grad), static_cast<const T*>(op.y), op.mask, panel, sums});
-        },
-        {{op.sum_dz, nullptr}, {op.sum_dz_xhat, op.norm.invstd}});
+    reduce_panels<2>(Runs(op.shape, true), vectors,
+                     [&](const Panel<S>& panel, double* sums) {
+                       run(Reduce<T>{static_cast<const T*>(op.grad), static_cast<const T*>(op.y), op.mask, panel, sums});
+                     },
+                     {{op.sum_dz, nullptr}, {op.sum_dz_xhat, op.norm.invstd}});
   });
 }
 
@@ -160,9 +156,8 @@ void bn_add_relu_backward(const BnAddReluBackward& op) {
     fill_backward(op.norm, op.sums, op.shape.pixels(), vectors, 3);
     const bool stream = streams<T>(op.dy, op.shape) && streams<T>(op.dresidual, op.shape);
     for_each_panel(Runs(op.shape, true), vectors, [&](const Panel<Stat<T>>& panel) {
-      run(Backward<T>{static_cast<const T*>(op.grad), static_cast<const T*>(op.y), op.mask,
-                      static_cast<T*>(op.dy), static_cast<T*>(op.dresidual), panel, has_sums(op.sums),
-                      stream});
+      run(Backward<T>{static_cast<const T*>(op.grad), static_cast<const T*>(op.y), op.mask, static_cast<T*>(op.dy),
+                      static_cast<T*>(op.dresidual), panel, has_sums(op.sums), stream});
     });
   });
 }

@@ -51,32 +51,30 @@ template <class T>
 RESNET_FUSED_INLINE void reduce(const Reduce<T>& args) {
   using S = Stat<T>;
   const Panel<S>& panel = args.panel;
-  sum_tiles<3>(panel, args.sums,
-               [&](S* tile, int64_t row, int64_t lane, auto n, auto rows) RESNET_FUSED_INLINED {
-                 const int64_t at = panel.at(row, lane);
-                 const T *grad = args.grad + at, *y = args.y + at, *skip = args.skip + at;
-                 const S *mean = panel.vector(0) + lane, *skip_mean = panel.vector(1) + lane;
-                 const int count = n;
-                 constexpr int kRows = rows;
-                 alignas(64) uint8_t kept[kRows * kBlock];
-                 for (int r = 0; r < kRows; r++)
-                   unpack_mask(args.mask + panel.mask_at(row + r, lane), n, kept + r * kBlock);
-                 RESNET_FUSED_VECTOR
-                 for (int i = 0; i < count; i++) {
-                   S sum_dz = 0, sum_dz_centred = 0, sum_dz_skip_centred = 0;
-                   RESNET_FUSED_UNROLL
-                   for (int r = 0; r < kRows; r++) {
-                     const S da = load(grad[r * panel.stride + i]);
-                     const S dz = kept[r * kBlock + i] ? da : S(0);
-                     sum_dz += dz;
-                     sum_dz_centred += dz * (load(y[r * panel.stride + i]) - mean[i]);
-                     sum_dz_skip_centred += dz * (load(skip[r * panel.stride + i]) - skip_mean[i]);
-                   }
-                   tile[i] += sum_dz;
-                   tile[kTileLanes + i] += sum_dz_centred;
-                   tile[2 * kTileLanes + i] += sum_dz_skip_centred;
-                 }
-               });
+  sum_tiles<3>(panel, args.sums, [&](S* tile, int64_t row, int64_t lane, auto n, auto rows) RESNET_FUSED_INLINED {
+    const int64_t at = panel.at(row, lane);
+    const T *grad = args.grad + at, *y = args.y + at, *skip = args.skip + at;
+    const S *mean = panel.vector(0) + lane, *skip_mean = panel.vector(1) + lane;
+    const int count = n;
+    constexpr int kRows = rows;
+    alignas(64) uint8_t kept[kRows * kBlock];
+    for (int r = 0; r < kRows; r++) unpack_mask(args.mask + panel.mask_at(row + r, lane), n, kept + r * kBlock);
+    RESNET_FUSED_VECTOR
+    for (int i = 0; i < count; i++) {
+      S sum_dz = 0, sum_dz_centred = 0, sum_dz_skip_centred = 0;
+      RESNET_FUSED_UNROLL
+      for (int r = 0; r < kRows; r++) {
+        const S da = load(grad[r * panel.stride + i]);
+        const S dz = kept[r * kBlock + i] ? da : S(0);
+        sum_dz += dz;
+        sum_dz_centred += dz * (load(y[r * panel.stride + i]) - mean[i]);
+        sum_dz_skip_centred += dz * (load(skip[r * panel.stride + i]) - skip_mean[i]);
+      }
+      tile[i] += sum_dz;
+      tile[kTileLanes + i] += sum_dz_centred;
+      tile[2 * kTileLanes + i] += sum_dz_skip_centred;
+    }
+  });
 }
 
 RESNET_FUSED_CLONE_EACH(run, Reduce, reduce(args))
@@ -92,8 +90,8 @@ struct Backward {
 
 // The gradient behind one of the two norms, whose vectors start at k: mean, scale, slope, offset.
 template <bool kBatchStatistics, bool kStream, class T, class N>
-RESNET_FUSED_INLINE void write_gradient(const Panel<Stat<T>>& panel, int k, int64_t lane, N n,
-                                        const Stat<T>* dz, const T* y, T* dy) {
+RESNET_FUSED_INLINE void write_gradient(const Panel<Stat<T>>& panel, int k, int64_t lane, N n, const Stat<T>* dz,
+                                        const T* y, T* dy) {
   using S = Stat<T>;
   const S *mean = panel.vector(k) + lane, *scale = panel.vector(k + 1) + lane;
   const S *slope = panel.vector(k + 2) + lane, *offset = panel.vector(k + 3) + lane;
@@ -146,8 +144,8 @@ void bn_bn_add_relu(const BnBnAddRelu& op) {
     for (int64_t c = 0; c < channels; c++) vectors[2][c] += vectors[5][c];
     const bool stream = streams<T>(op.out, op.shape);
     for_each_panel(Runs(op.shape, true), vectors, [&](const Panel<S>& panel) {
-      run(Forward<T>{static_cast<const T*>(op.y), static_cast<const T*>(op.skip), static_cast<T*>(op.out),
-                     op.mask, panel, stream});
+      run(Forward<T>{static_cast<const T*>(op.y), static_cast<const T*>(op.skip), static_cast<T*>(op.out), op.mask,
+                     panel, stream});
     });
   });
 }
@@ -162,8 +160,8 @@ void bn_bn_add_relu_backward_reduce(const BnBnAddReluBackwardReduce& op) {
     reduce_panels<3>(
         Runs(op.shape, true), vectors,
         [&](const Panel<S>& panel, double* sums) {
-          run(Reduce<T>{static_cast<const T*>(op.grad), static_cast<const T*>(op.y),
-                        static_cast<const T*>(op.skip), op.mask, panel, sums});
+          run(Reduce<T>{static_cast<const T*>(op.grad), static_cast<const T*>(op.y), static_cast<const T*>(op.skip),
+                        op.mask, panel, sums});
         },
         {{op.sum_dz, nullptr}, {op.sum_dz_xhat, op.norm.invstd}, {op.sum_dz_skip_xhat, op.skip_norm.invstd}});
   });
@@ -183,9 +181,9 @@ void bn_bn_add_relu_backward(const BnBnAddReluBackward& op) {
     fill_backward(op.skip_norm, op.skip_sums, pixels, vectors, 6);
     const bool stream = streams<T>(op.dy, op.shape) && streams<T>(op.dskip, op.shape);
     for_each_panel(Runs(op.shape, true), vectors, [&](const Panel<S>& panel) {
-      run(Backward<T>{static_cast<const T*>(op.grad), static_cast<const T*>(op.y),
-                      static_cast<const T*>(op.skip), op.mask, static_cast<T*>(op.dy),
-                      static_cast<T*>(op.dskip), panel, has_sums(op.sums), has_sums(op.skip_sums), stream});
+      run(Backward<T>{static_cast<const T*>(op.grad), static_cast<const T*>(op.y), static_cast<const T*>(op.skip),
+                      op.mask, static_cast<T*>(op.dy), static_cast<T*>(op.dskip), panel, has_sums(op.sums),
+                      has_sums(op.skip_sums), stream});
     });
   });
 }

@@ -41,29 +41,27 @@ template <class T>
 RESNET_FUSED_INLINE void reduce(const Reduce<T>& args) {
   using S = Stat<T>;
   const Panel<S>& panel = args.panel;
-  sum_tiles<2>(panel, args.sums,
-               [&](S* tile, int64_t row, int64_t lane, auto n, auto rows) RESNET_FUSED_INLINED {
-                 const int64_t at = panel.at(row, lane);
-                 const T *grad = args.grad + at, *y = args.y + at;
-                 const S *mean = panel.vector(0) + lane, *scale = panel.vector(1) + lane,
-                         *bias = panel.vector(2) + lane;
-                 const int count = n;
-                 constexpr int kRows = rows;
-                 RESNET_FUSED_VECTOR
-                 for (int i = 0; i < count; i++) {
-                   S sum_dz = 0, sum_dz_centred = 0;
-                   RESNET_FUSED_UNROLL
-                   for (int r = 0; r < kRows; r++) {
-                     const S centred = load(y[r * panel.stride + i]) - mean[i];
-                     const S da = load(grad[r * panel.stride + i]);
-                     const S dz = centred * scale[i] + bias[i] <= 0 ? S(0) : da;
-                     sum_dz += dz;
-                     sum_dz_centred += dz * centred;
-                   }
-                   tile[i] += sum_dz;
-                   tile[kTileLanes + i] += sum_dz_centred;
-                 }
-               });
+  sum_tiles<2>(panel, args.sums, [&](S* tile, int64_t row, int64_t lane, auto n, auto rows) RESNET_FUSED_INLINED {
+    const int64_t at = panel.at(row, lane);
+    const T *grad = args.grad + at, *y = args.y + at;
+    const S *mean = panel.vector(0) + lane, *scale = panel.vector(1) + lane, *bias = panel.vector(2) + lane;
+    const int count = n;
+    constexpr int kRows = rows;
+    RESNET_FUSED_VECTOR
+    for (int i = 0; i < count; i++) {
+      S sum_dz = 0, sum_dz_centred = 0;
+      RESNET_FUSED_UNROLL
+      for (int r = 0; r < kRows; r++) {
+        const S centred = load(y[r * panel.stride + i]) - mean[i];
+        const S da = load(grad[r * panel.stride + i]);
+        const S dz = centred * scale[i] + bias[i] <= 0 ? S(0) : da;
+        sum_dz += dz;
+        sum_dz_centred += dz * centred;
+      }
+      tile[i] += sum_dz;
+      tile[kTileLanes + i] += sum_dz_centred;
+    }
+  });
 }
 
 RESNET_FUSED_CLONE_EACH(run, Reduce, reduce(args))
@@ -123,12 +121,11 @@ void bn_relu_backward_reduce(const BnReluBackwardReduce& op) {
     using S = Stat<T>;
     Vectors<S> vectors(3, op.shape.channels);
     fill_affine(op.norm, vectors, 0);
-    reduce_panels<2>(
-        Runs(op.shape, false), vectors,
-        [&](const Panel<S>& panel, double* sums) {
-          run(Reduce<T>{static_cast<const T*>(op.grad), static_cast<const T*>(op.y), panel, sums});
-        },
-        {{op.sum_dz, nullptr}, {op.sum_dz_xhat, op.norm.invstd}});
+    reduce_panels<2>(Runs(op.shape, false), vectors,
+                     [&](const Panel<S>& panel, double* sums) {
+                       run(Reduce<T>{static_cast<const T*>(op.grad), static_cast<const T*>(op.y), panel, sums});
+                     },
+                     {{op.sum_dz, nullptr}, {op.sum_dz_xhat, op.norm.invstd}});
   });
 }
 
@@ -140,8 +137,8 @@ void bn_relu_backward(const BnReluBackward& op) {
     fill_backward(op.norm, op.sums, op.shape.pixels(), vectors, 3);
     const bool stream = streams<T>(op.dy, op.shape);
     for_each_panel(Runs(op.shape, false), vectors, [&](const Panel<Stat<T>>& panel) {
-      run(Backward<T>{static_cast<const T*>(op.grad), static_cast<const T*>(op.y), static_cast<T*>(op.dy),
-                      panel, has_sums(op.sums), stream});
+      run(Backward<T>{static_cast<const T*>(op.grad), static_cast<const T*>(op.y), static_cast<T*>(op.dy), panel,
+                      has_sums(op.sums), stream});
     });
   });
 }

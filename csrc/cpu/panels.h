@@ -1,7 +1,6 @@
-// How an activation is cut up for the kernels: into panels, row-major matrices of rows x lanes in which every
-// lane (column) has its own coefficients. Both layouts look the same from inside a kernel:
-//   channels_last: the tensor is one run of elements; lanes are the channels, or several pixels' channels
-//   when there
+// How an activation is cut up for the kernels: into panels, row-major matrices of rows x lanes in which every lane
+// (column) has its own coefficients. Both layouts look the same from inside a kernel:
+//   channels_last: the tensor is one run of elements; lanes are the channels, or several pixels' channels when there
 //                  are few;
 //   contiguous:    every plane is a run; up to kPlaneLanes lanes, all of the same channel.
 // What a run leaves over is a last panel with one row and fewer lanes.
@@ -20,9 +19,8 @@
 namespace resnet_fused::cpu {
 
 constexpr int64_t kPlaneLanes = 64;
-constexpr int64_t kTileRows =
-    32;  // a tile's sums are taken in the statistics type, tiles are added in double
-constexpr int64_t kTileLanes = 512;         // so that a tile's accumulators stay in the first-level cache
+constexpr int64_t kTileRows = 32;     // a tile's sums are taken in the statistics type, tiles are added in double
+constexpr int64_t kTileLanes = 512;   // so that a tile's accumulators stay in the first-level cache
 constexpr int64_t kTaskElements = 1 << 14;  // below this a thread costs more than it brings
 constexpr int64_t kReduceTasks = 32;
 
@@ -50,9 +48,7 @@ struct Runs {
     mask_bytes = channels_last ? shape.rows * shape.mask_bytes_per_row() : shape.mask_bytes_per_row();
     // A mask row starts on a byte, so pixels are put side by side only where that leaves no gap.
     const bool foldable = channels_last && channels < kPlaneLanes && (!has_mask || channels % 8 == 0);
-    lanes = !channels_last ? std::min(kPlaneLanes, length)
-            : foldable     ? kPlaneLanes / channels * channels
-                           : channels;
+    lanes = !channels_last ? std::min(kPlaneLanes, length) : foldable ? kPlaneLanes / channels * channels : channels;
   }
 
   bool empty() const { return count * length == 0; }
@@ -92,14 +88,13 @@ void spread(const Runs& runs, const Vectors<S>& vectors, int64_t run, S* lanes) 
 
 constexpr int kMaxVectors = 10;
 
-// Whether an output of this shape should bypass the caches: it is too large to be found there by whoever
-// reads it.
+// Whether an output of this shape should bypass the caches: it is too large to be found there by whoever reads it.
 template <class T>
 bool streams(const void* out, const Matrix& shape) {
   const char* e = getenv("RF_STREAM");
   const int64_t threshold = e ? atoll(e) : (int64_t(1) << 60);
-  return shape.rows * shape.cols * int64_t(sizeof(T)) > threshold &&
-         reinterpret_cast<uintptr_t>(out) % 16 == 0 && shape.cols * sizeof(T) % 16 == 0;
+  return shape.rows * shape.cols * int64_t(sizeof(T)) > threshold && reinterpret_cast<uintptr_t>(out) % 16 == 0 &&
+         shape.cols * sizeof(T) % 16 == 0;
 }
 
 // Eight sums side by side, so that an addition need not wait for the one before it.
@@ -139,8 +134,8 @@ void for_each_panel(const Runs& runs, const Vectors<S>& vectors, const Body& bod
   });
 }
 
-// The tasks of a reduction: full rows where lanes are channels, planes otherwise. How the tensor is cut
-// depends on its shape alone, never on the number of threads, and so does the result.
+// The tasks of a reduction: full rows where lanes are channels, planes otherwise. How the tensor is cut depends on its
+// shape alone, never on the number of threads, and so does the result.
 class ReduceTasks {
  public:
   explicit ReduceTasks(const Runs& runs) {
@@ -153,8 +148,8 @@ class ReduceTasks {
   int64_t begin(int64_t task) const { return std::min(steps() * task / count_ * step_, rows_); }
   int64_t end(int64_t task) const { return begin(task + 1); }
 
-  // The last task comes first: the end of what the operator before wrote is still in the cache, and when this
-  // is done the beginning is, which is where the elementwise pass that follows starts.
+  // The last task comes first: the end of what the operator before wrote is still in the cache, and when this is done
+  // the beginning is, which is where the elementwise pass that follows starts.
   template <class Body>
   void each(const Body& body) const {
     parallel_for(count_, [&](int64_t i) { body(count_ - 1 - i); });
@@ -165,15 +160,14 @@ class ReduceTasks {
   int64_t rows_, step_, count_;
 };
 
-// Where reduce_panels() leaves a sum: `channels` values in the statistics type, each times its factor if
-// there is one.
+// Where reduce_panels() leaves a sum: `channels` values in the statistics type, each times its factor if there is one.
 struct Sum {
   void* values;
   const void* factor;
 };
 
-// Sums over the pixels of a channel. body(panel, sums) adds the panel's column sums to sums[o * panel.stride
-// + lane] for o in [0, kSums).
+// Sums over the pixels of a channel. body(panel, sums) adds the panel's column sums to sums[o * panel.stride + lane]
+// for o in [0, kSums).
 template <int kSums, class S, class Body>
 void reduce_panels(const Runs& runs, const Vectors<S>& vectors, const Body& body, const Sum (&out)[kSums]) {
   const ReduceTasks tasks(runs);
@@ -189,8 +183,7 @@ void reduce_panels(const Runs& runs, const Vectors<S>& vectors, const Body& body
       if (runs.channels_last) {
         double* sums = partial.data() + task * kSums * width;
         if (end > begin) body(runs.panel(0, begin, end - begin, 0, width, lanes.data(), width), sums);
-        if (task == tasks.count() - 1 && rest > 0)
-          body(runs.panel(0, full, 1, 0, rest, lanes.data(), width), sums);
+        if (task == tasks.count() - 1 && rest > 0) body(runs.panel(0, full, 1, 0, rest, lanes.data(), width), sums);
         return;
       }
       S spread_lanes[kMaxVectors * kPlaneLanes];
@@ -213,8 +206,7 @@ void reduce_panels(const Runs& runs, const Vectors<S>& vectors, const Body& body
             sum += partial[(slot * kSums + o) * width + lane];
       else
         for (int64_t run = channel; run < slots; run += runs.channels) sum += partial[run * kSums + o];
-      static_cast<S*>(out[o].values)[channel] =
-          S(factor && !runs.empty() ? sum * double(factor[channel]) : sum);
+      static_cast<S*>(out[o].values)[channel] = S(factor && !runs.empty() ? sum * double(factor[channel]) : sum);
     }
   }
 }
