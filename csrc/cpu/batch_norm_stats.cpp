@@ -97,6 +97,18 @@ RESNET_FUSED_INLINE void stats(const Stats<T>& args) {
 
 RESNET_FUSED_CLONE_EACH(run_stats, Stats, stats(args))
 
+// Merges the moments of `rows` values a lane into those of `count` values (Chan et al.).
+RESNET_FUSED_CLONES void merge_lanes(double* mean, double* low, double* m2, double count, const double* other_mean,
+                                     const double* other_low, const double* other_m2, double rows, int64_t lanes) {
+  const double share = rows / (count + rows);
+  RESNET_FUSED_VECTOR
+  for (int64_t i = 0; i < lanes; i++) {
+    const double delta = (other_mean[i] - mean[i]) + (other_low[i] - low[i]);
+    add_to_mean(mean[i], low[i], delta * share);
+    m2[i] += other_m2[i] + delta * delta * count * share;
+  }
+}
+
 struct Moments {
   double count, mean, low, m2;
 
@@ -120,6 +132,16 @@ struct MomentLanes {
 
   MomentLanes(int64_t slots, int64_t width)
       : width(width), mean(slots * width), low(slots * width), m2(slots * width) {}
+  // Merges slot after slot into the first one; rows(slot) is how many values a lane of it stands for.
+  template <class Rows>
+  void merge_into_first(int64_t slots, const Rows& rows) {
+    double count = double(rows(0));
+    for (int64_t slot = 1; slot < slots; slot++) {
+      const int64_t at = slot * width;
+      merge_lanes(&mean[0], &low[0], &m2[0], count, &mean[at], &low[at], &m2[at], double(rows(slot)), width);
+      count += double(rows(slot));
+    }
+  }
   Moments at(int64_t slot, int64_t lane, int64_t rows) const {
     const int64_t i = slot * width + lane;
     return {double(rows), mean[i], low[i], m2[i]};
@@ -181,13 +203,13 @@ void batch_norm_stats(const BatchNormStats& op) {
       }
     });
   }
+  if (runs.channels_last && !runs.empty())
+    lanes.merge_into_first(slots, [&](int64_t task) { return tasks.end(task) - tasks.begin(task); });
   S *mean = static_cast<S*>(op.mean), *var = static_cast<S*>(op.var), *invstd = static_cast<S*>(op.invstd);
   for (int64_t c = 0; c < channels; c++) {
     Moments moments{};
     if (runs.channels_last) {
-      for (int64_t task = 0; task < slots; task++)
-        for (int64_t lane = c; lane < width; lane += channels)
-          moments.merge(lanes.at(task, lane, tasks.end(task) - tasks.begin(task)));
+      for (int64_t lane = c; lane < width; lane += channels) moments.merge(lanes.at(0, lane, runs.full_rows()));
       for (int64_t lane = c; lane < rest; lane += channels) moments.merge(lanes.at(slots, lane, 1));
     } else {
       for (int64_t plane = c; plane < slots; plane += channels) moments.merge(lanes.at(plane, 0, runs.length));

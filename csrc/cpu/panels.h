@@ -23,6 +23,7 @@ constexpr int64_t kTileRows = 32;     // a tile's sums are taken in the statisti
 constexpr int64_t kTileLanes = 512;   // so that a tile's accumulators stay in the first-level cache
 constexpr int64_t kTaskElements = 1 << 14;  // below this a thread costs more than it brings
 constexpr int64_t kReduceTasks = 32;
+constexpr int64_t kTaskRows = 4 * kTileRows;  // of a reduction, so that merging the tasks costs little beside them
 
 template <class S>
 struct Panel {
@@ -140,7 +141,7 @@ class ReduceTasks {
  public:
   explicit ReduceTasks(const Runs& runs) {
     rows_ = !runs.channels_last ? runs.count : runs.empty() ? 0 : runs.full_rows();
-    step_ = runs.channels_last ? kTileRows : 1;
+    step_ = runs.channels_last ? kTaskRows : 1;
     const int64_t useful = (runs.count * runs.length + kTaskElements - 1) / kTaskElements;
     count_ = std::max<int64_t>(1, std::min({steps(), useful, kReduceTasks}));
   }
@@ -196,16 +197,18 @@ void reduce_panels(const Runs& runs, const Vectors<S>& vectors, const Body& body
       }
     });
   }
+  std::vector<double> totals(runs.channels);
   for (int o = 0; o < kSums; o++) {
     const S* factor = static_cast<const S*>(out[o].factor);
+    std::fill(totals.begin(), totals.end(), 0.0);
+    for (int64_t slot = 0; slot < slots; slot++) {
+      const double* addend = partial.data() + (slot * kSums + o) * width;
+      if (!runs.channels_last) totals[slot % runs.channels] += addend[0];
+      for (int64_t lane = 0; runs.channels_last && lane < width; lane += runs.channels)
+        for (int64_t channel = 0; channel < runs.channels; channel++) totals[channel] += addend[lane + channel];
+    }
     for (int64_t channel = 0; channel < runs.channels; channel++) {
-      double sum = 0;
-      if (runs.channels_last)
-        for (int64_t slot = 0; slot < slots; slot++)
-          for (int64_t lane = channel; lane < width; lane += runs.channels)
-            sum += partial[(slot * kSums + o) * width + lane];
-      else
-        for (int64_t run = channel; run < slots; run += runs.channels) sum += partial[run * kSums + o];
+      const double sum = totals[channel];
       static_cast<S*>(out[o].values)[channel] = S(factor && !runs.empty() ? sum * double(factor[channel]) : sum);
     }
   }

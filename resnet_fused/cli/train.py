@@ -22,6 +22,7 @@ from resnet_fused.cli.settings import Invocation, Settings, command_to_resume, r
 from resnet_fused.cli.signals import Stopped, StopRequest
 
 NAMES = {"fused": ("fused",), "reference": ("reference",), "compare": ("fused", "reference")}
+SECONDS_BETWEEN_DRAWINGS = 30  # drawing takes most of a second
 GPU_STEPS_BETWEEN_LOOKS = 10  # reading a loss waits for the GPU
 
 
@@ -135,7 +136,9 @@ class Run:
         self.comparing = len(self.learners) > 1
         self.total = self.settings.epochs * self.batches.steps
         self.warm_up = compare.WARM_UP
-        self.look_every = 1 if self.comparing or self.device.type == "cpu" else GPU_STEPS_BETWEEN_LOOKS
+        self.drawn = time.monotonic()
+        self.look_every = 1 if self.comparing or self.device.type == "cpu" else SECONDS_BETWEEN_DRAWINGS = 30  # drawing takes most of a second
+GPU_STEPS_BETWEEN_LOOKS
         limit = self.invocation.max_steps
         self.limit = limit if limit is not None and limit < self.total else None
         if self.limit is not None and self.limit <= self.steps_done:
@@ -216,7 +219,8 @@ class Run:
                 self.bar.write(
                     self.prefix(learner) + describe(learner.progress.history[-1], self.settings.epochs)
                 )
-        self.draw()
+        if time.monotonic() - self.drawn > SECONDS_BETWEEN_DRAWINGS or self.steps_done == self.total:
+            self.draw()
         self.leave_if_asked()
 
     def look(self, mark: float) -> float:
@@ -272,6 +276,7 @@ class Run:
 
     def draw(self) -> None:
         """Draws the curves so far."""
+        self.drawn = time.monotonic()
         if self.world.main:
             name = "compare.png" if self.comparing else "curves.png"
             runs = {learner.name: learner.progress for learner in self.learners}

@@ -25,13 +25,13 @@ class Result:
     err: str
 
 
-def make_images(root: Path) -> Path:
-    """Bright and dark images: 9 of each to train on, 9 held out in all; PNG and JPEG, of odd sizes and modes."""
+def make_images(root: Path, train: int = 9) -> Path:
+    """Bright and dark images: `train` of each, 9 held out in all; PNG and JPEG, of odd sizes and modes."""
     from PIL import Image
 
     draw = random.Random(0)
     modes = ("RGB", "L", "RGB", "P")
-    for part, counts in (("train", (9, 9)), ("val", (4, 5))):
+    for part, counts in (("train", (train, train)), ("val", (4, 5))):
         for (name, low), count in zip((("bright", 130), ("dark", 0)), counts, strict=True):
             folder = root / part / name
             folder.mkdir(parents=True)

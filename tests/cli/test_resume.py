@@ -10,15 +10,17 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
 from resnet_fused.cli.learner import Learner
 from tests.cli.conftest import Cli, assert_same_run, load
 
 
-@pytest.mark.parametrize("impl", ["fused", "reference"])
-@pytest.mark.parametrize("stops", [(3,), (4,), (1, 6)], ids=["mid-epoch", "end of epoch", "twice"])
+@pytest.mark.parametrize(
+    ("impl", "stops"),
+    [("fused", (1, 6)), ("fused", (4,)), ("reference", (3,))],
+    ids=["twice in mid-epoch", "at the end of an epoch", "reference"],
+)
 def test_resumed_equals_uninterrupted(impl: str, stops: tuple[int, ...], train: Cli, tmp_path: Path) -> None:
     assert train("--impl", impl, out="whole").code == 0
     for place, stop in enumerate(stops):
@@ -46,8 +48,9 @@ def test_seed_changes_the_run(train: Cli, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("impl", ["fused", "compare"])
+@pytest.mark.parametrize(
+    ("signum", "code", "impl"), [(signal.SIGINT, 130, "fused"), (signal.SIGTERM, 143, "compare")]
+)
 def test_signal_saves(
     signum: signal.Signals, code: int, impl: str, train: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
