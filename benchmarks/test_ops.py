@@ -114,8 +114,22 @@ def test_op(
     )
 
 
+def undecided(eager: Function, inputs: list[Tensor]) -> Tensor:
+    """Where rounding may decide whether, or to which element of a window, the output's gradient goes: bool."""
+    exact = [x.detach().double() for x in inputs]
+    if eager is not eager_bn_relu_maxpool:
+        out = eager(*exact)
+        return (out != 0) & (out < 1e-3)
+    values = eager_bn_relu(*exact)
+    out = F.max_pool2d(values, 3, 2, 1)
+    windows = F.unfold(values, 3, padding=1, stride=2).view(*values.shape[:2], 9, *out.shape[2:])
+    first, second = windows.topk(2, dim=2).values.unbind(2)
+    return (out != 0) & ((out < 1e-3) | (first - second < 1e-3))
+
+
 def check(eager: Function, fused_op: Function, inputs: list[Tensor], grad: Tensor) -> None:
     """Holds the fused op to the accuracy rule on the very inputs that are timed."""
+    grad = grad.masked_fill(undecided(eager, inputs), 0.0)
 
     def outputs(op: Function, dtype: torch.dtype | None) -> list[Tensor]:
         copies = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
