@@ -1,0 +1,88 @@
+"""A fused model beside its reference: equal weights, and how their results are compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import resnet_fused
+from resnet_fused import reference
+
+
+def nodes(out: Tensor) -> list[str]:
+    """Names of all autograd nodes behind a tensor."""
+    seen, todo = set(), [out.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+    return [node.name() for node in seen]
+
+
+def pair(arch: str, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
+    """The fused model and its reference with equal random weights and statistics.
+
+    Biases keep most activations well away from zero, on either side: where a ReLU sits within rounding of zero, float32
+    itself decides the gradient, and the two models may decide differently.
+    """
+    eager = getattr(reference, arch)(**kwargs)
+    for name, module in eager.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, 3.0, 4.0)
+            if name.endswith("bn1") or (
+                name.endswith("bn2") and isinstance(eager.layer1[0], reference.Bottleneck)
+            ):
+                module.bias.data *= torch.randn_like(module.bias).sign()
+            nn.init.normal_(module.running_mean, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    fused = getattr(resnet_fused, arch)(**kwargs)
+    fused.load_state_dict(eager.state_dict(), strict=True)
+    return fused, eager
+
+
+def results(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Output, gradients of input and parameters, and running statistics after one pass."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    out = model(x)
+    # A loss whose gradient is neither constant nor tiny.
+    F.cross_entropy(out, torch.arange(len(x)) % out.shape[1]).backward()
+    found = {"output": out.detach(), "input gradient": x.grad}
+    found |= {f"{name} gradient": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found |= {name: b for name, b in model.named_buffers() if b.is_floating_point()}
+    return found
+
+
+def kind_of(name: str) -> str:
+    """layer1.0.bn1.weight gradient -> norm weight gradient."""
+    module, _, result = name.rpartition(".")
+    for kind, parts in {"norm": ("bn", "downsample.1"), "conv": ("conv", "downsample.0")}.items():
+        if any(part in module for part in parts):
+            return f"{kind} {result}"
+    return "fc gradient" if module == "fc" else name
+
+
+def by_kind(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All results of one kind as one vector.
+
+    A bias whose ReLUs are all open has no gradient, because the next batch norm takes it away: by itself it has no
+    relative error.
+    """
+    kinds: dict[str, list[Tensor]] = {}
+    for name, tensor in found.items():
+        kinds.setdefault(kind_of(name), []).append(tensor.flatten())
+    return {kind: torch.cat(tensors) for kind, tensors in kinds.items()}
+
+
+def assert_equal(fused: dict[str, Tensor], eager: dict[str, Tensor]) -> None:
+    """Equal up to the rounding of float64: every tensor, beside the largest of its kind."""
+    assert fused.keys() == eager.keys()
+    largest: dict[str, float] = {}
+    for name, tensor in eager.items():
+        largest[kind_of(name)] = max(largest.get(kind_of(name), 0.0), float(tensor.norm()))
+    for name, expected in eager.items():
+        assert float((fused[name] - expected).norm()) <= 1e-9 * largest[kind_of(name)], name

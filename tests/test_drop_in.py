@@ -1,0 +1,221 @@
+"""What users do to a ResNet: bad input, copies, checkpointing, hooks, swapped modules, gradients of gradients."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import resnet_fused
+from tests.accuracy import relative_error
+from tests.model_pairs import assert_equal, pair, results
+
+
+def test_one_value_per_channel_in_training_is_refused_as_by_batch_norm() -> None:
+    fused, eager = (m.train() for m in pair("resnet18"))
+    messages = []
+    for model in (fused, eager):
+        with pytest.raises(
+            ValueError, match="Expected more than 1 value per channel when training"
+        ) as caught:
+            model(torch.randn(1, 3, 32, 32))
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+def test_empty_batch() -> None:
+    fused, _ = pair("resnet18")
+    assert fused.eval()(torch.randn(0, 3, 64, 64)).shape == (0, 1000)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        fused.train()(torch.randn(0, 3, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("x", "error"),
+    [
+        (torch.randn(2, 4, 64, 64), RuntimeError),
+        (torch.randn(2, 3, 64), RuntimeError),
+        (torch.zeros(2, 3, 64, 64, dtype=torch.int64), RuntimeError),
+        (torch.randn(2, 3, 64, 64, dtype=torch.float64), RuntimeError),
+        (torch.randn(2, 3, 64, 64, device="meta"), RuntimeError),
+    ],
+    ids=["channels", "rank", "integers", "another dtype", "another device"],
+)
+def test_bad_input_fails_as_in_the_reference(x: Tensor, error: type[Exception]) -> None:
+    for model in pair("resnet18"):
+        with pytest.raises(error):
+            model(x)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_counts_a_batch_once(use_reentrant: bool) -> None:
+    fused, eager = (m.double() for m in pair("resnet18", num_classes=7))
+    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    expected = results(eager, x)
+    x = x.requires_grad_()
+    out = checkpoint(fused, x, use_reentrant=use_reentrant)
+    F.cross_entropy(out, torch.arange(4)).backward()
+    assert fused.bn1.num_batches_tracked == 1
+    found = {"output": out.detach(), "input gradient": x.grad}
+    found |= {f"{name} gradient": p.grad for name, p in fused.named_parameters()}
+    assert_equal(found | {name: b for name, b in fused.named_buffers() if b.is_floating_point()}, expected)
+
+
+def test_called_twice_before_backward() -> None:
+    fused, eager = (m.double() for m in pair("resnet18", num_classes=7))
+    first, second = (torch.randn(4, 3, 64, 64, dtype=torch.float64) for _ in range(2))
+    found = []
+    for model in (fused, eager):
+        (model(first).square().sum() + model(second).sum()).backward()
+        found.append(
+            {n: p.grad for n, p in model.named_parameters()}
+            | {n: b.double() for n, b in model.named_buffers()}
+        )
+    assert_equal(*found)
+
+
+def test_double_backward() -> None:
+    fused, eager = (m.double() for m in pair("resnet18", num_classes=7))
+    x = torch.randn(3, 3, 40, 40, dtype=torch.float64)
+    found = []
+    for model in (fused, eager):
+        inputs = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(inputs).square().sum(), inputs, create_graph=True)
+        slope.square().sum().backward()
+        found.append(
+            {"input": inputs.grad} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        )
+    assert_equal(*found)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_copies_give_the_same_answers(copied: Callable[[nn.Module], nn.Module]) -> None:
+    model, _ = pair("resnet18")
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(copied(model)(x), model(x))
+
+
+def test_functional_call_and_func_grad() -> None:
+    fused, eager = (m.double() for m in pair("resnet18", num_classes=7))
+    x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    parameters = {name: p.detach() for name, p in eager.named_parameters()}
+
+    def slopes(model: nn.Module) -> dict[str, Tensor]:
+        def loss(values: dict[str, Tensor]) -> Tensor:
+            buffers = {name: b.clone() for name, b in model.named_buffers()}
+            return F.cross_entropy(
+                torch.func.functional_call(model, (values, buffers), (x,)), torch.arange(3)
+            )
+
+        return torch.func.grad(loss)(parameters)
+
+    assert_equal(slopes(fused), slopes(eager))
+
+
+def test_checkpoint_round_trip(tmp_path: Path) -> None:
+    fused, eager = pair("resnet18")
+    torch.save(fused.state_dict(), tmp_path / "model.pt")
+    eager.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True), strict=True)
+    with pytest.raises(RuntimeError, match=r"size mismatch for fc\.weight"):
+        resnet_fused.resnet18(num_classes=3).load_state_dict(eager.state_dict())
+
+
+def test_does_not_depend_on_the_number_of_threads() -> None:
+    y = torch.randn(3, 37, 33, 31)
+    norm = (torch.zeros(37), torch.ones(37), torch.rand(37), torch.randn(37), True)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            x = y.clone().requires_grad_()
+            out = resnet_fused.functional.bn_relu(x, *norm)
+            out.square().sum().backward()
+            found.append((out.detach(), x.grad))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def hook_a_norm(model: nn.Module) -> str:
+    model.layer1[0].bn1.register_forward_hook(lambda *_: None)
+    return "bn1 has hooks"
+
+
+def hook_before_a_norm(model: nn.Module) -> str:
+    model.layer1[0].bn2.register_forward_pre_hook(lambda *_: None)
+    return "bn2 has hooks"
+
+
+def swap_a_norm(model: nn.Module) -> str:
+    model.layer1[0].bn1 = nn.GroupNorm(8, 64).double()
+    return "bn1 is a GroupNorm"
+
+
+def swap_the_relu(model: nn.Module) -> str:
+    model.layer1[0].relu = nn.GELU()
+    return "relu is a GELU"
+
+
+def parametrize_a_norm(model: nn.Module) -> str:
+    class Twice(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    nn.utils.parametrize.register_parametrization(model.layer1[0].bn1, "weight", Twice())
+    return "bn1 is a ParametrizedBatchNorm2d"
+
+
+def replace_a_forward(model: nn.Module) -> str:
+    model.layer1[0].bn1.forward = lambda x: x
+    return "bn1 has a forward of its own"
+
+
+CHANGES = [hook_a_norm, hook_before_a_norm, swap_a_norm, swap_the_relu, parametrize_a_norm, replace_a_forward]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_a_changed_block_runs_plain_and_says_so(change: Callable[[nn.Module], str]) -> None:
+    fused, eager = (m.double() for m in pair("resnet18", num_classes=7))
+    assert resnet_fused.explain(fused) == {}
+    reason = change(fused)
+    change(eager)
+    assert resnet_fused.explain(fused) == {"layer1.0": reason}
+    x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    by_fused, by_eager = results(fused, x), results(eager, x)
+    assert_equal(by_fused, by_eager)
+
+
+def test_hooks_on_blocks_and_convs_leave_them_fused() -> None:
+    model, _ = pair("resnet18")
+    calls: list[str] = []
+    model.layer1[0].register_forward_hook(lambda *_: calls.append("block"))
+    model.layer1[0].conv1.register_forward_hook(lambda *_: calls.append("conv"))
+    assert resnet_fused.explain(model) == {}
+    model(torch.randn(2, 3, 64, 64))
+    assert calls == ["conv", "block"]
+
+
+def test_a_model_without_max_pool_keeps_its_fused_norm() -> None:
+    fused, eager = (m.double() for m in pair("resnet18", num_classes=7))
+    for model in (fused, eager):
+        model.maxpool = nn.Identity()
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    by_fused, by_eager = results(fused, x), results(eager, x)
+    assert_equal(by_fused, by_eager)
+
+
+def test_symbolic_tracing_sees_the_plain_composition() -> None:
+    model, _ = pair("resnet18")
+    model.eval()
+    traced = torch.fx.symbolic_trace(model)
+    x = torch.randn(2, 3, 64, 64)
+    assert relative_error(traced(x), model(x)) < 1e-5
