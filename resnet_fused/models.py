@@ -62,6 +62,7 @@ def _runs_fused(x: Tensor, owner: nn.Module, norms: tuple[str, ...]) -> bool:
         isinstance(x, Tensor)  # not a torch.fx.Proxy
         and x.dtype in _FUSED_DTYPES
         and not torch.jit.is_tracing()
+        and (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active())
         and not nn_module._has_any_global_hook()
         and why_not_fused(x.device.type) is None
         and _why_changed(owner, norms) is None

@@ -1,10 +1,10 @@
 // Mean and variance of every channel, without a sum of squares that would cancel where |mean| >> std.
 //
-// A tile's values are taken relative to the running mean, s1 = sum (x - m) and s2 = sum (x - m)^2 in the statistics
-// type, and the tile is merged into the running mean and M2 in double (Chan et al.). What s2 - s1^2/n cancels is no
-// larger than what the merge adds to M2 for that tile, so the result is as good as two passes over the tile at the price
-// of one. The first tile of a task is gone through twice: it has to find its own m. Means are sums of two doubles, so that
-// double activations lose no more than others do.
+// A tile's values are taken relative to the running mean, s1 = sum (x - m) and s2 = sum (x - m)^2 in the
+// statistics type, and the tile is merged into the running mean and M2 in double (Chan et al.). What s2 -
+// s1^2/n cancels is no larger than what the merge adds to M2 for that tile, so the result is as good as two
+// passes over the tile at the price of one. The first tile of a task is gone through twice: it has to find
+// its own m. Means are sums of two doubles, so that double activations lose no more than others do.
 #include <cmath>
 
 #include "blocks.h"
@@ -28,11 +28,12 @@ struct Stats {
 
 // moments: s1 and s2 of rows [first, last) about `centre`, at 0 and at kTileLanes.
 template <class T>
-RESNET_FUSED_INLINE void sum_about(const Stats<T>& args, int64_t first, int64_t last, int64_t strip, int64_t width,
-                                   const Stat<T>* centre, Stat<T>* moments) {
+RESNET_FUSED_INLINE void sum_about(const Stats<T>& args, int64_t first, int64_t last, int64_t strip,
+                                   int64_t width, const Stat<T>* centre, Stat<T>* moments) {
   using S = Stat<T>;
   const Panel<S>& panel = args.panel;
   for (int64_t i = 0; i < width; i++) moments[i] = moments[kTileLanes + i] = S(0);
+  const int64_t ahead = prefetch_distance<T>(panel.stride, kRowsAtOnce);
   for_each_row(first, last, [&](int64_t row, auto rows) RESNET_FUSED_INLINED {
     for_each_block(width, [&](int64_t lane, auto n) RESNET_FUSED_INLINED {
       const T* x = args.x + panel.at(row, strip + lane);
@@ -40,6 +41,7 @@ RESNET_FUSED_INLINE void sum_about(const Stats<T>& args, int64_t first, int64_t 
       S* sums = moments + lane;
       const int count = n;
       constexpr int kRows = rows;
+      for (int r = 0; r < kRows; r++) prefetch(x + r * panel.stride, ahead, n);
       RESNET_FUSED_VECTOR
       for (int i = 0; i < count; i++) {
         S s1 = 0, s2 = 0;
@@ -98,8 +100,9 @@ RESNET_FUSED_INLINE void stats(const Stats<T>& args) {
 RESNET_FUSED_CLONE_EACH(run_stats, Stats, stats(args))
 
 // Merges the moments of `rows` values a lane into those of `count` values (Chan et al.).
-RESNET_FUSED_CLONES void merge_lanes(double* mean, double* low, double* m2, double count, const double* other_mean,
-                                     const double* other_low, const double* other_m2, double rows, int64_t lanes) {
+RESNET_FUSED_CLONES void merge_lanes(double* mean, double* low, double* m2, double count,
+                                     const double* other_mean, const double* other_low,
+                                     const double* other_m2, double rows, int64_t lanes) {
   const double share = rows / (count + rows);
   RESNET_FUSED_VECTOR
   for (int64_t i = 0; i < lanes; i++) {
@@ -164,8 +167,8 @@ void batch_norm_stats(const BatchNormStats& op) {
   using S = Stat<T>;
   const Runs runs(op.shape, false);
   const ReduceTasks tasks(runs);
-  // Channels last: the moments of the lanes of every task, then of what a folded row leaves over; contiguous: those of
-  // every plane.
+  // Channels last: the moments of the lanes of every task, then of what a folded row leaves over; contiguous:
+  // those of every plane.
   const int64_t channels = runs.channels, width = runs.channels_last ? runs.lanes : 1;
   const int64_t rest = runs.empty() ? 0 : runs.length % runs.lanes;
   const int64_t slots = runs.channels_last ? tasks.count() : runs.count;
@@ -176,8 +179,8 @@ void batch_norm_stats(const BatchNormStats& op) {
                              double* m2) {
       const S* no_vectors = nullptr;
       if (rows * count > 0)
-        run_stats(Stats<T>{static_cast<const T*>(op.x), runs.panel(run, row, rows, 0, count, no_vectors, 0), mean,
-                           low, m2});
+        run_stats(Stats<T>{static_cast<const T*>(op.x), runs.panel(run, row, rows, 0, count, no_vectors, 0),
+                           mean, low, m2});
     };
     const auto measure_slot = [&](int64_t row, int64_t rows, int64_t count, int64_t slot) {
       const int64_t at = slot * width;
@@ -209,10 +212,12 @@ void batch_norm_stats(const BatchNormStats& op) {
   for (int64_t c = 0; c < channels; c++) {
     Moments moments{};
     if (runs.channels_last) {
-      for (int64_t lane = c; lane < width; lane += channels) moments.merge(lanes.at(0, lane, runs.full_rows()));
+      for (int64_t lane = c; lane < width; lane += channels)
+        moments.merge(lanes.at(0, lane, runs.full_rows()));
       for (int64_t lane = c; lane < rest; lane += channels) moments.merge(lanes.at(slots, lane, 1));
     } else {
-      for (int64_t plane = c; plane < slots; plane += channels) moments.merge(lanes.at(plane, 0, runs.length));
+      for (int64_t plane = c; plane < slots; plane += channels)
+        moments.merge(lanes.at(plane, 0, runs.length));
     }
     const double variance = moments.m2 / moments.count;  // 0 / 0 without values: no mean either
     mean[c] = S(moments.count == 0 ? variance : moments.mean + moments.low);

@@ -4,10 +4,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 #include "element.h"
 #include "panels.h"
 
@@ -16,8 +12,8 @@ namespace resnet_fused::cpu {
 constexpr int kBlock = 64;
 using FullBlock = std::integral_constant<int, kBlock>;
 
-// body(row, lane, n) for every block of n lanes of a row; n is FullBlock, known to the compiler, for all but the last
-// of a row, where it is an int.
+// body(row, lane, n) for every block of n lanes of a row; n is FullBlock, known to the compiler, for all but
+// the last of a row, where it is an int.
 template <class Body>
 RESNET_FUSED_INLINE void for_each_block(int64_t lanes, const Body& body) {
   int64_t lane = 0;
@@ -25,8 +21,8 @@ RESNET_FUSED_INLINE void for_each_block(int64_t lanes, const Body& body) {
   if (lane < lanes) body(lane, int(lanes - lane));
 }
 
-// Eight flags, each a byte of 0 or 1, to the bits of one byte: the multiplication moves bit 8*j to bit 56+j, and no two
-// partial products meet.
+// Eight flags, each a byte of 0 or 1, to the bits of one byte: the multiplication moves bit 8*j to bit 56+j,
+// and no two partial products meet.
 RESNET_FUSED_INLINE uint8_t pack_flags(const uint8_t* flags) {
   uint64_t bytes;
   __builtin_memcpy(&bytes, flags, 8);
@@ -66,29 +62,32 @@ RESNET_FUSED_INLINE void unpack_mask(const uint8_t* mask, N n, uint8_t* flags) {
   }
 }
 
-// out[i] = value(i) for a block. With kStream past the caches, for outputs that would not stay there until they
-// are read: a plain store first fetches the line that it is about to overwrite.
-template <bool kStream, class T, class N, class Value>
-RESNET_FUSED_INLINE void write_block(T* out, N n, const Value& value) {
-  const int count = n;
-#if defined(__SSE2__)
-  if constexpr (kStream && std::is_same_v<N, FullBlock>) {
-    alignas(64) T block[kBlock];
-    RESNET_FUSED_VECTOR
-    for (int i = 0; i < count; i++) block[i] = value(i);
-    constexpr int kVectors = kBlock * sizeof(T) / sizeof(__m128i);
-    for (int i = 0; i < kVectors; i++)
-      _mm_stream_si128(reinterpret_cast<__m128i*>(out) + i, reinterpret_cast<const __m128i*>(block)[i]);
-    return;
-  }
-#endif
-  RESNET_FUSED_VECTOR
-  for (int i = 0; i < count; i++) out[i] = value(i);
+// Far enough ahead to hide the memory's latency, and short of what the first-level cache holds.
+constexpr int64_t kPrefetchBytes = 4096;
+
+// Fetches the n elements that are `ahead` of `address` into the cache. The machine's own prefetchers lose
+// track where several rows are read side by side (a reduction reads at half the bandwidth without this), and
+// a vector load under a mask does not even start before its mask is known.
+template <class T, class N>
+RESNET_FUSED_INLINE void prefetch(const T* address, int64_t ahead, N n) {
+  constexpr int kPerLine = 64 / int(sizeof(T));
+  // Not pointer arithmetic: the last of these addresses are past the end.
+  const char* line = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(address) + ahead * sizeof(T));
+  for (int i = 0; i < n; i += kPerLine, line += 64) RESNET_FUSED_PREFETCH(line);
 }
 
-// rows(first row, constant R) for the rows [first, last), kUnroll at a time and the rest one by one. What is kept by the
-// lane is then loaded and stored once for kUnroll rows.
-template <int kUnroll = 4, class Rows>
+// How far ahead to prefetch, in elements: in steps of `rows` rows where these are read side by side.
+template <class T>
+RESNET_FUSED_INLINE int64_t prefetch_distance(int64_t stride, int rows) {
+  const int64_t step = rows * stride, distance = kPrefetchBytes / int64_t(sizeof(T));
+  return (distance + step - 1) / step * step;
+}
+
+constexpr int kRowsAtOnce = 4;
+
+// rows(first row, constant R) for the rows [first, last), kUnroll at a time and the rest one by one. What is
+// kept by the lane is then loaded and stored once for kUnroll rows.
+template <int kUnroll = kRowsAtOnce, class Rows>
 RESNET_FUSED_INLINE void for_each_row(int64_t first, int64_t last, const Rows& rows) {
   int64_t row = first;
   for (; row + kUnroll <= last; row += kUnroll) rows(row, std::integral_constant<int, kUnroll>{});
@@ -96,9 +95,9 @@ RESNET_FUSED_INLINE void for_each_row(int64_t first, int64_t last, const Rows& r
     for (; row < last; row++) rows(row, std::integral_constant<int, 1>{});
 }
 
-// Adds the column sums of a panel to sums[o * panel.stride + lane]. add_rows(tile, row, lane, n, constant R) adds n lanes
-// of R rows to tile[o * kTileLanes + i].
-template <int kSums, int kUnroll = 4, class S, class Rows>
+// Adds the column sums of a panel to sums[o * panel.stride + lane]. add_rows(tile, row, lane, n, constant R)
+// adds n lanes of R rows to tile[o * kTileLanes + i].
+template <int kSums, int kUnroll = kRowsAtOnce, class S, class Rows>
 RESNET_FUSED_INLINE void sum_tiles(const Panel<S>& panel, double* sums, const Rows& add_rows) {
   alignas(64) S tile[kSums * kTileLanes];
   for (int64_t first = 0; first < panel.rows; first += kTileRows) {

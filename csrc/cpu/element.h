@@ -1,5 +1,5 @@
-// The element types of an activation and their statistics types. Conversions are integer and float arithmetic without
-// branches, so that a loop over them becomes vectors on every machine.
+// The element types of an activation and their statistics types. Conversions are integer and float arithmetic
+// without branches, so that a loop over them becomes vectors on every machine.
 #pragma once
 
 #include <cstdint>

@@ -51,9 +51,9 @@ void fill_affine(const Norm& norm, Vectors<S>& vectors, int k) {
   fill_bias(norm, vectors, k + 2);
 }
 
-// The vectors k and k+1: slope and offset of dy = scale * (dz + ((y - mean) * slope + offset)). What cancels is added
-// before it is scaled, so that the scale's own rounding stays relative to the result. Without sums they are zero and
-// not to be used: y may be infinite.
+// The vectors k and k+1: slope and offset of dy = scale * (dz + ((y - mean) * slope + offset)). What cancels
+// is added before it is scaled, so that the scale's own rounding stays relative to the result. Without sums
+// they are zero and not to be used: y may be infinite.
 template <class S>
 void fill_backward(const Norm& norm, const NormSums& sums, int64_t pixels, Vectors<S>& vectors, int k) {
   const S* invstd = static_cast<const S*>(norm.invstd);

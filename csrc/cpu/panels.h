@@ -1,6 +1,7 @@
-// How an activation is cut up for the kernels: into panels, row-major matrices of rows x lanes in which every lane
-// (column) has its own coefficients. Both layouts look the same from inside a kernel:
-//   channels_last: the tensor is one run of elements; lanes are the channels, or several pixels' channels when there
+// How an activation is cut up for the kernels: into panels, row-major matrices of rows x lanes in which every
+// lane (column) has its own coefficients. Both layouts look the same from inside a kernel:
+//   channels_last: the tensor is one run of elements; lanes are the channels, or several pixels' channels
+//   when there
 //                  are few;
 //   contiguous:    every plane is a run; up to kPlaneLanes lanes, all of the same channel.
 // What a run leaves over is a last panel with one row and fewer lanes.
@@ -8,7 +9,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <vector>
 
 #include "../kernels.h"
@@ -19,11 +19,15 @@
 namespace resnet_fused::cpu {
 
 constexpr int64_t kPlaneLanes = 64;
-constexpr int64_t kTileRows = 32;     // a tile's sums are taken in the statistics type, tiles are added in double
-constexpr int64_t kTileLanes = 512;   // so that a tile's accumulators stay in the first-level cache
-constexpr int64_t kTaskElements = 1 << 14;  // below this a thread costs more than it brings
+// A tile's sums are taken in the statistics type, tiles are added in double.
+constexpr int64_t kTileRows = 32;
+// So that a tile's accumulators stay in the first-level cache.
+constexpr int64_t kTileLanes = 512;
+// Below this a thread costs more than it brings.
+constexpr int64_t kTaskElements = 1 << 14;
 constexpr int64_t kReduceTasks = 32;
-constexpr int64_t kTaskRows = 4 * kTileRows;  // of a reduction, so that merging the tasks costs little beside them
+// Of a reduction, so that merging the tasks costs little beside them.
+constexpr int64_t kTaskRows = 4 * kTileRows;
 
 template <class S>
 struct Panel {
@@ -49,7 +53,9 @@ struct Runs {
     mask_bytes = channels_last ? shape.rows * shape.mask_bytes_per_row() : shape.mask_bytes_per_row();
     // A mask row starts on a byte, so pixels are put side by side only where that leaves no gap.
     const bool foldable = channels_last && channels < kPlaneLanes && (!has_mask || channels % 8 == 0);
-    lanes = !channels_last ? std::min(kPlaneLanes, length) : foldable ? kPlaneLanes / channels * channels : channels;
+    lanes = !channels_last ? std::min(kPlaneLanes, length)
+            : foldable     ? kPlaneLanes / channels * channels
+                           : channels;
   }
 
   bool empty() const { return count * length == 0; }
@@ -87,16 +93,7 @@ void spread(const Runs& runs, const Vectors<S>& vectors, int64_t run, S* lanes) 
     std::fill_n(lanes + k * kPlaneLanes, runs.lanes, vectors[k][run % runs.channels]);
 }
 
-constexpr int kMaxVectors = 10;
-
-// Whether an output of this shape should bypass the caches: it is too large to be found there by whoever reads it.
-template <class T>
-bool streams(const void* out, const Matrix& shape) {
-  const char* e = getenv("RF_STREAM");
-  const int64_t threshold = e ? atoll(e) : (int64_t(1) << 60);
-  return shape.rows * shape.cols * int64_t(sizeof(T)) > threshold && reinterpret_cast<uintptr_t>(out) % 16 == 0 &&
-         shape.cols * sizeof(T) % 16 == 0;
-}
+constexpr int kMaxVectors = 8;
 
 // Eight sums side by side, so that an addition need not wait for the one before it.
 inline double sum_of(const double* values, int64_t count) {
@@ -135,8 +132,20 @@ void for_each_panel(const Runs& runs, const Vectors<S>& vectors, const Body& bod
   });
 }
 
-// The tasks of a reduction: full rows where lanes are channels, planes otherwise. How the tensor is cut depends on its
-// shape alone, never on the number of threads, and so does the result.
+// body(task) for every task of a reduction. A thread takes its tasks from the last to the first: the end of
+// what the operator before wrote is still in the cache, and when this is done the beginning is, which is
+// where the same thread starts the elementwise pass that follows.
+template <class Body>
+void for_each_backwards(int64_t tasks, const Body& body) {
+  const int64_t threads = std::min(tasks, int64_t(num_threads()));
+  parallel_for(threads, [&](int64_t thread) {
+    const int64_t first = tasks * thread / threads;
+    for (int64_t task = tasks * (thread + 1) / threads - 1; task >= first; task--) body(task);
+  });
+}
+
+// The tasks of a reduction: full rows where lanes are channels, planes otherwise. How the tensor is cut
+// depends on its shape alone, never on the number of threads, and so does the result.
 class ReduceTasks {
  public:
   explicit ReduceTasks(const Runs& runs) {
@@ -149,11 +158,9 @@ class ReduceTasks {
   int64_t begin(int64_t task) const { return std::min(steps() * task / count_ * step_, rows_); }
   int64_t end(int64_t task) const { return begin(task + 1); }
 
-  // The last task comes first: the end of what the operator before wrote is still in the cache, and when this is done
-  // the beginning is, which is where the elementwise pass that follows starts.
   template <class Body>
   void each(const Body& body) const {
-    parallel_for(count_, [&](int64_t i) { body(count_ - 1 - i); });
+    for_each_backwards(count_, body);
   }
 
  private:
@@ -161,14 +168,15 @@ class ReduceTasks {
   int64_t rows_, step_, count_;
 };
 
-// Where reduce_panels() leaves a sum: `channels` values in the statistics type, each times its factor if there is one.
+// Where reduce_panels() leaves a sum: `channels` values in the statistics type, each times its factor if
+// there is one.
 struct Sum {
   void* values;
   const void* factor;
 };
 
-// Sums over the pixels of a channel. body(panel, sums) adds the panel's column sums to sums[o * panel.stride + lane]
-// for o in [0, kSums).
+// Sums over the pixels of a channel. body(panel, sums) adds the panel's column sums to sums[o * panel.stride
+// + lane] for o in [0, kSums).
 template <int kSums, class S, class Body>
 void reduce_panels(const Runs& runs, const Vectors<S>& vectors, const Body& body, const Sum (&out)[kSums]) {
   const ReduceTasks tasks(runs);
@@ -184,7 +192,8 @@ void reduce_panels(const Runs& runs, const Vectors<S>& vectors, const Body& body
       if (runs.channels_last) {
         double* sums = partial.data() + task * kSums * width;
         if (end > begin) body(runs.panel(0, begin, end - begin, 0, width, lanes.data(), width), sums);
-        if (task == tasks.count() - 1 && rest > 0) body(runs.panel(0, full, 1, 0, rest, lanes.data(), width), sums);
+        if (task == tasks.count() - 1 && rest > 0)
+          body(runs.panel(0, full, 1, 0, rest, lanes.data(), width), sums);
         return;
       }
       S spread_lanes[kMaxVectors * kPlaneLanes];
@@ -205,11 +214,13 @@ void reduce_panels(const Runs& runs, const Vectors<S>& vectors, const Body& body
       const double* addend = partial.data() + (slot * kSums + o) * width;
       if (!runs.channels_last) totals[slot % runs.channels] += addend[0];
       for (int64_t lane = 0; runs.channels_last && lane < width; lane += runs.channels)
-        for (int64_t channel = 0; channel < runs.channels; channel++) totals[channel] += addend[lane + channel];
+        for (int64_t channel = 0; channel < runs.channels; channel++)
+          totals[channel] += addend[lane + channel];
     }
     for (int64_t channel = 0; channel < runs.channels; channel++) {
       const double sum = totals[channel];
-      static_cast<S*>(out[o].values)[channel] = S(factor && !runs.empty() ? sum * double(factor[channel]) : sum);
+      static_cast<S*>(out[o].values)[channel] =
+          S(factor && !runs.empty() ? sum * double(factor[channel]) : sum);
     }
   }
 }

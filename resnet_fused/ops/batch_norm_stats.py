@@ -66,15 +66,19 @@ def statistics(y: Tensor, norm: Norm) -> Statistics:
         assert norm.running_mean is not None and norm.running_var is not None
         invstd = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
         return Statistics(norm.running_mean.to(dtype), invstd)
+    tracks = norm.running_mean is not None and norm.running_var is not None and not _is_recomputing()
     with torch.no_grad():
         mean, var, invstd = batch_norm_stats(y, norm.eps)
         pixels = y.numel() // y.shape[1]
-        share, unbiased = None, var * (pixels / max(pixels - 1, 1))
+        total: int | Tensor = pixels
+        share = None
         if norm.group is not None:
             mean, var, total = _merge_across(norm.group, mean, var, pixels)
             invstd = torch.rsqrt(var + norm.eps)
-            share, unbiased = pixels / total, var * (total / (total - 1).clamp(min=1))
-        if norm.running_mean is not None and norm.running_var is not None and not _is_recomputing():
+            share = pixels / total
+        if tracks:
+            assert norm.running_mean is not None and norm.running_var is not None
+            unbiased = var * (total / (total - 1))
             norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
             norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
     return Statistics(mean, invstd, share)

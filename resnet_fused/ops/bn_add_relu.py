@@ -55,6 +55,7 @@ backward_pass = primitive(
 class _BnAddRelu(torch.autograd.Function):
     @staticmethod
     def forward(
+        ctx: Any,
         y: Tensor,
         residual: Tensor,
         weight: Tensor | None,
@@ -64,21 +65,15 @@ class _BnAddRelu(torch.autograd.Function):
         share: Tensor | None,
         training: bool,
         group: dist.ProcessGroup | None,
-    ) -> tuple[Tensor, Tensor]:
-        return forward_pass(y, mean, invstd, weight, bias, residual)
+    ) -> Tensor:
+        out: Tensor
+        out, mask = forward_pass(y, mean, invstd, weight, bias, residual)
+        ctx.training, ctx.group = training, group
+        ctx.save_for_backward(mask, y, weight, bias, mean, invstd, share)
+        return out
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        y, _, *tensors, ctx.training, ctx.group = inputs
-        mask = output[1]
-        ctx.mark_non_differentiable(mask)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(mask, y, *tensors)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 9
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask, y, weight, bias, mean, invstd, share = ctx.saved_tensors
         needs_y, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
@@ -105,5 +100,5 @@ def bn_add_relu(y: Tensor, residual: Tensor, norm: Norm) -> Tensor:
     """relu(batch_norm(y) + residual) of activations (N, C, H, W), in their dtype and y's layout."""
     mean, invstd, share = statistics(y, norm)
     weight, bias = in_statistics_dtype(norm.weight, y), in_statistics_dtype(norm.bias, y)
-    out, _ = _BnAddRelu.apply(y, residual, weight, bias, mean, invstd, share, norm.training, norm.group)
+    out: Tensor = _BnAddRelu.apply(y, residual, weight, bias, mean, invstd, share, norm.training, norm.group)
     return out

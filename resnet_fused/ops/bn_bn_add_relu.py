@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resnet_fused.ops._autograd import differentiable_backward, normalized
 from resnet_fused.ops._primitive import primitive
-from resnet_fused.ops.batch_norm_stats import Norm, in_statistics_dtype, shared_sums, statistics
+from resnet_fused.ops.batch_norm_stats import Norm, Statistics, in_statistics_dtype, shared_sums, statistics
 from resnet_fused.reference import bn_bn_add_relu as reference
 from resnet_fused.reference.layout import dense, mask_shape, unpack_mask
 
@@ -57,37 +57,29 @@ backward_pass = primitive(
 class _BnBnAddRelu(torch.autograd.Function):
     @staticmethod
     def forward(
+        ctx: Any,
         y: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         skip: Tensor,
         skip_weight: Tensor | None,
         skip_bias: Tensor | None,
-        mean: Tensor,
-        invstd: Tensor,
-        share: Tensor | None,
-        skip_mean: Tensor,
-        skip_invstd: Tensor,
-        skip_share: Tensor | None,
+        stats: Statistics,
+        skip_stats: Statistics,
         modes: tuple[bool, bool],
         groups: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None],
-    ) -> tuple[Tensor, Tensor]:
-        return forward_pass(
+    ) -> Tensor:
+        (mean, invstd, _), (skip_mean, skip_invstd, _) = stats, skip_stats
+        out: Tensor
+        out, mask = forward_pass(
             y, mean, invstd, weight, bias, skip, skip_mean, skip_invstd, skip_weight, skip_bias
         )
+        ctx.modes, ctx.groups = modes, groups
+        ctx.save_for_backward(mask, y, weight, bias, skip, skip_weight, skip_bias, *stats, *skip_stats)
+        return out
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.modes, ctx.groups = inputs
-        mask = output[1]
-        ctx.mark_non_differentiable(mask)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(mask, *tensors)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 14
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask, *inputs, mean, invstd, share, skip_mean, skip_invstd, skip_share = ctx.saved_tensors
         y, weight, _, skip, skip_weight, _ = inputs
         needs_grad = ctx.needs_input_grad[:6]
@@ -109,7 +101,7 @@ class _BnBnAddRelu(torch.autograd.Function):
                 ).to(y.dtype)
 
             grads = differentiable_backward(again, inputs, needs_grad, dz, group or skip_group)
-            return *grads, *[None] * 8
+            return *grads, *[None] * 4
         dbias = dweight = dskip_weight = None
         sums: list[Tensor | None] = [None, None]
         skip_sums: list[Tensor | None] = [None, None]
@@ -126,7 +118,7 @@ class _BnBnAddRelu(torch.autograd.Function):
         )
         all_grads = (dy, dweight, dbias, dskip, dskip_weight, dbias)
         wanted = [g if needed else None for g, needed in zip(all_grads, needs_grad, strict=True)]
-        return *wanted, *[None] * 8
+        return *wanted, *[None] * 4
 
 
 def bn_bn_add_relu(y: Tensor, skip: Tensor, norm: Norm, skip_norm: Norm) -> Tensor:
@@ -137,7 +129,7 @@ def bn_bn_add_relu(y: Tensor, skip: Tensor, norm: Norm, skip_norm: Norm) -> Tens
     )
     weight, bias, skip_weight, skip_bias = parameters
     modes, groups = (norm.training, skip_norm.training), (norm.group, skip_norm.group)
-    out, _ = _BnBnAddRelu.apply(
-        y, weight, bias, skip, skip_weight, skip_bias, *stats, *skip_stats, modes, groups
+    out: Tensor = _BnBnAddRelu.apply(
+        y, weight, bias, skip, skip_weight, skip_bias, stats, skip_stats, modes, groups
     )
     return out

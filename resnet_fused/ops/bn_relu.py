@@ -46,6 +46,7 @@ backward_pass = primitive(
 class _BnRelu(torch.autograd.Function):
     @staticmethod
     def forward(
+        ctx: Any,
         y: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -55,12 +56,10 @@ class _BnRelu(torch.autograd.Function):
         training: bool,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
-        return forward_pass(y, mean, invstd, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.training, ctx.group = inputs
-        ctx.save_for_backward(*tensors)
+        ctx.training, ctx.group = training, group
+        ctx.save_for_backward(y, weight, bias, mean, invstd, share)
+        out: Tensor = forward_pass(y, mean, invstd, weight, bias)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -56,6 +56,7 @@ backward_pass = primitive(
 class _BnReluMaxpool(torch.autograd.Function):
     @staticmethod
     def forward(
+        ctx: Any,
         y: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -64,21 +65,15 @@ class _BnReluMaxpool(torch.autograd.Function):
         share: Tensor | None,
         training: bool,
         group: dist.ProcessGroup | None,
-    ) -> tuple[Tensor, Tensor]:
-        return forward_pass(y, mean, invstd, weight, bias)
+    ) -> Tensor:
+        out: Tensor
+        out, indices = forward_pass(y, mean, invstd, weight, bias)
+        ctx.training, ctx.group = training, group
+        ctx.save_for_backward(indices, y, weight, bias, mean, invstd, share)
+        return out
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.training, ctx.group = inputs
-        indices = output[1]
-        ctx.mark_non_differentiable(indices)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(indices, *tensors)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 8
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         indices, y, weight, bias, mean, invstd, share = ctx.saved_tensors
         needs_grad = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
@@ -103,5 +98,5 @@ def bn_relu_maxpool(y: Tensor, norm: Norm) -> Tensor:
     """max_pool2d(relu(batch_norm(y)), 3, stride=2, padding=1) of an activation (N, C, H, W)."""
     mean, invstd, share = statistics(y, norm)
     weight, bias = in_statistics_dtype(norm.weight, y), in_statistics_dtype(norm.bias, y)
-    out, _ = _BnReluMaxpool.apply(y, weight, bias, mean, invstd, share, norm.training, norm.group)
+    out: Tensor = _BnReluMaxpool.apply(y, weight, bias, mean, invstd, share, norm.training, norm.group)
     return out
