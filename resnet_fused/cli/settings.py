@@ -44,7 +44,7 @@ class Settings:
     epochs: int = 0
     batch_size: int = 64
     image_size: int = 0
-    lr: float = 0.01
+    lr: float = 0.02
     momentum: float = 0.9
     weight_decay: float = 5e-4
     warmup: float = 0.1

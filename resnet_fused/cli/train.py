@@ -137,8 +137,7 @@ class Run:
         self.total = self.settings.epochs * self.batches.steps
         self.warm_up = compare.WARM_UP
         self.drawn = time.monotonic()
-        self.look_every = 1 if self.comparing or self.device.type == "cpu" else SECONDS_BETWEEN_DRAWINGS = 30  # drawing takes most of a second
-GPU_STEPS_BETWEEN_LOOKS
+        self.look_every = 1 if self.comparing or self.device.type == "cpu" else GPU_STEPS_BETWEEN_LOOKS
         limit = self.invocation.max_steps
         self.limit = limit if limit is not None and limit < self.total else None
         if self.limit is not None and self.limit <= self.steps_done:

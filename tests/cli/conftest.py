@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,17 @@ def make_images(root: Path, train: int = 9) -> Path:
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`make_images`, once; not to be changed."""
     return make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(autouse=True)
+def _spare_the_disk(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """A hundred checkpoints of 90 MB need not reach the disk, nor stay on it."""
+    if request.module.__name__ != "tests.cli.test_checkpoint":
+        monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    yield
+    shutil.rmtree(tmp_path)
 
 
 @pytest.fixture

@@ -102,20 +102,7 @@ def _torchrun(*arguments: object) -> str:
 
 def test_two_processes(images: Path, tmp_path: Path) -> None:
     """Equal weights on both; the nine held-out images are counted once; resuming in mid-epoch changes nothing."""
-    small = (
-        "--data",
-        images,
-        "--image-size",
-        16,
-        "--batch-size",
-        4,
-        "--epochs",
-        2,
-        "--workers",
-        0,
-        "--impl",
-        impl,
-    )
+    small = ("--data", images, "--image-size", 16, "--batch-size", 4, "--epochs", 2, "--workers", 0)
     printed = _torchrun(*small, "--out", tmp_path / "whole")
     digests = re.findall(r"rank \d ([0-9a-f]{16})", printed)
     assert len(digests) == 2 and digests[0] == digests[1]
