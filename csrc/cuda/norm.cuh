@@ -52,22 +52,20 @@ template <typename S>
 struct GradientVectors {
   NormVectors<S> norm;
   const S *sum_dz, *sum_dz_xhat;
-  double pixels;
+  S inverse_pixels;
 
   GradientVectors(const Norm& norm, const NormSums& sums, int64_t pixels)
       : norm(norm),
         sum_dz(static_cast<const S*>(sums.sum_dz)),
         sum_dz_xhat(static_cast<const S*>(sums.sum_dz_xhat)),
-        pixels(static_cast<double>(pixels)) {}
+        inverse_pixels(static_cast<S>(1.0 / static_cast<double>(pixels))) {}
 
   __device__ bool batch_statistics() const { return sum_dz != nullptr; }
   __device__ GradientCoefficients<S> coefficients(int64_t c) const {
     GradientCoefficients<S> k{__ldg(norm.mean + c), norm.scale(c), S(0), S(0)};
     if (batch_statistics()) {
-      const double invstd = __ldg(norm.invstd + c), sum = __ldg(sum_dz + c),
-                   sum_xhat = __ldg(sum_dz_xhat + c);
-      k.slope = static_cast<S>(-invstd * sum_xhat / pixels);
-      k.offset = static_cast<S>(-sum / pixels);
+      k.slope = -__ldg(norm.invstd + c) * (__ldg(sum_dz_xhat + c) * inverse_pixels);
+      k.offset = -__ldg(sum_dz + c) * inverse_pixels;
     }
     return k;
   }

@@ -16,6 +16,7 @@ import torch
 from resnet_fused.cli.main import main
 
 Cli = Callable[..., "Result"]
+SMALL = ["--image-size", "16", "--batch-size", "4", "--epochs", "2", "--workers", "0", "--device", "cpu"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,20 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_images(tmp_path_factory.mktemp("images"))
 
 
+@pytest.fixture(scope="session")
+def _one_step(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("begun") / "out"
+    assert main(["train", "--data", str(images), *SMALL, "--out", str(out), "--max-steps", "1"]) == 0
+    return out
+
+
+@pytest.fixture
+def begun(_one_step: Path, tmp_path: Path) -> Path:
+    """The `last.pt` of a run of `train` into `tmp_path / out` that stopped after its first step."""
+    shutil.copytree(_one_step, tmp_path / "out")
+    return tmp_path / "out" / "last.pt"
+
+
 @pytest.fixture(autouse=True)
 def _spare_the_disk(
     tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -80,8 +95,7 @@ def train(cli: Cli, images: Path, tmp_path: Path) -> Cli:
     """Trains on the small folder, 4 steps an epoch, into `tmp_path / out`."""
 
     def call(*arguments: object, out: str = "out") -> Result:
-        small = ("--image-size", 16, "--batch-size", 4, "--epochs", 2, "--workers", 0, "--device", "cpu")
-        return cli("train", "--data", images, *small, "--out", tmp_path / out, *arguments)
+        return cli("train", "--data", images, *SMALL, "--out", tmp_path / out, *arguments)
 
     return call
 

@@ -118,61 +118,54 @@ def test_unwritable_out(train: Cli, tmp_path: Path) -> None:
     assert_refused(train("--out", tmp_path / "file" / "out"), "--out", "cannot be written", "another")
 
 
-def test_out_that_holds_a_run(train: Cli, tmp_path: Path) -> None:
-    assert train("--max-steps", 1).code == 0
-    before = (tmp_path / "out" / "last.pt").read_bytes()
+def test_out_that_holds_a_run(train: Cli, begun: Path) -> None:
+    before = begun.read_bytes()
     assert_refused(train("--max-steps", 1), "already holds a run", "--resume", "--overwrite")
-    assert (tmp_path / "out" / "last.pt").read_bytes() == before
+    assert begun.read_bytes() == before
     assert train("--max-steps", 1, "--overwrite").code == 0
 
 
-def test_loss_that_is_not_finite(train: Cli, tmp_path: Path) -> None:
-    assert train("--max-steps", 2).code == 0
-    last = tmp_path / "out" / "last.pt"
-    before = last.read_bytes()
+def test_loss_that_is_not_finite(train: Cli, begun: Path) -> None:
+    before = begun.read_bytes()
     result = train("--resume", "--lr", "1e38")
-    assert_refused(result, "fused", "epoch 1, step 4", "untouched", "--lr (it is 1e+38)")
-    assert last.read_bytes() == before
-    assert all(value.isfinite().all() for value in load(last)["model"].values())
+    assert_refused(result, "fused", "epoch 1, step 3", "untouched", "--lr (it is 1e+38)")
+    assert begun.read_bytes() == before
+    assert all(value.isfinite().all() for value in load(begun)["model"].values())
 
 
 @pytest.mark.parametrize("damage", ["missing", "text", "truncated", "flipped", "pickle", "foreign", "format"])
-def test_checkpoint(damage: str, train: Cli, tmp_path: Path) -> None:
-    assert train("--max-steps", 1).code == 0
-    last = tmp_path / "out" / "last.pt"
-    whole = last.read_bytes()
-    words = [str(last)]
+def test_checkpoint(damage: str, train: Cli, begun: Path) -> None:
+    whole = begun.read_bytes()
+    words = [str(begun)]
     if damage == "missing":
-        last.unlink()
-        words = [str(tmp_path), "no checkpoint"]
+        begun.unlink()
+        words = [str(begun.parent), "no checkpoint"]
     elif damage == "text":
-        last.write_text("hello")
+        begun.write_text("hello")
     elif damage == "truncated":
-        last.write_bytes(whole[: len(whole) // 2])
+        begun.write_bytes(whole[: len(whole) // 2])
     elif damage == "flipped":
         middle = len(whole) // 2
-        last.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+        begun.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
         words.append("damaged")
     elif damage == "pickle":
-        torch.save({"model": torch.nn.Linear(1, 1)}, last)
+        torch.save({"model": torch.nn.Linear(1, 1)}, begun)
     elif damage == "foreign":
-        torch.save(load(last)["model"], last)
+        torch.save(load(begun)["model"], begun)
         words += ["lacks", "optimizer"]
     else:
-        torch.save(load(last) | {"format": "resnet_fused training 0"}, last)
+        torch.save(load(begun) | {"format": "resnet_fused training 0"}, begun)
         words.append("resnet_fused training 0")
-    left = last.read_bytes() if last.exists() else None
+    left = begun.read_bytes() if begun.exists() else None
     assert_refused(train("--resume"), *words)
-    assert (last.read_bytes() if last.exists() else None) == left
+    assert (begun.read_bytes() if begun.exists() else None) == left
 
 
-def test_checkpoint_of_another_architecture(train: Cli) -> None:
-    assert train("--max-steps", 1).code == 0
+def test_checkpoint_of_another_architecture(train: Cli, begun: Path) -> None:
     assert_refused(train("--resume", "--arch", "resnet34"), "resnet18", "resnet34")
 
 
-def test_checkpoint_of_other_classes(train: Cli, tmp_path: Path) -> None:
-    assert train("--max-steps", 1).code == 0
+def test_checkpoint_of_other_classes(train: Cli, begun: Path, tmp_path: Path) -> None:
     data = make_images(tmp_path / "data")
     for part in ("train", "val"):
         shutil.copytree(data / part / "dark", data / part / "middling")
@@ -181,28 +174,23 @@ def test_checkpoint_of_other_classes(train: Cli, tmp_path: Path) -> None:
     )
 
 
-def test_checkpoint_in_mid_epoch_with_another_batch_size(train: Cli) -> None:
-    assert train("--max-steps", 1).code == 0
+def test_checkpoint_in_mid_epoch_with_another_batch_size(train: Cli, begun: Path) -> None:
     assert_refused(train("--resume", "--batch-size", 8), "step 1 of an epoch of 4", "2 steps", "--batch-size")
 
 
-def test_checkpoint_that_does_not_fit(train: Cli, tmp_path: Path) -> None:
-    assert train("--max-steps", 1).code == 0
-    last = tmp_path / "out" / "last.pt"
-    state = load(last)
+def test_checkpoint_that_does_not_fit(train: Cli, begun: Path, tmp_path: Path) -> None:
+    state = load(begun)
     del state["model"]["fc.bias"]
-    torch.save(state, last)
-    assert_refused(train("--resume"), str(last), "resnet18", "fc.bias")
+    torch.save(state, begun)
+    assert_refused(train("--resume"), str(begun), "resnet18", "fc.bias")
 
 
-def test_one_checkpoint_is_no_comparison(train: Cli) -> None:
-    assert train("--max-steps", 1).code == 0
+def test_one_checkpoint_is_no_comparison(train: Cli, begun: Path) -> None:
     assert_refused(train("--resume", "--impl", "compare"), "--impl fused", "--impl compare")
 
 
-def test_max_steps_that_are_done(train: Cli) -> None:
-    assert train("--max-steps", 2).code == 0
-    assert_refused(train("--max-steps", 2, "--resume"), "--max-steps 2", "already", "larger")
+def test_max_steps_that_are_done(train: Cli, begun: Path) -> None:
+    assert_refused(train("--max-steps", 1, "--resume"), "--max-steps 1", "already", "larger")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
