@@ -35,7 +35,8 @@ def markdown(results: dict[str, Any]) -> str:
     header, rows = results["header"], results["rows"]
     lines = [
         f"{header['device']}, {header['threads']} threads, torch {header['torch']}, {header['date'][:10]};"
-        " batch 16, channels_last, times interleaved in one process, outputs checked in the same run.",
+        " batch 16, channels_last, times interleaved in one process, outputs checked in the same run."
+        " Ratios are medians of pairs, with their 20th and 80th percentile, or geometric means over the shapes.",
         "",
         "| what | dtype | eager ms | fused ms | eager / fused |",
         "| --- | --- | ---: | ---: | ---: |",
@@ -53,6 +54,9 @@ def markdown(results: dict[str, Any]) -> str:
         ratio = f"{statistics.geometric_mean(ratios):.2f}x"
         if len(ratios) > 1:
             ratio += f" (worst shape {min(ratios):.2f}x)"
+        else:
+            (row,) = (row for row in groups[name, mode, dtype] if row["impl"] == "resnet_fused")
+            ratio += f" ({row['ratio_p20']:.2f} to {row['ratio_p80']:.2f})"
         shapes = f", all {len(ratios)} shapes" if len(ratios) > 1 else ""
         lines.append(
             f"| {name}, {MODES[mode]}{shapes} | {dtype} | {sum(eager):.1f} | {sum(fused):.1f} | {ratio} |"
