@@ -27,7 +27,7 @@ SMALLEST_IMAGE = 16
 
 # Option: (for the digits, for a folder). None on the command line and in `Settings` stands for these.
 BY_DATA: dict[str, tuple[Any, Any]] = {
-    "epochs": (15, 90),
+    "epochs": (25, 90),
     "image_size": (32, 224),
     "workers": (0, min(4, os.cpu_count() or 1)),
 }

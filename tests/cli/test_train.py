@@ -36,7 +36,7 @@ def test_learns_a_folder_of_images(train: Cli, tmp_path: Path) -> None:
 
 
 def test_learns_digits(cli: Cli, tmp_path: Path) -> None:
-    arguments = ("--epochs", 2, "--batch-size", 32, "--image-size", 16, "--device", "cpu", "--out", tmp_path)
+    arguments = ("--epochs", 3, "--batch-size", 32, "--image-size", 16, "--device", "cpu", "--out", tmp_path)
     assert cli("train", *arguments).code == 0
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["val_accuracy"] > 0.7
 
