@@ -12,7 +12,7 @@ NATIVE := csrc tests/emulated_cuda
 .PHONY: demo test bench report lint format build clean
 
 demo: build
-	$(BIN)/python -m resnet_fused train --impl compare --data digits --out runs/demo
+	$(BIN)/python -m resnet_fused train --impl compare --data digits --out runs/demo --overwrite
 
 test: build lint
 	$(BIN)/python -m pytest
