@@ -1,6 +1,7 @@
 """One process or many: rank, agreement between ranks, and what DDP leaves to its user."""
 
 import contextlib
+import gc
 import hashlib
 import os
 from collections.abc import Iterator
@@ -69,6 +70,9 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
     """Joins the other ranks for as long as the context lasts; nothing where there is one rank.
 
     CPU tensors travel by gloo on either device, so that ranks can agree without waiting for their GPUs.
+
+    gloo's threads end with it. One that let go of the last tensor made in Python after the interpreter has ended
+    would abort the process, so nothing may keep the group: DDP, of which a part never ends, is given another.
     """
     if world.size == 1:
         yield
@@ -78,6 +82,7 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        gc.collect()  # DDP, which keeps the group, is part of a cycle
 
 
 def pick_device(name: str, world: World) -> torch.device:

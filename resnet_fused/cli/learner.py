@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -85,7 +86,9 @@ class Learner:
         self._parallel: nn.Module = self.model
         if world.size > 1:
             self._parallel = DistributedDataParallel(
-                self.model, device_ids=[device.index] if device.type == "cuda" else None
+                self.model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                process_group=dist.new_group(),  # see `process_group`
             )
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         plain = [p for p in self.model.parameters() if p.ndim <= 1]  # norms and biases
@@ -98,6 +101,10 @@ class Learner:
         self._mean = torch.tensor(source.mean, device=device).view(1, 3, 1, 1) * 255
         self._std = torch.tensor(source.std, device=device).view(1, 3, 1, 1) * 255
         self._pending: list[Tensor] = []  # of each step not yet counted: [loss, correct answers]
+
+    def leave(self) -> None:
+        """Lets go of the process group, which can then end; no step can follow."""
+        self._parallel = self.model
 
     def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Images normalised and in the model's layout, and labels, both on the device."""

@@ -59,10 +59,14 @@ def train(given: dict[str, Any], invocation: Invocation) -> None:
             learners = [
                 Learner(name, settings, source, batches.steps, device, world) for name in NAMES[settings.impl]
             ]
-            for learner in learners:
-                if learner.name in states:
-                    learner.restore(states[learner.name], str(invocation.resume))
-            Run(settings, invocation, world, device, batches, learners, stop).start()
+            try:
+                for learner in learners:
+                    if learner.name in states:
+                        learner.restore(states[learner.name], str(invocation.resume))
+                Run(settings, invocation, world, device, batches, learners, stop).start()
+            finally:
+                for learner in learners:
+                    learner.leave()
 
 
 def find_states(invocation: Invocation, impl: str | None) -> tuple[Invocation, dict[str, dict[str, Any]]]:
