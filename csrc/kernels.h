@@ -51,6 +51,7 @@ struct BatchNormStats {
 struct BnRelu {
   const void* y;
   Norm norm;
+  const void* shift;  // subtracted behind the ReLU, in the statistics type; null: nothing is
   void* out;
   Matrix shape;
   Dtype dtype;
@@ -99,7 +100,7 @@ struct BnAddReluBackward {
   const void* y;
   Norm norm;
   NormSums sums;
-  void *dy, *dresidual;
+  void *dy, *dresidual;  // dresidual null: not written
   Matrix shape;
   Dtype dtype;
 };
@@ -138,6 +139,17 @@ struct BnBnAddReluBackward {
   Norm skip_norm;
   NormSums skip_sums;
   void *dy, *dskip;
+  Matrix shape;
+  Dtype dtype;
+};
+
+// dz = grad where the mask has a bit, else 0. out = dz, or out + dz; sum += dz summed over the pixels.
+struct MaskedGrad {
+  const void* grad;
+  const uint8_t* mask;
+  void* out;
+  bool accumulate;
+  double* sum;  // null: not asked for
   Matrix shape;
   Dtype dtype;
 };
@@ -196,6 +208,7 @@ void bn_add_relu_backward(const BnAddReluBackward&);
 void bn_bn_add_relu(const BnBnAddRelu&);
 void bn_bn_add_relu_backward_reduce(const BnBnAddReluBackwardReduce&);
 void bn_bn_add_relu_backward(const BnBnAddReluBackward&);
+void masked_grad(const MaskedGrad&);
 void bn_relu_maxpool(const BnReluMaxpool&);
 void bn_relu_maxpool_backward_reduce(const BnReluMaxpoolBackwardReduce&);
 void bn_relu_maxpool_backward(const BnReluMaxpoolBackward&);
@@ -220,6 +233,7 @@ void bn_add_relu_backward(const BnAddReluBackward&, Launch);
 void bn_bn_add_relu(const BnBnAddRelu&, Launch);
 void bn_bn_add_relu_backward_reduce(const BnBnAddReluBackwardReduce&, Launch);
 void bn_bn_add_relu_backward(const BnBnAddReluBackward&, Launch);
+void masked_grad(const MaskedGrad&, Launch);
 void bn_relu_maxpool(const BnReluMaxpool&, Launch);
 void bn_relu_maxpool_backward_reduce(const BnReluMaxpoolBackwardReduce&, Launch);
 void bn_relu_maxpool_backward(const BnReluMaxpoolBackward&, Launch);

@@ -1,9 +1,9 @@
 """The ten ResNets with torchvision's names, arguments, initialisation and state_dict, and fused blocks.
 
-Only ``forward`` differs from resnet_fused.reference: convolutions are called as the modules they are; the batch
-norms, ReLUs, the residual add and the stem's max-pool run as fused ops around them. A block that was changed so that
-the ops could not stand for it (a hook on an inner module, another norm layer, ...) runs the plain composition;
-``explain(model)`` says which and why.
+Only ``forward`` differs from resnet_fused.reference. On channels_last input a block is one op (ops.residual_block).
+On contiguous input, or where a convolution was changed so that the op could not stand for it, convolutions are called
+as the modules they are, with fused ops around them. A block with another norm layer, a hook on one, ... runs the plain
+composition. ``explain(model)`` says which and why.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch.nn.modules import module as nn_module
 
 from resnet_fused import ops, reference
 from resnet_fused.backend import why_not_fused
-from resnet_fused.ops import Norm
+from resnet_fused.ops import ConvNorm, Norm
+from resnet_fused.reference.layout import dense, is_channels_last
 from resnet_fused.reference.resnet import BlockKind, build
 
 _FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -69,15 +70,9 @@ def _runs_fused(x: Tensor, owner: nn.Module, norms: tuple[str, ...]) -> bool:
     )
 
 
-def _norm(bn: nn.Module, y: Tensor) -> Norm:
-    """The mode of a batch norm module for its input ``y``, counting the batch, as nn.BatchNorm2d.forward does.
-
-    Raises:
-        ValueError: for an input that is not 4-D, or has one value per channel in training.
-    """
+def _norm(bn: nn.Module) -> Norm:
+    """The mode of a batch norm module, counting the batch, as nn.BatchNorm2d.forward does."""
     assert isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm))
-    if y.dim() != 4:
-        raise ValueError(f"expected 4D input (got {y.dim()}D input)")
     momentum = 0.0 if bn.momentum is None else bn.momentum
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
         ops.count_batch(bn.num_batches_tracked)
@@ -86,8 +81,6 @@ def _norm(bn: nn.Module, y: Tensor) -> Norm:
     training = bn.training or (bn.running_mean is None and bn.running_var is None)
     tracked = not bn.training or bn.track_running_stats
     group = _sync_group(bn) if bn.training else None
-    if training and group is None and y.numel() <= y.shape[1]:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
     running_mean, running_var = (bn.running_mean, bn.running_var) if tracked else (None, None)
     return Norm(running_mean, running_var, bn.weight, bn.bias, training, momentum, bn.eps, group)
 
@@ -101,39 +94,91 @@ def _sync_group(bn: nn.Module) -> dist.ProcessGroup | None:
 
 
 def _bn_relu(y: Tensor, bn: nn.Module) -> Tensor:
-    return ops.bn_relu(y, _norm(bn, y))
+    return ops.bn_relu(y, _norm(bn))
+
+
+def _why_not_whole(block: nn.Module, convs: tuple[str, ...]) -> str | None:
+    """Why a block runs as several fused ops, as far as its modules tell; None when it is one op."""
+    if getattr(block, "downsample", None) is not None:
+        convs = (*convs, "downsample.0")
+    for name in convs:
+        conv = block.get_submodule(name)
+        if problem := _changed(conv, (nn.Conv2d,)):
+            return f"{name} {problem}"
+        assert isinstance(conv, nn.Conv2d)
+        if conv.bias is not None:
+            return f"{name} has a bias"
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            return f"{name} has padding {conv.padding}, mode {conv.padding_mode}"
+    return None
+
+
+def _conv_norm(conv: nn.Module, bn: nn.Module) -> ConvNorm:
+    assert isinstance(conv, nn.Conv2d) and not isinstance(conv.padding, str)
+    stride, padding, dilation = ((down, right) for down, right in (conv.stride, conv.padding, conv.dilation))
+    return ConvNorm(conv.weight, _norm(bn), stride, padding, dilation, conv.groups)
+
+
+def _fits_whole(x: Tensor, block: nn.Module, convs: tuple[str, ...]) -> bool:
+    """Whether ``x`` is in the layout that the op for a whole block takes, and shapes and dtypes fit together."""
+    if x.dim() != 4 or not is_channels_last(dense(x)) or _why_not_whole(block, convs) is not None:
+        return False
+    parts = [block.get_submodule(name) for name in convs]
+    downsample = getattr(block, "downsample", None)
+    shortcut = [] if downsample is None else [downsample[0]]
+    mixed = torch.is_autocast_enabled(x.device.type)
+    if not mixed and any(conv.weight.dtype != x.dtype for conv in (*parts, *shortcut)):
+        return False
+    shape = ops.convolved_shape(x.shape, parts)
+    return shape is not None and shape == ops.convolved_shape(x.shape, shortcut)
+
+
+def _whole(x: Tensor, block: BasicBlock | Bottleneck) -> Tensor:
+    """The block as one op."""
+    pairs = zip(block.convs, block.norms, strict=True)
+    parts = [_conv_norm(getattr(block, conv), getattr(block, bn)) for conv, bn in pairs]
+    downsample = block.downsample
+    if downsample is not None:
+        assert isinstance(downsample, nn.Sequential)
+    return ops.residual_block(x, parts, None if downsample is None else _conv_norm(*downsample))
 
 
 def _end_of_block(y: Tensor, bn: nn.Module, x: Tensor, downsample: nn.Module | None) -> Tensor:
     """relu(bn(y) + identity), where identity is the block's input or the downsampled one."""
-    norm = _norm(bn, y)
+    norm = _norm(bn)
     if downsample is None:
         return ops.bn_add_relu(y, x.to(y.dtype), norm)
     assert isinstance(downsample, nn.Sequential)
     skip = downsample[0](x)
-    return ops.bn_bn_add_relu(y, skip.to(y.dtype), norm, _norm(downsample[1], skip))
+    return ops.bn_bn_add_relu(y, skip.to(y.dtype), norm, _norm(downsample[1]))
 
 
 class BasicBlock(reference.BasicBlock):
-    """Two 3x3 convs and an identity, fused: two BN passes instead of seven elementwise ops."""
+    """Two 3x3 convs and a shortcut, fused."""
 
+    convs = ("conv1", "conv2")
     norms = ("bn1", "bn2")
 
     def forward(self, x: Tensor) -> Tensor:
         if not _runs_fused(x, self, self.norms):
             return super().forward(x)
+        if _fits_whole(x, self, self.convs):
+            return _whole(x, self)
         a = _bn_relu(self.conv1(x), self.bn1)
         return _end_of_block(self.conv2(a), self.bn2, x, self.downsample)
 
 
 class Bottleneck(reference.Bottleneck):
-    """1x1, 3x3 and 1x1 convs and an identity, fused: three BN passes instead of ten elementwise ops."""
+    """1x1, 3x3 and 1x1 convs and a shortcut, fused, the last folded with its batch norm."""
 
+    convs = ("conv1", "conv2", "conv3")
     norms = ("bn1", "bn2", "bn3")
 
     def forward(self, x: Tensor) -> Tensor:
         if not _runs_fused(x, self, self.norms):
             return super().forward(x)
+        if _fits_whole(x, self, self.convs):
+            return _whole(x, self)
         a = _bn_relu(self.conv1(x), self.bn1)
         a = _bn_relu(self.conv2(a), self.bn2)
         return _end_of_block(self.conv3(a), self.bn3, x, self.downsample)
@@ -149,7 +194,7 @@ class ResNet(reference.ResNet):
             return super()._stem(x)
         y = self.conv1(x)
         if _is_stem_pool(self.maxpool):
-            return ops.bn_relu_maxpool(y, _norm(self.bn1, y))
+            return ops.bn_relu_maxpool(y, _norm(self.bn1))
         pooled: Tensor = self.maxpool(_bn_relu(y, self.bn1))
         return pooled
 
@@ -175,6 +220,9 @@ def explain(model: nn.Module) -> dict[str, str]:
         if not isinstance(part, (BasicBlock, Bottleneck, ResNet)):
             continue
         reason = why_not_fused(device) or _why_changed(part, part.norms)
+        if reason is None and not isinstance(part, ResNet):
+            apart = _why_not_whole(part, part.convs)
+            reason = apart and f"{apart}: fused ops around the convolutions instead of one for the block"
         if reason is not None:
             reasons[name] = reason
     return reasons

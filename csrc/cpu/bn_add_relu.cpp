@@ -92,7 +92,7 @@ struct Backward {
   bool batch_statistics;
 };
 
-template <bool kBatchStatistics, class T>
+template <bool kBatchStatistics, bool kResidual, class T>
 RESNET_FUSED_INLINE void backward(const Backward<T>& args) {
   using S = Stat<T>;
   const Panel<S>& panel = args.panel;
@@ -101,7 +101,7 @@ RESNET_FUSED_INLINE void backward(const Backward<T>& args) {
     for_each_block(panel.lanes, [&](int64_t lane, auto n) RESNET_FUSED_INLINED {
       const int64_t at = panel.at(row, lane);
       const T *grad = args.grad + at, *y = args.y + at;
-      T *dy = args.dy + at, *dresidual = args.dresidual + at;
+      T *dy = args.dy + at, *dresidual = kResidual ? args.dresidual + at : nullptr;
       const S *mean = panel.vector(0) + lane, *scale = panel.vector(1) + lane;
       const S *slope = panel.vector(2) + lane, *offset = panel.vector(3) + lane;
       const int count = n;
@@ -114,13 +114,18 @@ RESNET_FUSED_INLINE void backward(const Backward<T>& args) {
         const S da = load(grad[i]);
         const S dz = kept[i] ? da : S(0);
         const S sum = kBatchStatistics ? dz + ((load(y[i]) - mean[i]) * slope[i] + offset[i]) : dz;
-        dresidual[i] = store<T>(dz);
+        if (kResidual) dresidual[i] = store<T>(dz);
         dy[i] = store<T>(scale[i] * sum);
       }
     });
 }
 
-RESNET_FUSED_CLONE_EACH(run, Backward, args.batch_statistics ? backward<true>(args) : backward<false>(args))
+template <bool kResidual, class T>
+RESNET_FUSED_INLINE void backward(const Backward<T>& args) {
+  args.batch_statistics ? backward<true, kResidual>(args) : backward<false, kResidual>(args);
+}
+
+RESNET_FUSED_CLONE_EACH(run, Backward, args.dresidual ? backward<true>(args) : backward<false>(args))
 
 }  // namespace
 

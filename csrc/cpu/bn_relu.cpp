@@ -9,9 +9,10 @@ struct Forward {
   const T* y;
   T* out;
   Panel<Stat<T>> panel;
+  bool shifted;
 };
 
-template <class T>
+template <bool kShifted, class T>
 RESNET_FUSED_INLINE void forward(const Forward<T>& args) {
   using S = Stat<T>;
   const Panel<S>& panel = args.panel;
@@ -22,17 +23,19 @@ RESNET_FUSED_INLINE void forward(const Forward<T>& args) {
       const T* y = args.y + at;
       T* out = args.out + at;
       const S *mean = panel.vector(0) + lane, *scale = panel.vector(1) + lane, *bias = panel.vector(2) + lane;
+      const S* shift = kShifted ? panel.vector(3) + lane : nullptr;
       const int count = n;
       prefetch(y, ahead, n);
       RESNET_FUSED_VECTOR
       for (int i = 0; i < count; i++) {
         const S z = (load(y[i]) - mean[i]) * scale[i] + bias[i];
-        out[i] = store<T>(z <= 0 ? S(0) : z);
+        const S kept = z <= 0 ? S(0) : z;
+        out[i] = store<T>(kShifted ? kept - shift[i] : kept);
       }
     });
 }
 
-RESNET_FUSED_CLONE_EACH(run, Forward, forward(args))
+RESNET_FUSED_CLONE_EACH(run, Forward, args.shifted ? forward<true>(args) : forward<false>(args))
 
 template <class T>
 struct Reduce {
@@ -117,10 +120,12 @@ RESNET_FUSED_CLONE_EACH(run, Backward, args.batch_statistics ? backward<true>(ar
 void bn_relu(const BnRelu& op) {
   dispatch(op.dtype, [&](auto element) {
     using T = decltype(element);
-    Vectors<Stat<T>> vectors(3, op.shape.channels);
+    const auto* shift = static_cast<const Stat<T>*>(op.shift);
+    Vectors<Stat<T>> vectors(shift ? 4 : 3, op.shape.channels);
     fill_affine(op.norm, vectors, 0);
+    if (shift) std::copy_n(shift, op.shape.channels, vectors[3]);
     for_each_panel(Runs(op.shape, false), vectors, [&](const Panel<Stat<T>>& panel) {
-      run(Forward<T>{static_cast<const T*>(op.y), static_cast<T*>(op.out), panel});
+      run(Forward<T>{static_cast<const T*>(op.y), static_cast<T*>(op.out), panel, shift != nullptr});
     });
   });
 }

@@ -168,17 +168,10 @@ class ReduceTasks {
   int64_t rows_, step_, count_;
 };
 
-// Where reduce_panels() leaves a sum: `channels` values in the statistics type, each times its factor if
-// there is one.
-struct Sum {
-  void* values;
-  const void* factor;
-};
-
 // Sums over the pixels of a channel. body(panel, sums) adds the panel's column sums to sums[o * panel.stride
-// + lane] for o in [0, kSums).
-template <int kSums, class S, class Body>
-void reduce_panels(const Runs& runs, const Vectors<S>& vectors, const Body& body, const Sum (&out)[kSums]) {
+// + lane] for o in [0, kSums). finish(o, totals) gets the `channels` totals of sum o.
+template <int kSums, class S, class Body, class Finish>
+void sum_panels(const Runs& runs, const Vectors<S>& vectors, const Body& body, const Finish& finish) {
   const ReduceTasks tasks(runs);
   // Partial sums: of a task's lanes where these are channels, of a plane otherwise.
   const int64_t width = runs.channels_last ? runs.lanes : 1;
@@ -208,7 +201,6 @@ void reduce_panels(const Runs& runs, const Vectors<S>& vectors, const Body& body
   }
   std::vector<double> totals(runs.channels);
   for (int o = 0; o < kSums; o++) {
-    const S* factor = static_cast<const S*>(out[o].factor);
     std::fill(totals.begin(), totals.end(), 0.0);
     for (int64_t slot = 0; slot < slots; slot++) {
       const double* addend = partial.data() + (slot * kSums + o) * width;
@@ -217,12 +209,27 @@ void reduce_panels(const Runs& runs, const Vectors<S>& vectors, const Body& body
         for (int64_t channel = 0; channel < runs.channels; channel++)
           totals[channel] += addend[lane + channel];
     }
+    finish(o, totals.data());
+  }
+}
+
+// Where reduce_panels() leaves a sum: `channels` values in the statistics type, each times its factor if
+// there is one.
+struct Sum {
+  void* values;
+  const void* factor;
+};
+
+template <int kSums, class S, class Body>
+void reduce_panels(const Runs& runs, const Vectors<S>& vectors, const Body& body, const Sum (&out)[kSums]) {
+  sum_panels<kSums>(runs, vectors, body, [&](int o, const double* totals) {
+    const S* factor = static_cast<const S*>(out[o].factor);
     for (int64_t channel = 0; channel < runs.channels; channel++) {
       const double sum = totals[channel];
       static_cast<S*>(out[o].values)[channel] =
           S(factor && !runs.empty() ? sum * double(factor[channel]) : sum);
     }
-  }
+  });
 }
 
 }  // namespace resnet_fused::cpu

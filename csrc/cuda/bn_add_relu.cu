@@ -47,24 +47,24 @@ struct BackwardReduce {
   }
 };
 
-template <typename T>
+template <typename T, bool kResidual>
 struct Backward {
   using Element = T;
   using S = Stat<T>;
   using Coefficients = GradientCoefficients<S>;
-  static constexpr int kInputs = 2, kOutputs = 2;
+  static constexpr int kInputs = 2, kOutputs = kResidual ? 2 : 1;
   static constexpr bool kReadsMask = true, kWritesMask = false;
 
-  const T* inputs[2];  // grad, y
-  T* outputs[2];       // dy, dresidual
+  const T* inputs[2];    // grad, y
+  T* outputs[kOutputs];  // dy, dresidual
   const uint8_t* mask_in;
   GradientVectors<S> gradient;
 
   __device__ Coefficients coefficients(int64_t c) const { return gradient.coefficients(c); }
-  __device__ bool apply(const Coefficients& k, const S (&in)[2], bool kept, S (&out)[2]) const {
+  __device__ bool apply(const Coefficients& k, const S (&in)[2], bool kept, S (&out)[kOutputs]) const {
     const S dz = kept ? in[0] : S(0);
     out[0] = gradient(k, dz, in[1]);
-    out[1] = dz;
+    if constexpr (kResidual) out[1] = dz;
     return true;
   }
 };
@@ -98,10 +98,14 @@ void bn_add_relu_backward_reduce(const BnAddReluBackwardReduce& p, Launch where)
 void bn_add_relu_backward(const BnAddReluBackward& p, Launch where) {
   dispatch(p.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
-    const Backward<T> op{{static_cast<const T*>(p.grad), static_cast<const T*>(p.y)},
-                         {static_cast<T*>(p.dy), static_cast<T*>(p.dresidual)},
-                         p.mask,
-                         GradientVectors<Stat<T>>(p.norm, p.sums, p.shape.pixels())};
+    const T *grad = static_cast<const T*>(p.grad), *y = static_cast<const T*>(p.y);
+    T *dy = static_cast<T*>(p.dy), *dresidual = static_cast<T*>(p.dresidual);
+    const GradientVectors<Stat<T>> gradient(p.norm, p.sums, p.shape.pixels());
+    if (dresidual == nullptr) {
+      const Backward<T, false> op{{grad, y}, {dy}, p.mask, gradient};
+      return launch_elementwise("bn_add_relu_backward", op, p.shape, where);
+    }
+    const Backward<T, true> op{{grad, y}, {dy, dresidual}, p.mask, gradient};
     launch_elementwise("bn_add_relu_backward", op, p.shape, where);
   });
 }

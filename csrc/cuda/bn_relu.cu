@@ -27,6 +27,31 @@ struct Forward {
 };
 
 template <typename T>
+struct ShiftedForward {
+  using Element = T;
+  using S = Stat<T>;
+  struct Coefficients {
+    Affine<S> affine;
+    S shift;
+  };
+  static constexpr int kInputs = 1, kOutputs = 1;
+  static constexpr bool kReadsMask = false, kWritesMask = false;
+
+  const T* inputs[1];  // y
+  T* outputs[1];       // out
+  NormVectors<S> norm;
+  const S* shift;
+
+  __device__ Coefficients coefficients(int64_t c) const { return {norm.affine(c), __ldg(shift + c)}; }
+  __device__ bool apply(const Coefficients& k, const S (&in)[1], bool, S (&out)[1]) const {
+    const S z = k.affine(in[0]);
+    const bool keep = relu_keeps(z);
+    out[0] = (keep ? z : S(0)) - k.shift;
+    return keep;
+  }
+};
+
+template <typename T>
 struct BackwardReduce {
   using Element = T;
   using S = Stat<T>;
@@ -75,7 +100,14 @@ struct Backward {
 void bn_relu(const BnRelu& p, Launch where) {
   dispatch(p.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
-    const Forward<T> op{{static_cast<const T*>(p.y)}, {static_cast<T*>(p.out)}, NormVectors<Stat<T>>(p.norm)};
+    using S = Stat<T>;
+    const T* y = static_cast<const T*>(p.y);
+    T* out = static_cast<T*>(p.out);
+    const NormVectors<S> norm(p.norm);
+    if (p.shift == nullptr) {
+      return launch_elementwise("bn_relu", Forward<T>{{y}, {out}, norm}, p.shape, where);
+    }
+    const ShiftedForward<T> op{{y}, {out}, norm, static_cast<const S*>(p.shift)};
     launch_elementwise("bn_relu", op, p.shape, where);
   });
 }

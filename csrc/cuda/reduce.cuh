@@ -219,20 +219,45 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Where the sums go. The kernels sum dz * (y - mean); a factor of invstd is due at the end.
-template <typename S, int kSums>
+// Where the sums go: the merging kernel calls put(k, channel, total of sum k).
+// The kernels sum dz * (y - mean); a factor of invstd is due at the end.
+template <typename S, int kCount>
 struct Totals {
+  using Statistic = S;
+  static constexpr int kSums = kCount;
+
   S* sums[kSums];
   const S* factors[kSums];  // null: one
+
+  __device__ void put(int k, int64_t channel, double total) const {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      if (i != k) continue;
+      const double factor = factors[i] == nullptr ? 1.0 : static_cast<double>(__ldg(factors[i] + channel));
+      sums[i][channel] = static_cast<S>(total * factor);
+    }
+  }
+};
+
+// One sum, added to what is there.
+template <typename S>
+struct RunningTotal {
+  using Statistic = S;
+  static constexpr int kSums = 1;
+
+  double* sum;
+
+  __device__ void put(int, int64_t channel, double total) const { sum[channel] += total; }
 };
 
 // Eight channels, a 32-byte sector of the partials, by 32 lanes that share out the chunks.
 constexpr int kMergeChannels = 8;
 constexpr int kMergeLanes = kThreads / kMergeChannels;
 
-template <typename S, int kSums>
+template <class Target>
 __global__ void __launch_bounds__(kThreads)
-    merge_sums_kernel(const S* partials, int64_t channels, int64_t chunks, Totals<S, kSums> totals) {
+    merge_sums_kernel(const typename Target::Statistic* partials, int64_t channels, int64_t chunks,
+                      Target totals) {
   __shared__ double scratch[kMergeLanes][kMergeChannels];
   const int64_t channel = int64_t{blockIdx.x} * kMergeChannels + threadIdx.x;
   const int k = blockIdx.y;
@@ -240,7 +265,7 @@ __global__ void __launch_bounds__(kThreads)
   if (channel < channels) {
 #pragma unroll 4
     for (int64_t chunk = threadIdx.y; chunk < chunks; chunk += kMergeLanes) {
-      sum += partials[(chunk * kSums + k) * channels + channel];
+      sum += partials[(chunk * Target::kSums + k) * channels + channel];
     }
   }
   scratch[threadIdx.y][threadIdx.x] = sum;
@@ -251,23 +276,15 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
   }
-  if (threadIdx.y == 0 && channel < channels) {
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      if (i != k) continue;
-      const double factor =
-          totals.factors[i] == nullptr ? 1.0 : static_cast<double>(__ldg(totals.factors[i] + channel));
-      totals.sums[i][channel] = static_cast<S>(scratch[0][threadIdx.x] * factor);
-    }
-  }
+  if (threadIdx.y == 0 && channel < channels) totals.put(k, channel, scratch[0][threadIdx.x]);
 }
 
-template <typename S, int kSums>
-void launch_merge_sums(const char* name, const Totals<S, kSums>& totals, int64_t channels, int64_t chunks,
+template <class Target>
+void launch_merge_sums(const char* name, const Target& totals, int64_t channels, int64_t chunks,
                        Launch where) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(channels, kMergeChannels)), kSums);
-  launch(name, &merge_sums_kernel<S, kSums>, grid, dim3(kMergeChannels, kMergeLanes), where.stream,
-         static_cast<const S*>(where.workspace), channels, chunks, totals);
+  const dim3 grid(static_cast<unsigned>(ceil_div(channels, kMergeChannels)), Target::kSums);
+  launch(name, &merge_sums_kernel<Target>, grid, dim3(kMergeChannels, kMergeLanes), where.stream,
+         static_cast<const typename Target::Statistic*>(where.workspace), channels, chunks, totals);
 }
 
 template <class Op>

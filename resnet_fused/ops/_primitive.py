@@ -13,7 +13,12 @@ from resnet_fused.backend import uses_reference
 PRIMITIVES: list[str] = []
 
 
-def primitive(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def primitive(
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    composition: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
     """Defines ``resnet_fused::<schema>`` and returns the function that calls it.
 
     The reference is registered for every device; a native kernel takes precedence where csrc registered one.
@@ -23,12 +28,15 @@ def primitive(schema: str, reference: Callable[..., Any], fake: Callable[..., An
         schema: name, arguments and results, as torch.library.define takes them.
         reference: what the op computes, in plain PyTorch.
         fake: the same results without data: shapes, dtypes and strides of the native kernel.
+        composition: what runs on CPU and CUDA instead of a native kernel: vendor products and other primitives.
     """
     name = schema.partition("(")[0]
     qualified = f"resnet_fused::{name}"
     torch.library.define(qualified, schema.removeprefix(name), tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(qualified, "CompositeExplicitAutograd", reference)
     torch.library.register_fake(qualified, fake)
+    if composition is not None:
+        torch.library.impl(qualified, ("cpu", "cuda"), composition)
     handle = getattr(torch.ops.resnet_fused, name).default
     PRIMITIVES.append(name)
 

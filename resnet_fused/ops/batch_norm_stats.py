@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,30 +62,47 @@ def statistics(y: Tensor, norm: Norm) -> Statistics:
 
     In training updates the running statistics in place, with the unbiased variance, as F.batch_norm does.
     """
-    dtype = statistics_dtype(y.dtype)
     if not norm.training:
-        assert norm.running_mean is not None and norm.running_var is not None
-        invstd = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
-        return Statistics(norm.running_mean.to(dtype), invstd)
-    tracks = norm.running_mean is not None and norm.running_var is not None and not _is_recomputing()
+        return frozen_statistics(norm, statistics_dtype(y.dtype))
+    check_pixels(y.shape, norm.group)
     with torch.no_grad():
         mean, var, invstd = batch_norm_stats(y, norm.eps)
         pixels = y.numel() // y.shape[1]
         total: int | Tensor = pixels
         share = None
         if norm.group is not None:
-            mean, var, total = _merge_across(norm.group, mean, var, pixels)
+            mean, var, total = merge_across(norm.group, mean, var, pixels)
             invstd = torch.rsqrt(var + norm.eps)
             share = pixels / total
-        if tracks:
-            assert norm.running_mean is not None and norm.running_var is not None
-            unbiased = var * (total / (total - 1))
-            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
+        update_running(norm, mean, var * (total / (total - 1)))
     return Statistics(mean, invstd, share)
 
 
-def _merge_across(
+def check_pixels(shape: Sequence[int], group: dist.ProcessGroup | None) -> None:
+    """Raises ValueError, as F.batch_norm does, where a batch of (N, C, H, W) has no variance."""
+    if group is None and shape[0] * shape[2] * shape[3] <= 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}"
+        )
+
+
+def frozen_statistics(norm: Norm, dtype: torch.dtype) -> Statistics:
+    """The statistics of the buffers, in the statistics dtype."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    invstd = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+    return Statistics(norm.running_mean.to(dtype), invstd)
+
+
+@torch.no_grad()
+def update_running(norm: Norm, mean: Tensor, unbiased_var: Tensor) -> None:
+    """running = (1 - momentum) * running + momentum * batch, in place; not when a forward is recomputed."""
+    if norm.running_mean is None or norm.running_var is None or _is_recomputing():
+        return
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+    norm.running_var.lerp_(unbiased_var.to(norm.running_var.dtype), norm.momentum)
+
+
+def merge_across(
     group: dist.ProcessGroup, mean: Tensor, var: Tensor, pixels: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance and pixel count over all processes of a group, by Chan's formula."""

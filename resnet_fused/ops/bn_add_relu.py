@@ -38,6 +38,12 @@ forward_pass = primitive(
     reference.bn_add_relu,
     _out_and_mask,
 )
+forward_pass_into = primitive(
+    "bn_add_relu_out(Tensor y, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor residual,"
+    " Tensor(a!) out, Tensor(b!) mask) -> ()",
+    reference.bn_add_relu_out,
+    lambda *_: None,
+)
 backward_reduce = primitive(
     "bn_add_relu_backward_reduce(Tensor grad, Tensor mask, Tensor y, Tensor mean, Tensor invstd)"
     " -> (Tensor sum_dz, Tensor sum_dz_xhat)",
@@ -49,6 +55,12 @@ backward_pass = primitive(
     " Tensor? sum_dz, Tensor? sum_dz_xhat) -> (Tensor dy, Tensor dresidual)",
     reference.bn_add_relu_backward,
     _two_gradients,
+)
+backward_dy = primitive(
+    "bn_add_relu_backward_dy(Tensor grad, Tensor mask, Tensor y, Tensor mean, Tensor invstd, Tensor? weight,"
+    " Tensor? sum_dz, Tensor? sum_dz_xhat) -> Tensor",
+    reference.bn_add_relu_backward_dy,
+    lambda grad, mask, y, *_: torch.empty_like(dense(y)),
 )
 
 

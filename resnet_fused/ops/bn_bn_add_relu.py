@@ -38,6 +38,13 @@ forward_pass = primitive(
     reference.bn_bn_add_relu,
     _out_and_mask,
 )
+forward_pass_into = primitive(
+    "bn_bn_add_relu_out(Tensor y, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias,"
+    " Tensor skip, Tensor skip_mean, Tensor skip_invstd, Tensor? skip_weight, Tensor? skip_bias,"
+    " Tensor(a!) out, Tensor(b!) mask) -> ()",
+    reference.bn_bn_add_relu_out,
+    lambda *_: None,
+)
 backward_reduce = primitive(
     "bn_bn_add_relu_backward_reduce(Tensor grad, Tensor mask, Tensor y, Tensor mean, Tensor invstd,"
     " Tensor skip, Tensor skip_mean, Tensor skip_invstd)"

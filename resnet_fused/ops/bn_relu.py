@@ -25,7 +25,7 @@ def _two_sums(grad: Tensor, y: Tensor, mean: Tensor, *_: Any) -> tuple[Tensor, T
 
 
 forward_pass = primitive(
-    "bn_relu(Tensor y, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias) -> Tensor",
+    "bn_relu(Tensor y, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor? shift=None) -> Tensor",
     reference.bn_relu,
     _like_y,
 )
@@ -58,7 +58,7 @@ class _BnRelu(torch.autograd.Function):
     ) -> Tensor:
         ctx.training, ctx.group = training, group
         ctx.save_for_backward(y, weight, bias, mean, invstd, share)
-        out: Tensor = forward_pass(y, mean, invstd, weight, bias)
+        out: Tensor = forward_pass(y, mean, invstd, weight, bias, None)
         return out
 
     @staticmethod

@@ -7,6 +7,7 @@ from resnet_fused.reference import (
     bn_relu,
     bn_relu_maxpool,
     layout,
+    masked_grad,
 )
 from resnet_fused.reference.resnet import (
     ARCHITECTURES,
@@ -38,6 +39,7 @@ __all__ = [
     "bn_relu",
     "bn_relu_maxpool",
     "layout",
+    "masked_grad",
     "resnet18",
     "resnet34",
     "resnet50",

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from resnet_fused.reference.batch_norm import affine, gradient_sums, input_gradient, is_kept
-from resnet_fused.reference.layout import dense, like_layout, pack_mask, stored, unpack_mask, widened
+from resnet_fused.reference.layout import (
+    check_given,
+    dense,
+    like_layout,
+    pack_mask,
+    stored,
+    unpack_mask,
+    widened,
+)
 
 
 def bn_add_relu(
@@ -25,6 +33,27 @@ def bn_add_relu(
     y = dense(y)
     z = affine(widened(y), mean, invstd, weight, bias) + widened(like_layout(residual, y))
     return stored(torch.relu(z), y), pack_mask(is_kept(z), y)
+
+
+def bn_add_relu_out(
+    y: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor,
+    out: Tensor,
+    mask: Tensor,
+) -> None:
+    """bn_add_relu into given tensors, slices of larger ones along N say.
+
+    Raises:
+        ValueError: ``out`` does not have the shape, dtype and layout of dense(y).
+    """
+    check_given(out, dense(y))
+    results = bn_add_relu(y, mean, invstd, weight, bias, residual)
+    out.copy_(results[0])
+    mask.copy_(results[1])
 
 
 def bn_add_relu_backward_reduce(
@@ -56,6 +85,20 @@ def bn_add_relu_backward(
     dz = behind_relu(grad, mask, y)
     dy = input_gradient(dz, widened(y), mean, invstd, weight, sum_dz, sum_dz_xhat)
     return stored(dy, y), stored(dz, y)
+
+
+def bn_add_relu_backward_dy(
+    grad: Tensor,
+    mask: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    sum_dz: Tensor | None,
+    sum_dz_xhat: Tensor | None,
+) -> Tensor:
+    """The dy of bn_add_relu_backward."""
+    return bn_add_relu_backward(grad, mask, y, mean, invstd, weight, sum_dz, sum_dz_xhat)[0]
 
 
 def behind_relu(grad: Tensor, mask: Tensor, y: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from resnet_fused.reference.batch_norm import affine, gradient_sums, input_gradient, is_kept
 from resnet_fused.reference.bn_add_relu import behind_relu
-from resnet_fused.reference.layout import dense, like_layout, pack_mask, stored, widened
+from resnet_fused.reference.layout import check_given, dense, like_layout, pack_mask, stored, widened
 
 
 def bn_bn_add_relu(
@@ -36,6 +36,32 @@ def bn_bn_add_relu(
     z = affine(widened(y), mean, invstd, weight, bias)
     z = z + affine(widened(like_layout(skip, y)), skip_mean, skip_invstd, skip_weight, skip_bias)
     return stored(torch.relu(z), y), pack_mask(is_kept(z), y)
+
+
+def bn_bn_add_relu_out(
+    y: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    skip: Tensor,
+    skip_mean: Tensor,
+    skip_invstd: Tensor,
+    skip_weight: Tensor | None,
+    skip_bias: Tensor | None,
+    out: Tensor,
+    mask: Tensor,
+) -> None:
+    """bn_bn_add_relu into given tensors, slices of larger ones along N say.
+
+    Raises:
+        ValueError: ``out`` does not have the shape, dtype and layout of dense(y).
+    """
+    check_given(out, dense(y))
+    skip_norm = (skip_mean, skip_invstd, skip_weight, skip_bias)
+    results = bn_bn_add_relu(y, mean, invstd, weight, bias, skip, *skip_norm)
+    out.copy_(results[0])
+    mask.copy_(results[1])
 
 
 def bn_bn_add_relu_backward_reduce(

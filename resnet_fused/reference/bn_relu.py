@@ -6,21 +6,29 @@ import torch
 from torch import Tensor
 
 from resnet_fused.reference.batch_norm import affine, gradient_sums, input_gradient, is_kept
-from resnet_fused.reference.layout import dense, like_layout, stored, widened
+from resnet_fused.reference.layout import dense, like_layout, per_channel, stored, widened
 
 
-def bn_relu(y: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """relu((y - mean) * (invstd * weight) + bias).
+def bn_relu(
+    y: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """relu((y - mean) * (invstd * weight) + bias) - shift, rounded once.
 
     Args:
         y: activation (N, C, H, W).
-        mean, invstd, weight, bias: (C,), statistics dtype.
+        mean, invstd, weight, bias, shift: (C,), statistics dtype; shift None is zeros.
 
     Returns:
         Shape, dtype and layout of ``y`` (of dense(y) where y is not dense).
     """
     y = dense(y)
-    return stored(torch.relu(affine(widened(y), mean, invstd, weight, bias)), y)
+    out = torch.relu(affine(widened(y), mean, invstd, weight, bias))
+    return stored(out if shift is None else out - per_channel(shift, y), y)
 
 
 def bn_relu_backward_reduce(

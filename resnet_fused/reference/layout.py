@@ -75,6 +75,31 @@ def stored(values: Tensor, y: Tensor) -> Tensor:
     return out if out.stride() == y.stride() else torch.empty_like(y).copy_(out)
 
 
+def fresh_like(
+    x: Tensor, n: int | None = None, c: int | None = None, h: int | None = None, w: int | None = None
+) -> Tensor:
+    """An uninitialised activation with dtype and layout of dense(x), and its sizes where none are given."""
+    x = dense(x)
+    if n is None and c is None and h is None and w is None:
+        return torch.empty_like(x)
+    sizes = [own if given is None else given for own, given in zip(x.shape, (n, c, h, w), strict=True)]
+    return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def check_given(out: Tensor, y: Tensor) -> None:
+    """Refuses an output of the caller's that is not like the dense ``y``: nothing is copied to another layout.
+
+    Raises:
+        ValueError: it has another shape, dtype or layout.
+    """
+    if out.shape != y.shape or out.dtype != y.dtype:
+        raise ValueError(
+            f"out must be {y.dtype} of shape {tuple(y.shape)}, got {out.dtype} of shape {tuple(out.shape)}"
+        )
+    if not out.is_contiguous(memory_format=memory_format(y)):
+        raise ValueError("out must be dense, in the activation's layout")
+
+
 def per_channel(vector: Tensor, y: Tensor) -> Tensor:
     """A vector of C elements as (1, C, 1, 1), to broadcast against the activation ``y``.
 

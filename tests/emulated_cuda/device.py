@@ -123,6 +123,7 @@ class Device:
         pooled: bool = False,
         extra_bytes: tuple[int, ...] | None = None,
         eps: float = 0.0,
+        initial: tuple[Tensor, ...] = (),
     ) -> list[Tensor]:
         """Runs ``op`` with the threads of a block in both orders, which must give the same bits.
 
@@ -135,9 +136,11 @@ class Device:
             pooled: whether the activations it returns are pooled.
             extra_bytes: shape of the uint8 tensor that it returns after the activations, if any.
             eps: of batch_norm_stats.
+            initial: what the outputs hold before, where the op adds to them; vectors are then of its dtype.
         """
         first, second = (
-            self._once(order, op, inputs, size, like, vectors, pooled, extra_bytes, eps) for order in (0, 1)
+            self._once(order, op, inputs, size, like, vectors, pooled, extra_bytes, eps, initial)
+            for order in (0, 1)
         )
         for a, b in zip(first, second, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
@@ -154,6 +157,7 @@ class Device:
         pooled: bool,
         extra_bytes: tuple[int, ...] | None,
         eps: float,
+        initial: tuple[Tensor, ...],
     ) -> list[Tensor]:
         n, c, h, w = size
         shape = (n, c, (h + 1) // 2, (w + 1) // 2) if pooled else (n, c, h, w)
@@ -161,7 +165,10 @@ class Device:
         if extra_bytes is not None:
             images = len(extra_bytes) == 4  # indices; a mask is a matrix
             outputs.append(Output(extra_bytes, torch.uint8, images and self.channels_last))
-        outputs += [Output((c,), self.statistics) for _ in range(vectors)]
+        vector_dtype = initial[-1].dtype if initial else self.statistics
+        outputs += [Output((c,), vector_dtype) for _ in range(vectors)]
+        for output, values in zip(outputs, initial, strict=False):
+            output.tensor.copy_(values)
 
         sizes = (ctypes.c_int64 * 4)(*size)
         layout, dtype = int(self.channels_last), DTYPES.index(self.dtype)

@@ -35,7 +35,7 @@ void run(const std::string& op, const Call& c, double eps, cuda::Launch launch) 
   const Image image = c.image();
   const Dtype t = c.dtype;
   if (op == "batch_norm_stats") return batch_norm_stats({p[0], p[1], p[2], p[3], eps, m, t}, launch);
-  if (op == "bn_relu") return bn_relu({p[0], c.norm(1), p[5], m, t}, launch);
+  if (op == "bn_relu") return bn_relu({p[0], c.norm(1), p[5], p[6], m, t}, launch);
   if (op == "bn_relu_backward_reduce") {
     return bn_relu_backward_reduce({p[0], p[1], c.norm(2), p[6], p[7], m, t}, launch);
   }
@@ -48,6 +48,14 @@ void run(const std::string& op, const Call& c, double eps, cuda::Launch launch) 
   if (op == "bn_add_relu_backward") {
     return bn_add_relu_backward({p[0], c.bytes(1), p[2], c.without_bias(3), {p[6], p[7]}, p[8], p[9], m, t},
                                 launch);
+  }
+  if (op == "bn_add_relu_backward_dy") {
+    return bn_add_relu_backward(
+        {p[0], c.bytes(1), p[2], c.without_bias(3), {p[6], p[7]}, p[8], nullptr, m, t}, launch);
+  }
+  if (op == "masked_grad") {  // grad, mask, accumulate and with_sum (null: false), out, sum
+    double* sum = p[3] != nullptr ? static_cast<double*>(p[5]) : nullptr;
+    return masked_grad({p[0], c.bytes(1), p[4], p[2] != nullptr, sum, m, t}, launch);
   }
   if (op == "bn_bn_add_relu") {
     return bn_bn_add_relu({p[0], c.norm(1), p[5], c.norm(6), p[10], c.bytes(11), m, t}, launch);

@@ -7,6 +7,7 @@ code, of races within a warp, of memory ordering between kernels, of launch limi
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -146,8 +147,13 @@ def check_bn_relu(
     y, grad = device.activation(random(size)), device.activation(random(size))
     norm = random_norm(device, size[1], with_affine)
     z = affine(y.double(), norm)
-    (out,) = device("bn_relu", [y, *norm.arguments()], y.shape, like=1)
+    (out,) = device("bn_relu", [y, *norm.arguments(), None], y.shape, like=1)
     assert_rounds_to(out, relu(z), device.statistics)
+
+    shift = random((size[1],)).to(device.statistics)
+    (shifted,) = device("bn_relu", [y, *norm.arguments(), shift], y.shape, like=1)
+    lowered = exactly(-per_channel(shift).expand(size))
+    assert_rounds_to(shifted, add(relu(z), lowered), device.statistics)
 
     kept = torch.where(rounding_decides(device, z), out > 0, ~(z.value <= 0))
     dz = torch.where(kept, grad.double(), 0.0)
@@ -177,6 +183,47 @@ def check_bn_add_relu(
     dy, dresidual = device("bn_add_relu_backward", inputs, y.shape, like=2)
     assert_rounds_to(dy, input_gradient(exactly(dz), y.double(), norm, sums), device.statistics)
     assert torch.equal(dresidual.double(), dz)
+    (alone,) = device("bn_add_relu_backward_dy", inputs, y.shape, like=1)
+    assert torch.equal(alone, dy)
+
+
+def random_mask(device: Device, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mask bits by a forward pass, and the same unpacked."""
+    vectors = [torch.full((y.shape[1],), v, dtype=device.statistics) for v in (0.0, 1.0)]
+    inputs = [y, *vectors, None, None, torch.zeros_like(y)]
+    bits = mask_shape(device, y.shape)
+    _, mask = device("bn_add_relu", inputs, y.shape, like=1, extra_bytes=bits)
+    return mask, unpack(mask, y.shape, device.channels_last)
+
+
+def check_masked_grad(device: Device, size: tuple[int, ...]) -> None:
+    y, grad, before = (device.activation(random(size)) for _ in range(3))
+    mask, kept = random_mask(device, y)
+    grad.masked_fill_(~kept, torch.nan)  # which a product with the mask would let through
+    dz = torch.where(kept, grad.double(), 0.0)
+    sum_before = random((size[1],), scale=1e4)
+    yes = torch.ones(1)
+    for accumulate, with_sum in itertools.product((None, yes), (None, yes)):
+        out, total = device(
+            "masked_grad",
+            [grad, mask, accumulate, with_sum],
+            y.shape,
+            like=1,
+            vectors=1,
+            initial=(before, sum_before),
+        )
+        if accumulate is None:
+            assert torch.equal(out.double(), dz)
+        else:
+            assert_rounds_to(out, add(exactly(before), exactly(dz)), device.statistics)
+        if with_sum is None:
+            assert torch.equal(total, sum_before)
+        else:
+            # The sum of this call is as good as any, and is added in float64.
+            terms = channel_sum(dz)
+            error = (total - sum_before - terms.value).abs()
+            allowed = 16 * torch.finfo(device.statistics).eps * terms.magnitude
+            assert (error <= allowed + 4 * torch.finfo(torch.float64).eps * sum_before.abs()).all()
 
 
 def check_bn_bn_add_relu(
@@ -245,10 +292,11 @@ def check_bn_relu_maxpool(
 
 
 CHECKS = (check_stats, check_bn_relu, check_bn_add_relu, check_bn_bn_add_relu, check_bn_relu_maxpool)
+ALL_CHECKS = (*CHECKS, check_masked_grad)
 Check = Callable[[Device, tuple[int, ...]], None]
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", ALL_CHECKS)
 @pytest.mark.parametrize(("dtype", "size"), CASES, ids=str)
 def test_op(
     library: Path, channels_last: bool, dtype: torch.dtype, size: tuple[int, ...], check: Check
@@ -256,7 +304,7 @@ def test_op(
     check(Device(library, dtype, channels_last), size)
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", ALL_CHECKS)
 @pytest.mark.parametrize(("dtype", "size"), MISALIGNED, ids=str)
 def test_misaligned(
     library: Path, channels_last: bool, dtype: torch.dtype, size: tuple[int, ...], check: Check
@@ -264,7 +312,7 @@ def test_misaligned(
     check(Device(library, dtype, channels_last, aligned=False), size)
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", ALL_CHECKS)
 @pytest.mark.parametrize("case", [0, 1, 2])
 def test_large(library: Path, channels_last: bool, case: int, check: Check) -> None:
     check(Device(library, torch.bfloat16, channels_last), LARGE[channels_last][case])
@@ -301,7 +349,7 @@ def test_nan_and_infinity(device: Device) -> None:
 
     mean, var, _ = device("batch_norm_stats", [y], y.shape, vectors=3, eps=1e-5)
     assert (mean.isfinite() & var.isfinite()).equal(healthy)
-    (out,) = device("bn_relu", [y, *norm.arguments()], y.shape, like=1)
+    (out,) = device("bn_relu", [y, *norm.arguments(), None], y.shape, like=1)
     torch.testing.assert_close(out, torch.relu(y), rtol=0, atol=0, equal_nan=True)
 
     residual = torch.zeros_like(y)
@@ -352,7 +400,12 @@ def test_empty(device: Device, size: tuple[int, ...]) -> None:
     assert all((s == 0).all() for s in sums)
     assert (device("batch_norm_stats", [y], y.shape, vectors=3, eps=1.0)[2] == 1).all()
 
-    device("bn_relu", [y, *norm.arguments()], y.shape, like=1)
+    device("bn_relu", [y, *norm.arguments(), None], y.shape, like=1)
     device("bn_add_relu", [y, *norm.arguments(), y], y.shape, like=1, extra_bytes=(0,))
     device("bn_relu_maxpool", [y, *norm.arguments()], y.shape, like=1, pooled=True, extra_bytes=(0,))
     device("bn_relu_maxpool_backward", [y, mask, y, *statistics, None, None, None], y.shape, like=1)
+    before = torch.full((size[1],), 3.0, dtype=torch.float64)
+    outputs = device(
+        "masked_grad", [y, mask, None, torch.ones(1)], y.shape, like=1, vectors=1, initial=(y, before)
+    )
+    assert torch.equal(outputs[1], before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -34,6 +35,9 @@ def sliced(x: Tensor) -> Tensor:
     return wide[..., ::2]
 
 
+#: The modules of the reference whose primitives have a kernel in csrc, with all that starts with their names.
+STEMS = ("batch_norm_stats", "bn_relu_maxpool", "bn_relu", "bn_add_relu", "bn_bn_add_relu", "masked_grad")
+KERNELS = [name for name in PRIMITIVES if name.startswith(STEMS)]
 LAYOUTS = [contiguous, channels_last, permuted, sliced]
 N, C, H, W = 2, 11, 5, 3
 
@@ -67,46 +71,65 @@ def arguments(name: str, layout: Any, dtype: torch.dtype, affine: bool) -> tuple
     if name.startswith("bn_relu"):
         forward = (y, mean, invstd, weight, bias)
         if name == "bn_relu":
-            return forward
+            return (*forward, *(vectors(1) if affine else [None]))
         return (grad, *forward) if name.endswith("reduce") else (grad, *forward, *sums)
+    if name == "masked_grad":
+        out, mask = OPS.bn_add_relu(y, mean, invstd, weight, bias, skip)
+        return grad, mask, out, affine, torch.rand(C, dtype=torch.float64) if affine else None
     if name.startswith("bn_add_relu"):
+        forward = (y, mean, invstd, weight, bias, skip)
         if name == "bn_add_relu":
-            return y, mean, invstd, weight, bias, skip
-        _, mask = OPS.bn_add_relu(y, mean, invstd, weight, bias, skip)
+            return forward
+        out, mask = OPS.bn_add_relu(*forward)
+        if name.endswith("out"):
+            return *forward, torch.zeros_like(out), torch.zeros_like(mask)
         return (grad, mask, y, mean, invstd, *([] if name.endswith("reduce") else [weight, *sums]))
     both = (y, mean, invstd, weight, bias, skip, mean, invstd, weight, bias)
     if name == "bn_bn_add_relu":
         return both
-    _, mask = OPS.bn_bn_add_relu(*both)
+    out, mask = OPS.bn_bn_add_relu(*both)
+    if name.endswith("out"):
+        return *both, torch.zeros_like(out), torch.zeros_like(mask)
     if name.endswith("reduce"):
         return grad, mask, y, mean, invstd, skip, mean, invstd
     return grad, mask, y, mean, invstd, weight, *sums, skip, mean, invstd, weight, *sums
 
 
+def copied(args: tuple[Any, ...]) -> list[Any]:
+    """With their strides."""
+    return [copy.deepcopy(x) for x in args]
+
+
+def as_tuple(results: Any) -> tuple[Tensor, ...]:
+    if results is None:
+        return ()
+    return (results,) if isinstance(results, Tensor) else tuple(results)
+
+
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", PRIMITIVES)
+@pytest.mark.parametrize("name", KERNELS)
 def test_opcheck(name: str, dtype: torch.dtype, layout: Any, affine: bool) -> None:
     torch.library.opcheck(getattr(OPS, name).default, arguments(name, layout, dtype, affine))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("name", PRIMITIVES)
+@pytest.mark.parametrize("name", KERNELS)
 def test_native_equals_reference(name: str, layout: Any) -> None:
     """Bit for bit in what is discrete (masks, indices), to rounding in what is not, with the same strides."""
     import resnet_fused.reference as reference
 
-    stem = next(
-        s
-        for s in ("batch_norm_stats", "bn_relu_maxpool", "bn_relu", "bn_add_relu", "bn_bn_add_relu")
-        if name.startswith(s)
-    )
+    stem = next(s for s in STEMS if name.startswith(s))
     args = arguments(name, layout, torch.float64, True)
-    by_native = getattr(OPS, name)(*args)
-    by_reference = getattr(getattr(reference, stem), name)(*args)
-    if isinstance(by_native, Tensor):
-        by_native, by_reference = (by_native,), (by_reference,)
+    # With the arguments themselves, some of which an op may write to.
+    by_native, by_reference = (
+        as_tuple(op(*copies)) + tuple(x for x in copies if isinstance(x, Tensor))
+        for op, copies in (
+            (getattr(OPS, name), copied(args)),
+            (getattr(getattr(reference, stem), name), copied(args)),
+        )
+    )
     for ours, theirs in zip(by_native, by_reference, strict=True):
         assert ours.stride() == theirs.stride()
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)

@@ -19,12 +19,13 @@ from resnet_fused.reference import (
     bn_bn_add_relu,
     bn_relu,
     bn_relu_maxpool,
+    masked_grad,
 )
 from resnet_fused.reference.layout import statistics_dtype
 from tests.accuracy import Case
 
 STEMS = ("bn_relu", "bn_add_relu", "bn_bn_add_relu", "bn_relu_maxpool")
-MODULES = (batch_norm_stats, bn_relu, bn_add_relu, bn_bn_add_relu, bn_relu_maxpool)
+MODULES = (batch_norm_stats, bn_relu, bn_add_relu, bn_bn_add_relu, bn_relu_maxpool, masked_grad)
 
 #: The reference, with all its primitives side by side as torch.ops.resnet_fused has them.
 REFERENCE = SimpleNamespace(

@@ -203,4 +203,54 @@ def test_backward_is_differentiable(stem: str) -> None:
 
 def test_every_primitive_is_there() -> None:
     parts = ("", "_backward_reduce", "_backward")
-    assert set(vars(REFERENCE)) == {"batch_norm_stats"} | {stem + part for stem in STEMS for part in parts}
+    steps = {stem + part for stem in STEMS for part in parts}
+    others = {"bn_add_relu_out", "bn_bn_add_relu_out", "bn_add_relu_backward_dy", "masked_grad"}
+    assert set(vars(REFERENCE)) == {"batch_norm_stats"} | steps | others
+
+
+@pytest.mark.parametrize("name", _WELL_CONDITIONED)
+def test_shift_is_subtracted_behind_the_relu(name: str, layout: str) -> None:
+    case = hostile_input(name, torch.float64, layout)
+    mean, _, invstd = REFERENCE.batch_norm_stats(case.y, 1e-5)
+    shift = torch.randn_like(mean)
+    affine = (case.y, mean, invstd, case.weight, case.bias)
+    shifted = REFERENCE.bn_relu(*affine, shift)
+    torch.testing.assert_close(shifted, REFERENCE.bn_relu(*affine) - shift.view(1, -1, 1, 1))
+    assert shifted.stride() == dense(case.y).stride()
+
+
+@pytest.mark.parametrize("name", HOSTILE_CASES)
+def test_masked_grad(name: str, dtype: torch.dtype, layout: str) -> None:
+    """dresidual of the backward it is a part of, and sum_dz; added, it is rounded once."""
+    case = hostile_input(name, dtype, layout)
+    mean, _, invstd = REFERENCE.batch_norm_stats(case.y, 1e-5)
+    _, mask = REFERENCE.bn_add_relu(case.y, mean, invstd, case.weight, case.bias, case.residual)
+    case.grad.masked_fill_(~unpack_mask(mask, dense(case.y)), math.nan)
+    backward = (case.grad, mask, case.y, mean, invstd, case.weight, None, None)
+    dy, dresidual = REFERENCE.bn_add_relu_backward(*backward)
+    assert torch.equal(REFERENCE.bn_add_relu_backward_dy(*backward), dy)
+
+    out, total = torch.empty_like(dense(case.y)), torch.ones(len(mean), dtype=torch.float64)
+    REFERENCE.masked_grad(case.grad, mask, out, False, total)
+    assert torch.equal(out, dresidual)
+    torch.testing.assert_close(total - 1, dresidual.double().sum((0, 2, 3)))
+    before = dense(case.residual)
+    out.copy_(before)
+    REFERENCE.masked_grad(case.grad, mask, out, True, None)
+    assert torch.equal(out, (before.double() + dresidual.double()).float().to(dtype))
+
+
+@pytest.mark.parametrize("stem", ["bn_add_relu", "bn_bn_add_relu"])
+def test_results_go_into_given_tensors(stem: str, dtype: torch.dtype, layout: str) -> None:
+    case = hostile_input("odd_size", dtype, layout)
+    affine = (*REFERENCE.batch_norm_stats(case.y, 1e-5)[::2], case.weight, case.bias)
+    args = (case.y, *affine, case.residual, *(affine if stem == "bn_bn_add_relu" else ()))
+    expected, expected_mask = getattr(REFERENCE, stem)(*args)
+    out, mask = torch.empty_like(expected), torch.empty_like(expected_mask)
+    into = getattr(REFERENCE, f"{stem}_out")
+    into(*args, out, mask)
+    assert torch.equal(out, expected) and torch.equal(mask, expected_mask)
+    with pytest.raises(ValueError, match="out must be dense, in the activation's layout"):
+        into(*args, out.transpose(1, 3).contiguous().transpose(1, 3), mask)
+    with pytest.raises(ValueError, match="out must be torch"):
+        into(*args, out[1:], mask)

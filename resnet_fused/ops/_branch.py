@@ -1,0 +1,159 @@
+"""A convolution and the batch norm behind it, as one of the two sums that meet at the end of a block.
+
+It is either *folded*, so that the output of the convolution exists only piece by piece, or *plain*. With c the centred
+input of a folded convolution, W its weight, t = -mean of c W^T and P the pixels:
+
+    forward    mean and S of c;  var = diag(W S W^T);  z = scale (W c + t) + beta
+    backward   Q = dz^T c;  dbeta = sum dz;  dgamma = invstd (diag(W Q^T) + dbeta t)
+               dy = scale (dz + slope (W c + t) + offset),  slope = -invstd dgamma / P,  offset = -dbeta / P
+               dW = dy^T c,  dc = dy W: both from Q, S and the sums, without y
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from resnet_fused.ops._matmul import inner, times
+from resnet_fused.ops.batch_norm_stats import (
+    Norm,
+    Statistics,
+    batch_norm_stats,
+    check_pixels,
+    merge_across,
+    shared_sums,
+)
+from resnet_fused.ops.folded import gram
+from resnet_fused.reference.batch_norm import scale
+from resnet_fused.reference.layout import statistics_dtype
+
+Pair = tuple[int, int]
+
+
+class ConvNorm(NamedTuple):
+    """A convolution without bias, weight (N, K / groups, kh, kw), and the batch norm behind it."""
+
+    weight: Tensor
+    norm: Norm
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+
+
+class Stage(NamedTuple):
+    """What of a ConvNorm is not differentiated. ``frozen``: the statistics to use; None: the batch's."""
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+    eps: float
+    group: dist.ProcessGroup | None
+    frozen: Statistics | None
+    folded: bool = False
+
+
+class Measured(NamedTuple):
+    """Statistics of a batch norm, for use in this step and for the running ones."""
+
+    used: Statistics
+    running: tuple[Tensor, ...]  # mean and unbiased variance; empty where the statistics are frozen
+
+
+def measure(y: Tensor, stage: Stage) -> Measured:
+    """Statistics of a plain convolution's output."""
+    if stage.frozen is not None:
+        return Measured(stage.frozen, ())
+    check_pixels(y.shape, stage.group)
+    mean, var, invstd = batch_norm_stats(y, stage.eps)
+    return _settled(mean, mean, var, invstd, y.numel() // y.shape[1], stage)
+
+
+class Fold(NamedTuple):
+    """What backward needs of a folded convolution beside its input; all None where the statistics are frozen."""
+
+    shift: Tensor | None  # (K,): c = input - shift
+    mean: Tensor | None  # (K,), of c
+    covariance: Tensor | None  # (K, K), of c
+
+
+def measure_folded(c: Tensor, weight: Tensor, shift: Tensor | None, stage: Stage) -> tuple[Measured, Fold]:
+    """Statistics of c W^T before it is computed; the running mean is that of (c + shift) W^T.
+
+    Args:
+        c: (N, K, H, W); weight: (N, K) in its dtype; shift: (K,) or None.
+    """
+    if stage.frozen is not None:
+        return Measured(stage.frozen, ()), Fold(None, None, None)
+    check_pixels((c.shape[0], len(weight), *c.shape[2:]), stage.group)
+    wide = weight.to(statistics_dtype(c.dtype))
+    mean_c, covariance = gram(c)
+    var = (times(wide, covariance).double() * wide).sum(1).clamp_min_(0).to(wide.dtype)
+    mean = wide @ mean_c
+    true_mean = mean if shift is None else mean + wide @ shift
+    invstd = torch.rsqrt(var + stage.eps)
+    measured = _settled(mean, true_mean, var, invstd, c.numel() // c.shape[1], stage)
+    return measured, Fold(shift, mean_c, covariance)
+
+
+def _settled(
+    mean: Tensor, true_mean: Tensor, var: Tensor, invstd: Tensor, pixels: int, stage: Stage
+) -> Measured:
+    """The statistics, over all processes that share them. ``mean`` is relative to what ``true_mean`` is not."""
+    share: Tensor | None = None
+    total: int | Tensor = pixels
+    merged = true_mean
+    if stage.group is not None:
+        merged, var, total = merge_across(stage.group, true_mean, var, pixels)
+        mean, invstd = mean + (merged - true_mean), torch.rsqrt(var + stage.eps)
+        share = pixels / total
+    return Measured(Statistics(mean, invstd, share), (merged, var * (total / (total - 1))))
+
+
+class FoldedGradients(NamedTuple):
+    """Gradients of the parameters, and dc = (part of folded_backward) + c matrix^T + vector; None: nothing to add."""
+
+    weight: Tensor
+    gamma: Tensor
+    beta: Tensor
+    matrix: Tensor | None
+    vector: Tensor | None
+
+
+def folded_gradients(
+    weight: Tensor,
+    gamma: Tensor | None,
+    used: Statistics,
+    fold: Fold,
+    stage: Stage,
+    sum_dz: Tensor,
+    product: Tensor,
+    pixels: int,
+) -> FoldedGradients:
+    """What is left of backward once the sums over the pixels are known.
+
+    Args:
+        weight: (N, K), rounded to the activations' dtype; gamma: (N,); both in the statistics dtype.
+        sum_dz: (N,); product: Q, (N, K); pixels: P.
+    """
+    factor = scale(used.invstd, gamma)
+    along = (weight.double() * product).sum(1).to(weight.dtype) - sum_dz * used.mean
+    dgamma = used.invstd * along
+    if fold.covariance is None or fold.mean is None:
+        return FoldedGradients(factor[:, None] * product, dgamma, sum_dz, None, None)
+    shared_dz, shared_dgamma = shared_sums((sum_dz, dgamma), stage.group, used.share)
+    slope, offset = -used.invstd * shared_dgamma / pixels, -shared_dz / pixels
+    dweight = product + (slope * pixels)[:, None] * times(weight, fold.covariance)
+    total = offset * pixels
+    if stage.group is not None:  # else c W^T has the mean that was taken from it, and dy sums to zero
+        total = total + slope * pixels * (weight @ fold.mean - used.mean)
+        if fold.shift is not None:
+            dweight = dweight.addr(sum_dz + total, fold.shift)
+    dweight = factor[:, None] * dweight.addr(total, fold.mean)
+    matrix = inner(weight, (factor * slope)[:, None] * weight)
+    vector = (factor * (offset - slope * used.mean)) @ weight
+    return FoldedGradients(dweight, dgamma, sum_dz, matrix, vector)

@@ -1,0 +1,20 @@
+"""For a caller that goes through a batch in pieces: memory, and the gradient behind a ReLU whose mask was kept."""
+
+from __future__ import annotations
+
+from resnet_fused.ops._primitive import primitive
+from resnet_fused.reference import layout
+from resnet_fused.reference import masked_grad as reference
+
+#: out = dz, or out + dz, and sum += dz by channel, with dz = grad where the mask has a bit and 0 elsewhere.
+masked_grad = primitive(
+    "masked_grad(Tensor grad, Tensor mask, Tensor(a!) out, bool accumulate, Tensor(b!)? sum) -> ()",
+    reference.masked_grad,
+    lambda *_: None,
+)
+#: torch.empty_like, with huge pages under a large tensor on the CPU: these are cheaper to touch first.
+fresh = primitive(
+    "fresh_like(Tensor x, SymInt? n=None, SymInt? c=None, SymInt? h=None, SymInt? w=None) -> Tensor",
+    layout.fresh_like,
+    layout.fresh_like,
+)

@@ -1,0 +1,177 @@
+"""Primitives for a caller that goes through a batch in slices: into given tensors, with or without a result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from resnet_fused.reference import masked_grad as reference
+from resnet_fused.reference.bn_relu import bn_relu
+from resnet_fused.reference.layout import dense, unpack_mask
+from tests.accuracy import (
+    DTYPES,
+    HOSTILE_CASES,
+    LAYOUTS,
+    Case,
+    assert_as_accurate,
+    hostile_input,
+    relative_error,
+)
+
+OPS = torch.ops.resnet_fused
+STEMS = ("bn_add_relu", "bn_bn_add_relu")
+
+
+@pytest.fixture(params=[*DTYPES.values(), torch.float64], ids=[*DTYPES, "fp64"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    chosen: torch.dtype = request.param
+    return chosen
+
+
+def forward_arguments(stem: str, case: Case) -> tuple[Tensor, ...]:
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        mean, _, invstd = OPS.batch_norm_stats(x, 1e-5)
+        return mean, invstd, weight, bias
+
+    main = (case.y, *norm(case.y, case.weight, case.bias))
+    if stem == "bn_add_relu":
+        return *main, case.residual
+    return *main, case.skip, *norm(case.skip, case.skip_weight, case.skip_bias)
+
+
+def masks(case: Case) -> tuple[Tensor, Tensor]:
+    """The mask of a forward pass, and the same as bool."""
+    _, mask = OPS.bn_add_relu(*forward_arguments("bn_add_relu", case))
+    return mask, unpack_mask(mask, dense(case.y))
+
+
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("name", HOSTILE_CASES)
+@pytest.mark.parametrize("stem", STEMS)
+def test_slices_are_the_whole(stem: str, name: str, images: int, dtype: torch.dtype, layout: str) -> None:
+    args = forward_arguments(stem, hostile_input(name, dtype, layout))
+    expected, expected_mask = getattr(OPS, stem)(*args)
+    out, mask = torch.empty_like(expected), torch.empty_like(expected_mask)
+    rows = len(mask) // len(out)  # of an image
+    for first in range(0, len(out), images):
+        at, mask_at = slice(first, first + images), slice(first * rows, (first + images) * rows)
+        sliced = [x[at] if x.dim() == 4 else x for x in args]
+        getattr(OPS, f"{stem}_out")(*sliced, out[at], mask[mask_at])
+    assert torch.equal(out, expected)
+    assert torch.equal(mask, expected_mask)
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (lambda x: x.contiguous(), "out must be dense, in the activation's layout"),
+        (lambda x: x.transpose(2, 3).contiguous().transpose(2, 3), "out must be dense"),
+        (lambda x: x.double(), "out must have the activation's dtype"),
+        (lambda x: x[:, :, 1:], "out must have the shape"),
+    ],
+    ids=["layout", "permuted", "dtype", "shape"],
+)
+@pytest.mark.parametrize("stem", [*STEMS, "masked_grad"])
+def test_other_outputs_are_refused(stem: str, out: Any, message: str) -> None:
+    case = hostile_input("plain", torch.float32, "channels_last")
+    mask, _ = masks(case)
+    given = out(torch.zeros_like(case.y))
+    if stem != "masked_grad":
+        with pytest.raises(RuntimeError, match=message):
+            getattr(OPS, f"{stem}_out")(*forward_arguments(stem, case), given, mask)
+    else:  # here the output's layout is what the mask has to have, and the gradient is copied to
+        with pytest.raises(RuntimeError, match="masked_grad: "):
+            OPS.masked_grad(case.grad, mask, given, False, None)
+
+
+@pytest.mark.parametrize("accumulate", [False, True], ids=["copy", "add"])
+@pytest.mark.parametrize("name", HOSTILE_CASES)
+def test_masked_grad(name: str, accumulate: bool, dtype: torch.dtype, layout: str) -> None:
+    """Bit for bit as the reference: there is one operation and one rounding. NaN stays behind the ReLU."""
+    case = hostile_input(name, dtype, layout)
+    mask, kept = masks(case)
+    case.grad.masked_fill_(~kept, torch.nan)
+    before = dense(case.residual)
+    channels = before.shape[1]
+    dz = torch.where(kept, case.grad.double(), 0.0)
+    for sum_before in (None, torch.randn(channels, dtype=torch.float64)):
+        found, expected = before.clone(), before.clone()
+        found_sum = None if sum_before is None else sum_before.clone()
+        OPS.masked_grad(case.grad, mask, found, accumulate, found_sum)
+        reference.masked_grad(case.grad, mask, expected, accumulate, None)
+        assert torch.equal(found, expected)
+        assert found.isfinite().all()
+        if sum_before is not None and found_sum is not None:
+            eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+            error = (found_sum - sum_before - dz.sum((0, 2, 3))).abs()
+            assert (error <= 4 * eps * dz.abs().sum((0, 2, 3)) + 1e-15 * sum_before.abs()).all()
+
+
+def test_sums_do_not_depend_on_the_number_of_threads(dtype: torch.dtype, layout: str) -> None:
+    y = torch.randn(8, 40, 30, 31).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    zeros, ones = torch.zeros(40, dtype=statistics), torch.ones(40, dtype=statistics)
+    _, mask = OPS.bn_add_relu(y, zeros, ones, None, None, y)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out, total = torch.zeros_like(y), torch.full((40,), 0.1, dtype=torch.float64)
+            OPS.masked_grad(y, mask, out, True, total)
+            found.append((out, total))
+    finally:
+        torch.set_num_threads(before)
+    for out, total in found[1:]:
+        assert torch.equal(out, found[0][0]) and torch.equal(total, found[0][1])
+
+
+@pytest.mark.parametrize("name", HOSTILE_CASES)
+def test_dy_alone(name: str, dtype: torch.dtype, layout: str) -> None:
+    case = hostile_input(name, dtype, layout)
+    y, mean, invstd, weight, _, _ = forward_arguments("bn_add_relu", case)
+    mask, _ = masks(case)
+    for sums in ((torch.randn_like(mean), torch.randn_like(mean)), (None, None)):
+        args = (case.grad, mask, y, mean, invstd, weight, *sums)
+        dy, both = OPS.bn_add_relu_backward_dy(*args), OPS.bn_add_relu_backward(*args)
+        assert torch.equal(dy, both[0]) and dy.stride() == both[0].stride()
+
+
+@pytest.mark.parametrize("name", HOSTILE_CASES)
+def test_shift(name: str, dtype: torch.dtype, layout: str) -> None:
+    """Subtracted before the one rounding: as accurate as the reference, which does so."""
+    case = hostile_input(name, dtype, layout)
+    affine = forward_arguments("bn_add_relu", case)[:5]
+    shift = torch.rand_like(case.weight)
+    found, by_reference = OPS.bn_relu(*affine, shift), bn_relu(*affine, shift)
+    exact = bn_relu(*(x.double() for x in affine), shift.double())
+    assert_as_accurate("out", found, by_reference, exact)
+    assert found.stride() == by_reference.stride()
+    assert torch.equal(OPS.bn_relu(*affine, torch.zeros_like(shift)), OPS.bn_relu(*affine, None))
+
+
+@pytest.mark.parametrize("size", [(2, 11, 5, 3), (3, 64, 96, 100)], ids=["small", "huge_pages"])
+def test_fresh_memory(size: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
+    x = torch.randn(size).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+    fresh = OPS.fresh_like(x)
+    assert fresh.shape == x.shape and fresh.dtype == dtype and fresh.stride() == x.stride()
+    assert fresh.data_ptr() != x.data_ptr()
+    assert torch.equal(fresh.copy_(x), x)
+    narrow = OPS.fresh_like(x, c=8)
+    assert narrow.shape == (size[0], 8, *size[2:]) and narrow.dtype == dtype
+    assert narrow.is_contiguous(memory_format=LAYOUTS[layout])
+    assert OPS.fresh_like(x.transpose(2, 3)).stride() == dense(x.transpose(2, 3)).stride()
+    # Its contents are anybody's, so opcheck must not compare them.
+    torch.library.opcheck(OPS.fresh_like.default, (x,), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_large_outputs(layout: str) -> None:
+    """From 4 MiB on they lie on huge pages where the system has them."""
+    y = torch.randn(3, 64, 96, 100).contiguous(memory_format=LAYOUTS[layout])
+    zeros, ones = torch.zeros(64), torch.ones(64)
+    assert torch.equal(OPS.bn_relu(y, zeros, ones, None, None), y.relu())
+    out, mask = OPS.bn_add_relu(y, zeros, ones, None, None, y)
+    assert relative_error(out, (y + y).relu().double()) == 0
+    assert torch.equal(unpack_mask(mask, y), y > 0)

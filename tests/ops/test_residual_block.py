@@ -1,0 +1,246 @@
+"""Whole blocks, forward and all gradients, against float64 by the accuracy rule; what they keep and allocate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fused import ops
+from resnet_fused.ops import ConvNorm, Norm
+from resnet_fused.reference.layout import dense
+from tests.accuracy import HOSTILE_CASES, element_error, hostile_input, relative_error
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Kernel sizes of the main path, and what the block does to shape. ``width``: inner channels, of the input's."""
+
+    kernels: tuple[int, ...]
+    expansion: float = 1.0  # output channels, of the input's
+    width: float = 1.0
+    stride: int = 1
+    groups: int = 1
+    dilation: int = 1
+    downsample: bool = False
+
+
+BLOCKS = {
+    "bottleneck": Block((1, 3, 1), width=0.25),
+    "bottleneck_stride": Block((1, 3, 1), expansion=2, width=0.5, stride=2, downsample=True),
+    "bottleneck_downsample": Block((1, 3, 1), expansion=4, width=1, downsample=True),
+    "bottleneck_groups": Block((1, 3, 1), width=0.5, groups=4),
+    "bottleneck_dilation": Block((1, 3, 1), expansion=2, width=0.5, dilation=2, downsample=True),
+    "bottleneck_wide": Block((1, 3, 1), width=2),  # K > N: not folded
+    "basic_block": Block((3, 3)),
+    "basic_block_stride": Block((3, 3), expansion=2, width=2, stride=2, downsample=True),
+}
+
+
+@dataclass
+class Case:
+    """The tensors of a block by name: x; of each convolution, the shortcut's last, weight, gamma, beta, mean, var."""
+
+    block: Block
+    tensors: dict[str, Tensor]
+
+    @property
+    def count(self) -> int:
+        return len(self.block.kernels) + self.block.downsample
+
+    @property
+    def differentiable(self) -> list[str]:
+        return ["x", *(f"{name}{i}" for i in range(self.count) for name in ("weight", "gamma", "beta"))]
+
+    def to(self, dtype: torch.dtype | None) -> Case:
+        """Fresh leaves; with a dtype all in that."""
+        fresh = {n: (t if dtype is None else t.to(dtype)).detach() for n, t in self.tensors.items()}
+        fresh |= {n: fresh[n].clone() for n in fresh if n.startswith(("mean", "var"))}
+        return Case(self.block, fresh | {n: fresh[n].requires_grad_() for n in self.differentiable})
+
+    def geometry(self, i: int) -> dict[str, Any]:
+        """Arguments of the i-th convolution."""
+        block, main = self.block, len(self.block.kernels)
+        if i == main:
+            return {"stride": block.stride}
+        kernel = block.kernels[i]
+        inner = kernel == 3 and i == (1 if main == 3 else 0)
+        dilation = block.dilation if inner else 1
+        return {
+            "stride": block.stride if inner else 1,
+            "padding": dilation * (kernel // 2),
+            "dilation": dilation,
+            "groups": block.groups if inner else 1,
+        }
+
+
+def make_case(name: str, hostile: str, dtype: torch.dtype, device: str = "cpu") -> Case:
+    block = BLOCKS[name]
+    x = hostile_input(hostile, dtype, "channels_last", device).y
+    inputs = x.shape[1]
+    outputs, width = round(inputs * block.expansion), max(1, int(inputs * block.width))
+    if block.groups > 1:
+        width = -(-width // block.groups) * block.groups
+    channels = [inputs, *[width] * (len(block.kernels) - 1), outputs]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    tensors = {"x": x}
+    probe = Case(block, tensors)
+    for i in range(probe.count):
+        shortcut = i == len(block.kernels)
+        k, n = (inputs, outputs) if shortcut else (channels[i], channels[i + 1])
+        kernel, groups = (1, 1) if shortcut else (block.kernels[i], probe.geometry(i).get("groups", 1))
+        weight = torch.randn(n, k // groups, kernel, kernel) / (kernel * (k // groups) ** 0.5)
+        gamma = 0.5 + torch.rand(n)
+        if hostile == "gamma":
+            gamma[::3], gamma[1::3] = 0.0, -gamma[1::3]
+        tensors[f"weight{i}"] = weight.to(device, dtype)
+        tensors[f"gamma{i}"], tensors[f"beta{i}"] = (
+            gamma.to(device, wide),
+            torch.randn(n).mul(0.3).to(device, wide),
+        )
+        tensors[f"mean{i}"], tensors[f"var{i}"] = (
+            torch.randn(n).to(device, wide),
+            (0.5 + torch.rand(n)).to(device, wide),
+        )
+    return probe
+
+
+def plain(case: Case, training: bool, before_relu: list[Tensor] | None = None) -> Tensor:
+    """The block in plain PyTorch; ``before_relu`` takes what its ReLUs are given."""
+    t = case.tensors
+    before_relu = [] if before_relu is None else before_relu
+
+    def normed(a: Tensor, i: int) -> Tensor:
+        y = F.conv2d(a, t[f"weight{i}"], **case.geometry(i))
+        return F.batch_norm(y, t[f"mean{i}"], t[f"var{i}"], t[f"gamma{i}"], t[f"beta{i}"], training)
+
+    a, last = t["x"], len(case.block.kernels) - 1
+    for i in range(last):
+        before_relu.append(normed(a, i))
+        a = F.relu(before_relu[-1])
+    before_relu.append(normed(a, last) + (normed(t["x"], last + 1) if case.block.downsample else t["x"]))
+    return F.relu(before_relu[-1])
+
+
+def fused(case: Case, training: bool) -> Tensor:
+    t, parts = case.tensors, []
+    for i in range(case.count):
+        geometry = {k: v if k == "groups" else (v, v) for k, v in case.geometry(i).items()}
+        norm = Norm(t[f"mean{i}"], t[f"var{i}"], t[f"gamma{i}"], t[f"beta{i}"], training, 0.1, 1e-5)
+        parts.append(ConvNorm(t[f"weight{i}"], norm, **geometry))
+    main = len(case.block.kernels)
+    return ops.residual_block(t["x"], parts[:main], parts[main] if case.block.downsample else None)
+
+
+def results(
+    op: Any, case: Case, grad: Tensor, training: bool, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    fresh = case.to(dtype)
+    out = op(fresh, training)
+    wanted = [fresh.tensors[name] for name in fresh.differentiable]
+    grads = torch.autograd.grad(out, wanted, grad.to(out.dtype))
+    found = {"output": out.detach()} | {f"d{n}": g for n, g in zip(fresh.differentiable, grads, strict=True)}
+    if training:
+        found |= {n: t for n, t in fresh.tensors.items() if n.startswith(("mean", "var"))}
+    return found
+
+
+def gradient_for(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient of the output that is zero where rounding alone decides whether the last ReLU lets it through."""
+    grad = torch.randn_like(out).to(dtype).double()
+    return grad.masked_fill(out.abs() < 16 * torch.finfo(dtype).eps, 0.0)
+
+
+DRAWS = 6
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("hostile", HOSTILE_CASES)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_accuracy(name: str, hostile: str, training: bool, dtype: torch.dtype, device: str) -> None:
+    """The rule, of the smallest errors in a few draws.
+
+    A ReLU inside the block that rounding decides the other way moves a gradient by far more than rounding does, for
+    eager as for fused: the smallest error is that of a draw with fewest of them. In eps the dtype is that which the
+    activations between the convolutions are rounded to.
+    """
+    smallest: dict[str, tuple[float, float]] = {}
+    tolerance = 4 * torch.finfo(dtype).eps
+    for _ in range(DRAWS):
+        case = make_case(name, hostile, dtype, device)
+        exact_output = plain(case.to(torch.float64), training).detach()
+        grad = gradient_for(exact_output, dtype)
+        exact = results(plain, case, grad, training, torch.float64)
+        by_eager = results(plain, case, grad, training, None)
+        by_fused = results(fused, case, grad, training, None)
+        for result, expected in exact.items():
+            assert by_fused[result].dtype == by_eager[result].dtype, result
+            assert not by_fused[result].isnan().any(), result
+            for measure in (relative_error, element_error):
+                key = f"{measure.__name__} of {result}"
+                errors = measure(by_fused[result], expected), measure(by_eager[result], expected)
+                before = smallest.get(key, errors)
+                smallest[key] = min(before[0], errors[0]), min(before[1], errors[1])
+        misses = {k: e for k, e in smallest.items() if not e[0] <= 1.5 * e[1] + tolerance}
+        if not misses:
+            break
+    assert not misses, "fused and eager errors"
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_gradcheck(name: str, training: bool) -> None:
+    nearest = 0.0
+    while nearest < 1e-4:  # finite differences must not cross a kink
+        case = make_case(name, "odd_size", torch.float64)
+        case.tensors["x"] = dense(case.tensors["x"][:2, :, :5, :4])
+        values: list[Tensor] = []
+        plain(case.to(None), training, values)
+        nearest = min(float(v.detach().abs().min()) for v in values)
+    names = case.differentiable
+
+    def call(*values: Tensor) -> Tensor:
+        return fused(
+            Case(case.block, case.to(None).tensors | dict(zip(names, values, strict=True))), training
+        )
+
+    inputs = [
+        case.tensors[n].detach().clone(memory_format=torch.preserve_format).requires_grad_() for n in names
+    ]
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_float64_equals_plain(name: str, training: bool) -> None:
+    case = make_case(name, "plain", torch.float64)
+    grad = torch.randn_like(plain(case.to(None), training))
+    by_fused, by_plain = (results(op, case, grad, training, None) for op in (fused, plain))
+    for result, expected in by_plain.items():
+        assert relative_error(by_fused[result], expected) < 1e-10, result
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A batch is gone through in many pieces, which small tensors would not need."""
+    monkeypatch.setattr("resnet_fused.ops._matmul.PIECE_BYTES", {"cpu": 4096, "cuda": 4096})
+    yield
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.usefixtures("small_pieces")
+def test_in_pieces(name: str) -> None:
+    test_float64_equals_plain(name, True)
+    case = make_case(name, "odd_size", torch.float32)
+    grad = gradient_for(plain(case.to(torch.float64), True).detach(), torch.float32)
+    exact, found = results(plain, case, grad, True, torch.float64), results(fused, case, grad, True, None)
+    assert relative_error(found["output"], exact["output"]) < 1e-5
