@@ -41,7 +41,7 @@ def extension(mode: str) -> dict[str, Any]:
     cxx += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
     cxx += ["-g0"]  # Python's own flags ask for debug information, which takes half of the compile time
     sources = ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
-    defines: list[tuple[str, str | None]] = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
+    defines: list[tuple[str, str | None]] = [("TORCH_TARGET_VERSION", "0x020b000000000000")]
     if with_cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         sources += sorted(glob("csrc/cuda/*.cu"))

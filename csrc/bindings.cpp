@@ -286,11 +286,9 @@ void masked_grad(const Tensor& grad_, const Tensor& mask, const Tensor& out, boo
 Tensor fresh_like(const Tensor& x_, std::optional<int64_t> n, std::optional<int64_t> c,
                   std::optional<int64_t> h, std::optional<int64_t> w) {
   const Tensor x = dense("fresh_like", x_);
-  if (!n && !c && !h && !w) return new_like(x);
-  const auto format = is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-  return with_huge_pages(torch::stable::empty(
-      {n.value_or(x.size(0)), c.value_or(x.size(1)), h.value_or(x.size(2)), w.value_or(x.size(3))},
-      x.scalar_type(), std::nullopt, x.device(), std::nullopt, format));
+  return new_activation(
+      x, {n.value_or(x.size(0)), c.value_or(x.size(1)), h.value_or(x.size(2)), w.value_or(x.size(3))},
+      x.scalar_type());
 }
 
 std::tuple<Tensor, Tensor> bn_relu_maxpool(const Tensor& y_, const Tensor& mean, const Tensor& invstd,
@@ -375,7 +373,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) { resnet_fused::register_kernels
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CUDA, m) { resnet_fused::register_kernels(m); }
 #endif
 
-// Importing the module is what loads the library; it holds only the fact of what was built.
+// Importing the module is what loads the library; ops are not called through it.
 static PyObject* built_with_cuda(PyObject*, PyObject*) {
 #ifdef USE_CUDA
   Py_RETURN_TRUE;
@@ -384,8 +382,13 @@ static PyObject* built_with_cuda(PyObject*, PyObject*) {
 #endif
 }
 
+static PyObject* release_buffers(PyObject*, PyObject*) {
+  return PyLong_FromLongLong(resnet_fused::cpu::release_large_buffers());
+}
+
 static PyMethodDef methods[] = {
     {"built_with_cuda", built_with_cuda, METH_NOARGS, "Whether the CUDA kernels were compiled in."},
+    {"release_buffers", release_buffers, METH_NOARGS, "Unmaps idle buffers; returns their bytes."},
     {nullptr, nullptr, 0, nullptr}};
 
 static PyModuleDef module = {

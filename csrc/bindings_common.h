@@ -8,14 +8,12 @@
 #include <torch/headeronly/core/Layout.h>
 #include <torch/headeronly/core/MemoryFormat.h>
 #include <torch/headeronly/core/ScalarType.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <array>
 #include <cstdint>
 #include <optional>
 
+#include "cpu/large_buffers.h"
 #include "kernels.h"
 
 namespace resnet_fused {
@@ -153,30 +151,31 @@ inline void* given_out(const char* op, const Tensor& out, const Tensor& y) {
   return out.mutable_data_ptr();
 }
 
-// Asks for huge pages under a large tensor on the CPU before its first touch: a third of the page faults'
-// time. Only advice, so a failure does not matter.
-inline Tensor with_huge_pages(Tensor t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t kWorthwhile = 4 << 20;
-  constexpr uintptr_t kHugePage = 2 << 20;
-  if (!t.is_cpu()) return t;
-  const ScalarType dtype = t.scalar_type();
-  const int64_t element_size = dtype == ScalarType::Double  ? 8
-                               : dtype == ScalarType::Float ? 4
-                               : dtype == ScalarType::Byte  ? 1
-                                                            : 2;
-  const int64_t bytes = t.numel() * element_size;
-  if (bytes < kWorthwhile) return t;
-  const uintptr_t data = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  const uintptr_t first = (data + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (data + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
-  if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return t;
+inline int64_t bytes_of(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : dtype == ScalarType::Byte ? 1 : 2;
+}
+
+// An uninitialised activation on y's device, in y's layout; a large one on the CPU in memory that is used again.
+inline Tensor new_activation(const Tensor& y, const std::array<int64_t, 4>& sizes, ScalarType dtype) {
+  const auto [n, c, h, w] = sizes;
+  const bool channels_last = is_channels_last(y);
+  const int64_t bytes = n * c * h * w * bytes_of(dtype);
+  void* buffer = nullptr;
+  if (y.is_cpu() && bytes > cpu::kLargeBuffer) buffer = cpu::take_large_buffer(static_cast<size_t>(bytes));
+  if (buffer == nullptr)
+    return torch::stable::empty({n, c, h, w}, dtype, std::nullopt, y.device(), std::nullopt,
+                                channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  const std::array<int64_t, 4> strides = channels_last ? std::array<int64_t, 4>{h * w * c, 1, w * c, c}
+                                                       : std::array<int64_t, 4>{c * h * w, h * w, w, 1};
+  return torch::stable::from_blob(buffer, {n, c, h, w}, {strides[0], strides[1], strides[2], strides[3]},
+                                  y.device(), dtype, &cpu::give_large_buffer);
 }
 
 // An uninitialised activation like the dense y.
-inline Tensor new_like(const Tensor& y) { return with_huge_pages(torch::stable::empty_like(y)); }
+inline Tensor new_like(const Tensor& y) {
+  if (y.numel() * bytes_of(y.scalar_type()) <= cpu::kLargeBuffer) return torch::stable::empty_like(y);
+  return new_activation(y, {y.size(0), y.size(1), y.size(2), y.size(3)}, y.scalar_type());
+}
 
 inline Tensor new_vector(const Tensor& y) {
   return torch::stable::new_empty(y, {y.size(1)}, statistics_type(y));
@@ -184,7 +183,7 @@ inline Tensor new_vector(const Tensor& y) {
 
 inline Tensor new_mask(const Tensor& y) {
   const Matrix m = matrix(y);
-  return with_huge_pages(torch::stable::new_empty(y, {m.rows, m.mask_bytes_per_row()}, ScalarType::Byte));
+  return torch::stable::new_empty(y, {m.rows, m.mask_bytes_per_row()}, ScalarType::Byte);
 }
 
 inline std::array<int64_t, 4> pooled_sizes(const Tensor& y) {
@@ -193,10 +192,7 @@ inline std::array<int64_t, 4> pooled_sizes(const Tensor& y) {
 }
 
 inline Tensor new_pooled(const Tensor& y, ScalarType dtype) {
-  const auto format = is_channels_last(y) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-  const auto sizes = pooled_sizes(y);
-  return with_huge_pages(torch::stable::empty({sizes[0], sizes[1], sizes[2], sizes[3]}, dtype, std::nullopt,
-                                              y.device(), std::nullopt, format));
+  return new_activation(y, pooled_sizes(y), dtype);
 }
 
 // Brings a tensor of the pooled output's shape to the layout that the kernels expect.

@@ -26,3 +26,12 @@ else:
         has_cuda = _C.built_with_cuda()
 
 is_loaded = missing_reason is None
+
+
+def release_buffers() -> int:
+    """Gives memory back to the system that large results on the CPU have used and others could use again.
+
+    Returns:
+        how many bytes.
+    """
+    return _C.release_buffers() if is_loaded else 0

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from resnet_fused.ops._matmul import inner, times
+from resnet_fused.ops._matmul import product as matrix_product
+from resnet_fused.ops._matmul import transposed_product
 from resnet_fused.ops.batch_norm_stats import (
     Norm,
     Statistics,
@@ -45,8 +46,13 @@ class ConvNorm(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """What of a ConvNorm is not differentiated. ``frozen``: the statistics to use; None: the batch's."""
+    """What of a ConvNorm is not differentiated.
 
+    ``every``: the pixels that are taken before the convolution, one of so many down and across, instead of the stride
+    of a 1x1. ``frozen``: the statistics to use; None: the batch's.
+    """
+
+    every: Pair
     stride: Pair
     padding: Pair
     dilation: Pair
@@ -92,7 +98,7 @@ def measure_folded(c: Tensor, weight: Tensor, shift: Tensor | None, stage: Stage
     check_pixels((c.shape[0], len(weight), *c.shape[2:]), stage.group)
     wide = weight.to(statistics_dtype(c.dtype))
     mean_c, covariance = gram(c)
-    var = (times(wide, covariance).double() * wide).sum(1).clamp_min_(0).to(wide.dtype)
+    var = (matrix_product(wide, covariance).double() * wide).sum(1).clamp_min_(0).to(wide.dtype)
     mean = wide @ mean_c
     true_mean = mean if shift is None else mean + wide @ shift
     invstd = torch.rsqrt(var + stage.eps)
@@ -147,13 +153,13 @@ def folded_gradients(
         return FoldedGradients(factor[:, None] * product, dgamma, sum_dz, None, None)
     shared_dz, shared_dgamma = shared_sums((sum_dz, dgamma), stage.group, used.share)
     slope, offset = -used.invstd * shared_dgamma / pixels, -shared_dz / pixels
-    dweight = product + (slope * pixels)[:, None] * times(weight, fold.covariance)
+    dweight = product + (slope * pixels)[:, None] * matrix_product(weight, fold.covariance)
     total = offset * pixels
     if stage.group is not None:  # else c W^T has the mean that was taken from it, and dy sums to zero
         total = total + slope * pixels * (weight @ fold.mean - used.mean)
         if fold.shift is not None:
             dweight = dweight.addr(sum_dz + total, fold.shift)
     dweight = factor[:, None] * dweight.addr(total, fold.mean)
-    matrix = inner(weight, (factor * slope)[:, None] * weight)
+    matrix = transposed_product(weight, (factor * slope)[:, None] * weight)
     vector = (factor * (offset - slope * used.mean)) @ weight
     return FoldedGradients(dweight, dgamma, sum_dz, matrix, vector)

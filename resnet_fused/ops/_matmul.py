@@ -1,7 +1,8 @@
 """Products of pixels and channels by the vendor's library, and how a batch is gone through in pieces.
 
-A dense channels_last activation is a matrix of rows = N*H*W pixels. Its pieces are small enough to stay in the cache
-between one kernel and the next, so that what is written for the next kernel alone costs no memory traffic.
+A dense channels_last activation is a matrix with a row for each of its N*H*W pixels. A piece is some of its rows, seen
+as an image (1, C, 1, rows): small enough to stay in the cache between one kernel and the next, so that what is written
+for the next kernel alone costs no memory traffic. Weights are (N, K, 1, 1).
 
 On the CPU torch.mm is oneDNN for bfloat16 but MKL for float32, which reaches half of oneDNN's rate on processors that
 are not Intel's; a 1x1 convolution is the same product and oneDNN for both.
@@ -9,15 +10,22 @@ are not Intel's; a 1x1 convolution is the same product and oneDNN for both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from resnet_fused.reference.layout import statistics_dtype
 
 #: Bytes of the widest activation in a piece: measured on a CPU; on a GPU only a bound on the memory of a piece.
-PIECE_BYTES = {"cpu": 3 << 20, "cuda": 256 << 20}
+PIECE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+
+_GEOMETRY = (
+    [1, 1],
+    [0, 0],
+    [1, 1],
+    False,
+    [0, 0],
+    1,
+)  # stride, padding, dilation, transposed, output padding, groups
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -25,17 +33,21 @@ def rows_of(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
 
 
-def activation(rows: Tensor) -> Tensor:
-    """A matrix (P, C) as a channels_last activation (1, C, 1, P), without a copy."""
-    return rows[None, None].permute(0, 3, 1, 2)
+def rows_in_piece(x: Tensor, widest: int) -> int:
+    """Rows of a piece of a batch whose widest activation has ``widest`` channels.
+
+    Not fewer than that, or a product would read and write more of weights than of activations.
+    """
+    budget = PIECE_BYTES.get(x.device.type, 1 << 62) // (widest * x.element_size())
+    pixels = x.numel() // x.shape[1]
+    count = max(1, -(-pixels // max(budget, widest)))
+    return max(1, -(-pixels // count))
 
 
-def pieces(rows: int, widest: int, like: Tensor) -> Iterator[slice]:
-    """Slices that cover ``rows`` rows, of which the widest activation has ``widest`` channels."""
-    bytes_per_row = widest * like.element_size()
-    count = max(1, -(-rows * bytes_per_row // PIECE_BYTES.get(like.device.type, 1 << 62)))
-    for i in range(count):
-        yield slice(rows * i // count, rows * (i + 1) // count)
+def pieces(x: Tensor, rows: int) -> tuple[Tensor, ...]:
+    """A dense channels_last activation as images (1, C, 1, rows) of its memory; the last may have fewer rows."""
+    n, c, h, w = x.shape
+    return x.permute(0, 2, 3, 1).view(1, 1, n * h * w, c).permute(0, 3, 1, 2).split(rows, 3)
 
 
 def _by_convolution(a: Tensor) -> bool:
@@ -43,58 +55,62 @@ def _by_convolution(a: Tensor) -> bool:
 
 
 def times(a: Tensor, weight: Tensor) -> Tensor:
-    """a weight^T: (P, K) and (N, K) to (P, N)."""
+    """a weight^T, pixel by pixel: (1, K, 1, P) and (N, K, 1, 1) to (1, N, 1, P)."""
     if _by_convolution(a):
-        return rows_of(_convolution(activation(a), weight))
-    return a @ weight.t()
+        return torch.conv2d(a, weight)
+    return (rows_of(a) @ weight.flatten(1).t())[None, None].permute(0, 3, 1, 2)
 
 
 def times_into(out: Tensor, a: Tensor, weight: Tensor) -> None:
-    """out = a weight^T, for ``out`` (P, N) with dense rows."""
+    """out = a weight^T, pixel by pixel, in place."""
     if _by_convolution(a):
-        out.copy_(rows_of(_convolution(activation(a), weight)))
+        out.copy_(torch.conv2d(a, weight))
     else:
-        torch.mm(a, weight.t(), out=out)
+        torch.mm(rows_of(a), weight.flatten(1).t(), out=rows_of(out))
 
 
 def accumulate(out: Tensor, a: Tensor, weight: Tensor, vector: Tensor | None = None) -> None:
-    """out += a weight^T + vector, for ``out`` (P, N) with dense rows."""
+    """out += a weight^T + vector, pixel by pixel, in place."""
     if _by_convolution(a):
-        conv = weight[:, :, None, None]
-        _convolve_onto(activation(out), activation(a), conv, vector, *_PLAIN, 1, "add", 1.0, None, [], None)
+        # oneDNN's sum post-op: the only way to have the product added where it is to be.
+        torch.ops.mkldnn._convolution_pointwise_.binary(
+            out, a, weight, vector, [0, 0], [1, 1], [1, 1], 1, "add", 1.0, None, [], None
+        )
     else:
+        rows = rows_of(out)
         if vector is not None:
-            out += vector
-        out.addmm_(a, weight.t())
+            rows += vector
+        rows.addmm_(rows_of(a), weight.flatten(1).t())
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b: (P, N) and (P, K) to (N, K), in the dtype of ``a``."""
-    if not _by_convolution(a):
-        return a.t() @ b
+    """a^T b, summed over the pixels: (1, N, 1, P) and (1, K, 1, P) to (N, K), in their dtype."""
     n, k = a.shape[1], b.shape[1]
-    weight = a.new_empty(n, k, 1, 1)
+    if not _by_convolution(a):
+        return rows_of(a).t() @ rows_of(b)
+    if n < k:  # oneDNN is up to twice as fast with more outputs than inputs
+        return inner(b, a).t()
     found = torch.ops.aten.convolution_backward.default(
-        activation(a), activation(b), weight, None, *_GEOMETRY, 1, [False, True, False]
+        a, b, a.new_empty(n, k, 1, 1), None, *_GEOMETRY, [False, True, False]
     )
     return found[1].view(n, k)
 
 
 def sum_of_inner(a: Tensor, b: Tensor) -> Tensor:
     """a^T b of two activations (N, C, H, W) and (N, K, H, W): (C, K) in the statistics dtype."""
-    left, right = rows_of(a), rows_of(b)
+    rows = rows_in_piece(a, max(a.shape[1], b.shape[1]))
     total = a.new_zeros(a.shape[1], b.shape[1], dtype=statistics_dtype(a.dtype))
-    for piece in pieces(len(left), max(a.shape[1], b.shape[1]), a):
-        total += inner(left[piece], right[piece])
+    for left, right in zip(pieces(a, rows), pieces(b, rows), strict=True):
+        total += inner(left, right)
     return total
 
 
-_PLAIN: tuple[list[int], ...] = ([0, 0], [1, 1], [1, 1])  # padding, stride, dilation
-_GEOMETRY = ([1, 1], [0, 0], [1, 1], False, [0, 0])
-_convolve_onto = (
-    torch.ops.mkldnn._convolution_pointwise_.binary if torch.backends.mkldnn.is_available() else None
-)
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T of two float matrices (N, K) and (M, K): (N, M), at the rate of ``times``."""
+    image = a[None, None].permute(0, 3, 1, 2)
+    return rows_of(times(image, b[:, :, None, None]))
 
 
-def _convolution(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.aten.convolution.default(x, weight[:, :, None, None], None, *_GEOMETRY, 1)
+def transposed_product(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b of two float matrices (P, N) and (P, K): (N, K), at the rate of ``inner``."""
+    return inner(a[None, None].permute(0, 3, 1, 2), b[None, None].permute(0, 3, 1, 2))

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from resnet_fused.ops._matmul import (
     accumulate,
-    activation,
     inner,
     pieces,
-    rows_of,
+    rows_in_piece,
     sum_of_inner,
     times,
     times_into,
@@ -63,16 +62,19 @@ def _folded_add_relu(
     skip_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     out, mask = _new_output(y, conv)
-    main_rows, skip_rows, out_rows = rows_of(y), rows_of(skip), rows_of(out)
-    for piece in pieces(len(out_rows), out.shape[1], out):
-        main, other = main_rows[piece], skip_rows[piece]
-        main = activation(main if conv is None else times(main, conv))
-        other = activation(other if skip_conv is None else times(other, skip_conv))
-        norm, to = (mean, invstd, weight, bias), (activation(out_rows[piece]), mask[piece])
+    rows = rows_in_piece(out, out.shape[1])
+    norm, skip_norm = (mean, invstd, weight, bias), (skip_mean, skip_invstd, skip_weight, skip_bias)
+    for main, other, *to in zip(
+        pieces(y, rows), pieces(skip, rows), pieces(out, rows), mask.split(rows), strict=True
+    ):
+        if conv is not None:
+            main = times(main, conv)
+        if skip_conv is not None:
+            other = times(other, skip_conv)
         if skip_mean is None:
             bn_add_relu_into(main, *norm, other, *to)
         else:
-            bn_bn_add_relu_into(main, *norm, other, skip_mean, skip_invstd, skip_weight, skip_bias, *to)
+            bn_bn_add_relu_into(main, *norm, other, *skip_norm, *to)
     return out, mask
 
 
@@ -91,13 +93,16 @@ def _folded_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     grad = grad.contiguous(memory_format=torch.channels_last)
     sums, products, gradients = _new_results(grad, inputs, torch.float64)
-    grad_rows = rows_of(grad)
-    for piece in pieces(len(grad_rows), grad.shape[1], grad):
-        dz = torch.empty_like(grad_rows[piece])
-        masked_grad(activation(grad_rows[piece]), mask[piece], activation(dz), False, sums)
-        for c, matrix, product, gradient in zip(inputs, matrices, products, gradients, strict=True):
-            product += inner(dz, rows_of(c)[piece])
-            times_into(rows_of(gradient)[piece], dz, matrix)
+    rows = rows_in_piece(grad, grad.shape[1])
+    scratch = torch.empty_like(pieces(grad, rows)[0])
+    c_pieces = zip(*(pieces(c, rows) for c in inputs), strict=True)
+    dc_pieces = zip(*(pieces(dc, rows) for dc in gradients), strict=True)
+    for part, bits, cs, dcs in zip(pieces(grad, rows), mask.split(rows), c_pieces, dc_pieces, strict=True):
+        dz = scratch if part.shape == scratch.shape else torch.empty_like(part)
+        masked_grad(part, bits, dz, False, sums)
+        for c, dc, matrix, product in zip(cs, dcs, matrices, products, strict=True):
+            product += inner(dz, c)
+            times_into(dc, dz, matrix)
     return sums.to(statistics_dtype(grad.dtype)), products, gradients
 
 
@@ -122,9 +127,9 @@ folded_backward = primitive(
 
 
 def _add_product(out: Tensor, a: Tensor, matrix: Tensor, vector: Tensor) -> None:
-    out_rows, rows = rows_of(out), rows_of(a)
-    for piece in pieces(len(rows), max(out.shape[1], a.shape[1]), a):
-        accumulate(out_rows[piece], rows[piece], matrix, vector.to(out.dtype))
+    rows, vector = rows_in_piece(out, max(out.shape[1], a.shape[1])), vector.to(out.dtype)
+    for part, source in zip(pieces(out, rows), pieces(a, rows), strict=True):
+        accumulate(part, source, matrix, vector)
 
 
 add_product_ = primitive(
@@ -142,25 +147,27 @@ def _conv1x1_backward(
     dconv.zero_()
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
-    transposed = conv.t().contiguous()
-    dx_rows, dy_rows, x_rows = rows_of(dx), rows_of(dy), rows_of(x)
-    for piece in pieces(len(x_rows), max(x.shape[1], dy.shape[1]), x):
-        part, dy_part = dx_rows[piece], dy_rows[piece]
-        if residual is None:
+    transposed = conv.transpose(0, 1).contiguous()
+    rows = rows_in_piece(x, max(x.shape[1], dy.shape[1]))
+    residuals = [None] * len(pieces(x, rows)) if residual is None else pieces(residual, rows)
+    masks = [None] * len(residuals) if mask is None else mask.split(rows)
+    for part, dy_part, x_part, added, bits in zip(
+        pieces(dx, rows), pieces(dy, rows), pieces(x, rows), residuals, masks, strict=True
+    ):
+        if added is None:
             times_into(part, dy_part, transposed)
         else:
-            source = rows_of(residual)[piece]
-            if mask is None:
-                part.copy_(source)
+            if bits is None:
+                part.copy_(added)
             else:
-                masked_grad(activation(source), mask[piece], activation(part), False, None)
+                masked_grad(added, bits, part, False, None)
             accumulate(part, dy_part, transposed)
-        dconv += inner(dy_part, x_rows[piece])
+        dconv += inner(dy_part, x_part)
     return dx, dconv
 
 
 def _new_gradients(dy: Tensor, x: Tensor, conv: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
-    return fresh(x, *x.shape), torch.empty_like(conv, dtype=statistics_dtype(conv.dtype))
+    return fresh(x, *x.shape), conv.new_empty(conv.shape[:2], dtype=statistics_dtype(conv.dtype))
 
 
 conv1x1_backward = primitive(

@@ -12,7 +12,7 @@ masked_grad = primitive(
     reference.masked_grad,
     lambda *_: None,
 )
-#: torch.empty_like, with huge pages under a large tensor on the CPU: these are cheaper to touch first.
+#: torch.empty_like, or of other sizes; a large one on the CPU in memory that is used again and again.
 fresh = primitive(
     "fresh_like(Tensor x, SymInt? n=None, SymInt? c=None, SymInt? h=None, SymInt? w=None) -> Tensor",
     layout.fresh_like,

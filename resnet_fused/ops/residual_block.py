@@ -90,7 +90,7 @@ def _convolution_backward(
     dy: Tensor, x: Tensor, weight: Tensor, stage: Stage, needs: Sequence[bool]
 ) -> tuple[MaybeTensor, MaybeTensor]:
     if _is_plain_1x1(weight, stage) and all(needs):
-        dx, dweight = conv1x1_backward(dy, x, weight.to(x.dtype).flatten(1), None, None)
+        dx, dweight = conv1x1_backward(dy, x, weight.to(x.dtype), None, None)
         return dx, dweight.view_as(weight)
     geometry = (stage.stride, stage.padding, stage.dilation, False, [0, 0], stage.groups)
     dx, dweight, _ = torch.ops.aten.convolution_backward.default(
@@ -103,14 +103,12 @@ def _is_plain_1x1(weight: Tensor, stage: Stage) -> bool:
     return weight.shape[2:] == (1, 1) and stage.stride == (1, 1) and stage.groups == 1
 
 
-def _subsampled(x: Tensor, stage: Stage) -> Tensor:
-    """The pixels that a 1x1 convolution with a stride looks at."""
-    (down, right) = stage.stride
-    return (
-        x
-        if stage.stride == (1, 1)
-        else x[:, :, ::down, ::right].contiguous(memory_format=torch.channels_last)
-    )
+def _seen(x: Tensor, stage: Stage) -> Tensor:
+    """The pixels of the block's input that its shortcut looks at."""
+    down, right = stage.every
+    if stage.every == (1, 1):
+        return x
+    return x[:, :, ::down, ::right].contiguous(memory_format=torch.channels_last)
 
 
 class _Branch(NamedTuple):
@@ -132,8 +130,8 @@ def _plain_branch(a: Tensor, p: Parameters, stage: Stage) -> _Branch:
 
 
 def _folded_branch(c: Tensor, shift: MaybeTensor, p: Parameters, stage: Stage) -> _Branch:
-    conv = p.weight.to(c.dtype).flatten(1)
-    return _Branch(c, conv, *measure_folded(c, conv, shift, stage))
+    conv = p.weight.to(c.dtype)
+    return _Branch(c, conv, *measure_folded(c, conv.flatten(1), shift, stage))
 
 
 def _activated(y: Tensor, used: Statistics, p: Parameters, shift: MaybeTensor = None) -> Tensor:
@@ -184,12 +182,12 @@ class _ResidualBlock(torch.autograd.Function):
             arguments += (x, *[None] * 5)
         else:
             p, stage = parameters[-1], plan.downsample
+            seen = _seen(x, stage)
             if stage.folded:
-                seen = _subsampled(x, stage)
                 shift = _centre_of(seen, stage)
                 skip = _folded_branch(_centred(seen, shift), shift, p, stage)
             else:
-                skip = _plain_branch(x, p, stage)
+                skip = _plain_branch(seen, p, stage)
             running += skip.measured.running
             branches.append(skip)
             arguments += skip.arguments(p)
@@ -276,7 +274,9 @@ class _Backward:
             for k in folded:
                 weight, gamma, _ = self.parameters[places[k]]
                 factor = scale(self.used[places[k]].invstd, gamma)
-                matrices.append((weight.flatten(1) * factor[:, None]).t().to(grad.dtype).contiguous())
+                matrices.append(
+                    (weight * factor.view(-1, 1, 1, 1)).transpose(0, 1).to(grad.dtype).contiguous()
+                )
             sum_dz, products, partial = folded_backward(
                 grad, self.mask, [inputs[k] for k in folded], matrices
             )
@@ -296,7 +296,7 @@ class _Backward:
             last = self.chain - 1
             shift = _shift_behind(self.parameters[last], stage) if stage.folded else None
             return self.activation(last, shift)
-        return _centred(_subsampled(self.x, stage), self.folds[k].shift) if stage.folded else self.x
+        return _centred(_seen(self.x, stage), self.folds[k].shift)
 
     def finish_fold(
         self, place: int, stage: Stage, fold: Fold, c: Tensor, sum_dz: Tensor, product: Tensor, dc: Tensor
@@ -307,7 +307,7 @@ class _Backward:
         found = folded_gradients(wide, gamma, self.used[place], fold, stage, sum_dz, product, pixels)
         if found.matrix is not None:
             assert found.vector is not None
-            add_product_(dc, c, found.matrix.to(c.dtype), found.vector)
+            add_product_(dc, c, found.matrix.to(c.dtype)[:, :, None, None], found.vector)
         self.grads[place] = (found.weight.view_as(weight).to(weight.dtype), found.gamma, found.beta)
 
     def behind_end(self, grad: Tensor, y: Tensor, place: int, stage: Stage) -> Tensor:
@@ -349,7 +349,7 @@ class _Backward:
         same_size = dskip is None or dskip.shape == x.shape
         if wanted and same_size and _is_plain_1x1(weight, stage):
             residual, mask = (grad, self.mask) if dskip is None else (dskip, None)
-            dx, dweight = conv1x1_backward(dy, x, weight.to(x.dtype).flatten(1), residual, mask)
+            dx, dweight = conv1x1_backward(dy, x, weight.to(x.dtype), residual, mask)
             self.note_weight(0, dweight.view_as(weight))
             return dx
         found, dweight = _convolution_backward(dy, x, weight, stage, [wanted, self.needs[2]])
@@ -362,7 +362,7 @@ class _Backward:
             masked_grad(grad, self.mask, dx, True, None)
         else:
             assert self.plan.downsample is not None
-            down, right = self.plan.downsample.stride if self.plan.downsample.folded else (1, 1)
+            down, right = self.plan.downsample.every
             dx[:, :, ::down, ::right] += dskip
         return dx
 
@@ -380,6 +380,8 @@ def _differentiable(
 
     def normed(a: Tensor, p: Parameters, place: int) -> Tensor:
         stage, (mean, invstd, _) = stages[place], used[place]
+        down, right = stage.every
+        a = a[:, :, ::down, ::right]
         y = F.conv2d(a, p.weight.to(a.dtype), None, stage.stride, stage.padding, stage.dilation, stage.groups)
         return normalized(y, p.gamma, p.beta, mean, invstd, stage.frozen is None)
 
@@ -405,10 +407,13 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]
     return contextlib.nullcontext()
 
 
-def _stage(part: ConvNorm, dtype: torch.dtype, folded: bool = False) -> Stage:
+def _stage(part: ConvNorm, dtype: torch.dtype, folded: bool = False, shortcut: bool = False) -> Stage:
     norm = part.norm
     frozen = None if norm.training else frozen_statistics(norm, dtype)
-    return Stage(part.stride, part.padding, part.dilation, part.groups, norm.eps, norm.group, frozen, folded)
+    geometry = ((1, 1), part.stride)
+    if shortcut and part.weight.shape[2:] == (1, 1) and part.padding == (0, 0):
+        geometry = (part.stride, (1, 1))
+    return Stage(*geometry, part.padding, part.dilation, part.groups, norm.eps, norm.group, frozen, folded)
 
 
 def convolved_shape(shape: Sequence[int], convs: Sequence[Any]) -> tuple[int, ...] | None:
@@ -451,7 +456,11 @@ def residual_block(x: Tensor, parts: Sequence[ConvNorm], downsample: ConvNorm | 
     every = [*parts, *([] if downsample is None else [downsample])]
     with without_autocast(device):
         stages = tuple(_stage(part, vectors, part is parts[-1] and folds(part, pixels)) for part in parts)
-        skip = None if downsample is None else _stage(downsample, vectors, folds(downsample, pixels))
+        skip = (
+            None
+            if downsample is None
+            else _stage(downsample, vectors, folds(downsample, pixels), shortcut=True)
+        )
         flat: list[MaybeTensor] = []
         for part in every:
             gamma, beta = (in_statistics_dtype(v, x) for v in (part.norm.weight, part.norm.bias))

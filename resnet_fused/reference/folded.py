@@ -4,7 +4,7 @@ With c the centred input of the convolution, P x K, and W its weight, N x K, the
 the mean W m and the variances diag(W S W^T), where m and S are mean and covariance of c: the batch norm is known
 before the convolution has run. Backward needs of y only Q = dz^T c. See docs/training-fold.md.
 
-Activations are (N, C, H, W); a weight is a matrix (N, K) in the activations' dtype.
+Activations are (N, C, H, W); the weight of a 1x1 convolution is (N, K, 1, 1) in the activations' dtype.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def folded_add_relu(
 
     Args:
         y: (N, C, H, W), or with ``conv`` the input (N, K, H, W) of the 1x1 convolution that makes it.
-        conv: (C, K) or None.
+        conv: (C, K, 1, 1) or None.
         mean, invstd, weight, bias: (C,), statistics dtype, of what the convolution makes.
         skip, skip_...: the same for the shortcut.
 
@@ -68,7 +68,7 @@ def folded_backward(
     Args:
         grad: (N, C, H, W), of the output of folded_add_relu; mask: its mask.
         inputs: c of each, (N, K, H, W).
-        matrices: of each the transposed weight times the batch norm's scale, (K, C).
+        matrices: of each the transposed weight times the batch norm's scale, (K, C, 1, 1).
 
     Returns:
         sum_dz: (C,), statistics dtype.
@@ -89,7 +89,7 @@ def add_product_(out: Tensor, a: Tensor, matrix: Tensor, vector: Tensor) -> None
     """out += a matrix^T + vector, pixel by pixel, in place.
 
     Args:
-        out: (N, M, H, W); a: (N, K, H, W); matrix: (M, K), the activations' dtype; vector: (M,), statistics dtype.
+        out: (N, M, H, W); a: (N, K, H, W); matrix: (M, K, 1, 1), as activations; vector: (M,), statistics dtype.
     """
     wide = _convolved(widened(a), widened(matrix)) + vector.view(1, -1, 1, 1)
     out.copy_(widened(out) + wide)
@@ -101,14 +101,14 @@ def conv1x1_backward(
     """Backward of y = conv1x1(x), with the gradient that reaches x by the shortcut added.
 
     Args:
-        dy: (N, K, H, W); x: (N, C, H, W); conv: (K, C).
+        dy: (N, K, H, W); x: (N, C, H, W); conv: (K, C, 1, 1).
         residual: (N, C, H, W), or None for none.
         mask: residual counts where its bits are set; None: everywhere.
 
     Returns:
         dx: (N, C, H, W); dconv: (K, C), statistics dtype.
     """
-    dx = _convolved(widened(dy), widened(conv).t())
+    dx = _convolved(widened(dy), widened(conv).transpose(0, 1))
     if residual is not None:
         dx = dx + (widened(residual) if mask is None else behind_relu(residual, mask, dense(residual)))
     return stored(dx, dense(x)), _rows(widened(dy)).t() @ _rows(widened(x))
@@ -134,7 +134,7 @@ def _rows(x: Tensor) -> Tensor:
 def _convolved(x: Tensor, conv: Tensor | None) -> Tensor:
     if conv is None:
         return dense(x)
-    return torch.nn.functional.conv2d(x, conv[:, :, None, None])
+    return torch.nn.functional.conv2d(x, conv)
 
 
 __all__ = ["add_product_", "conv1x1_backward", "folded_add_relu", "folded_backward", "gram", "rectified_mean"]

@@ -80,8 +80,6 @@ def fresh_like(
 ) -> Tensor:
     """An uninitialised activation with dtype and layout of dense(x), and its sizes where none are given."""
     x = dense(x)
-    if n is None and c is None and h is None and w is None:
-        return torch.empty_like(x)
     sizes = [own if given is None else given for own, given in zip(x.shape, (n, c, h, w), strict=True)]
     return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 

@@ -40,7 +40,7 @@ def test_kernels_compile_without_spills(source: Path, tmp_path: Path) -> None:
 
 def test_bindings_compile_with_cuda(tmp_path: Path) -> None:
     includes = [f"-I{path}" for path in (CSRC, *include_paths(), sysconfig.get_paths()["include"])]
-    defines = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x03090000"]
+    defines = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x03090000"]
     warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror"]
     run(
         "g++",
