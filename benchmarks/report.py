@@ -13,7 +13,14 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- results: start -->", "<!-- results: end -->"
-MODES = {"fwd_bwd": "forward + backward", "bwd": "backward", "train": "training step"}
+MODES = {
+    "fwd_bwd": "forward + backward",
+    "bwd": "backward",
+    "train": "training step",
+    "first_step": "first step",
+}
+BASELINES = {"eager_channels_last": "", "compile_default": ", against `torch.compile`"}
+LAYERS = ["model", "block", "op"]
 
 
 def newest_results() -> Path:
@@ -41,26 +48,32 @@ def markdown(results: dict[str, Any]) -> str:
         "| what | dtype | eager ms | fused ms | eager / fused |",
         "| --- | --- | ---: | ---: | ---: |",
     ]
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["name"], row["mode"], row["dtype"]), []).append(row)
-    order = sorted(groups, key=lambda key: (groups[key][0]["layer"] != "model", list(MODES).index(key[1])))
-    for name, mode, dtype in order:
-        by_impl: dict[str, list[float]] = {}
-        for row in groups[name, mode, dtype]:
-            by_impl.setdefault(row["impl"], []).append(row["median_ms"])
-        eager, fused = by_impl["eager_channels_last"], by_impl["resnet_fused"]
-        ratios = [row["ratio"] for row in groups[name, mode, dtype] if row["impl"] == "resnet_fused"]
-        ratio = f"{statistics.geometric_mean(ratios):.2f}x"
-        if len(ratios) > 1:
-            ratio += f" (worst shape {min(ratios):.2f}x)"
+        baseline = row.get("against", row["impl"])
+        groups.setdefault((row["name"], row["mode"], row["dtype"], baseline), []).append(row)
+    order = sorted(
+        groups,
+        key=lambda key: (
+            LAYERS.index(groups[key][0]["layer"]),
+            list(MODES).index(key[1]),
+            list(BASELINES).index(key[3]),
+        ),
+    )
+    for key in order:
+        name, mode, dtype, baseline = key
+        fused = [row for row in groups[key] if row["impl"] == "resnet_fused"]
+        base = sum(row["median_ms"] for row in groups[key] if row["impl"] == baseline)
+        ratio = f"{statistics.geometric_mean(row['ratio'] for row in fused):.2f}x"
+        if len(fused) > 1:
+            ratio += f" (worst shape {min(row['ratio'] for row in fused):.2f}x)"
         else:
-            (row,) = (row for row in groups[name, mode, dtype] if row["impl"] == "resnet_fused")
-            ratio += f" ({row['ratio_p20']:.2f} to {row['ratio_p80']:.2f})"
-        shapes = f", all {len(ratios)} shapes" if len(ratios) > 1 else ""
-        lines.append(
-            f"| {name}, {MODES[mode]}{shapes} | {dtype} | {sum(eager):.1f} | {sum(fused):.1f} | {ratio} |"
+            ratio += f" ({fused[0]['ratio_p20']:.2f} to {fused[0]['ratio_p80']:.2f})"
+        what = f"{name}, {MODES[mode]}{BASELINES[baseline]}" + (
+            f", all {len(fused)} shapes" if len(fused) > 1 else ""
         )
+        ours = sum(row["median_ms"] for row in fused)
+        lines.append(f"| {what} | {dtype} | {base:.1f} | {ours:.1f} | {ratio} |")
     return "\n".join(lines)
 
 

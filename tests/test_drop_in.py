@@ -17,6 +17,18 @@ import resnet_fused
 from tests.accuracy import relative_error
 from tests.model_pairs import assert_equal, pair, results
 
+FORMAT = {"now": torch.contiguous_format}
+
+
+@pytest.fixture(autouse=True, params=[torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def _both_layouts(request: pytest.FixtureRequest) -> None:
+    """Blocks run as one op in channels_last and as several otherwise."""
+    FORMAT["now"] = request.param
+
+
+def images(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, dtype=dtype).to(memory_format=FORMAT["now"])
+
 
 def test_one_value_per_channel_in_training_is_refused_as_by_batch_norm() -> None:
     fused, eager = (m.train() for m in pair("resnet18"))
@@ -25,16 +37,16 @@ def test_one_value_per_channel_in_training_is_refused_as_by_batch_norm() -> None
         with pytest.raises(
             ValueError, match="Expected more than 1 value per channel when training"
         ) as caught:
-            model(torch.randn(1, 3, 32, 32))
+            model(images(1, 3, 32, 32))
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
 
 
 def test_empty_batch() -> None:
     fused, _ = pair("resnet18")
-    assert fused.eval()(torch.randn(0, 3, 64, 64)).shape == (0, 1000)
+    assert fused.eval()(images(0, 3, 64, 64)).shape == (0, 1000)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
-        fused.train()(torch.randn(0, 3, 64, 64))
+        fused.train()(images(0, 3, 64, 64))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +69,7 @@ def test_bad_input_fails_as_in_the_reference(x: Tensor, error: type[Exception]) 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_counts_a_batch_once(use_reentrant: bool) -> None:
     fused, eager = (m.double() for m in pair("resnet18", num_classes=7))
-    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    x = images(4, 3, 64, 64, dtype=torch.float64)
     expected = results(eager, x)
     x = x.requires_grad_()
     out = checkpoint(fused, x, use_reentrant=use_reentrant)
@@ -70,7 +82,7 @@ def test_checkpointing_counts_a_batch_once(use_reentrant: bool) -> None:
 
 def test_called_twice_before_backward() -> None:
     fused, eager = (m.double() for m in pair("resnet18", num_classes=7))
-    first, second = (torch.randn(4, 3, 64, 64, dtype=torch.float64) for _ in range(2))
+    first, second = (images(4, 3, 64, 64, dtype=torch.float64) for _ in range(2))
     found = []
     for model in (fused, eager):
         (model(first).square().sum() + model(second).sum()).backward()
@@ -83,7 +95,7 @@ def test_called_twice_before_backward() -> None:
 
 def test_double_backward() -> None:
     fused, eager = (m.double() for m in pair("resnet18", num_classes=7))
-    x = torch.randn(3, 3, 40, 40, dtype=torch.float64)
+    x = images(3, 3, 40, 40, dtype=torch.float64)
     found = []
     for model in (fused, eager):
         inputs = x.clone().requires_grad_()
@@ -100,13 +112,13 @@ def test_double_backward() -> None:
 )
 def test_copies_give_the_same_answers(copied: Callable[[nn.Module], nn.Module]) -> None:
     model, _ = pair("resnet18")
-    x = torch.randn(2, 3, 64, 64)
+    x = images(2, 3, 64, 64)
     assert torch.equal(copied(model)(x), model(x))
 
 
 def test_functional_call_and_func_grad() -> None:
     fused, eager = (m.double() for m in pair("resnet18", num_classes=7))
-    x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    x = images(3, 3, 64, 64, dtype=torch.float64)
     parameters = {name: p.detach() for name, p in eager.named_parameters()}
 
     def slopes(model: nn.Module) -> dict[str, Tensor]:
@@ -189,26 +201,31 @@ def test_a_changed_block_runs_plain_and_says_so(change: Callable[[nn.Module], st
     reason = change(fused)
     change(eager)
     assert resnet_fused.explain(fused) == {"layer1.0": reason}
-    x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    x = images(3, 3, 64, 64, dtype=torch.float64)
     by_fused, by_eager = results(fused, x), results(eager, x)
     assert_equal(by_fused, by_eager)
 
 
-def test_hooks_on_blocks_and_convs_leave_them_fused() -> None:
-    model, _ = pair("resnet18")
+def test_hooks_on_blocks_and_convs() -> None:
+    """A block with a hook is still one op; a convolution with one is called as a module, amid fused ops."""
+    fused, eager = (m.double() for m in pair("resnet18", num_classes=7))
     calls: list[str] = []
-    model.layer1[0].register_forward_hook(lambda *_: calls.append("block"))
-    model.layer1[0].conv1.register_forward_hook(lambda *_: calls.append("conv"))
-    assert resnet_fused.explain(model) == {}
-    model(torch.randn(2, 3, 64, 64))
-    assert calls == ["conv", "block"]
+    for model in (fused, eager):
+        model.layer1[0].register_forward_hook(lambda *_: calls.append("block"))
+        model.layer1[1].conv1.register_forward_hook(lambda *_: calls.append("conv"))
+    explained = resnet_fused.explain(fused)
+    assert list(explained) == ["layer1.1"] and "conv1 has hooks: fused ops around" in explained["layer1.1"]
+    x = images(3, 3, 64, 64, dtype=torch.float64)
+    by_fused, by_eager = results(fused, x), results(eager, x)
+    assert calls == ["block", "conv"] * 2
+    assert_equal(by_fused, by_eager)
 
 
 def test_a_model_without_max_pool_keeps_its_fused_norm() -> None:
     fused, eager = (m.double() for m in pair("resnet18", num_classes=7))
     for model in (fused, eager):
         model.maxpool = nn.Identity()
-    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    x = images(3, 3, 32, 32, dtype=torch.float64)
     by_fused, by_eager = results(fused, x), results(eager, x)
     assert_equal(by_fused, by_eager)
 
@@ -217,5 +234,5 @@ def test_symbolic_tracing_sees_the_plain_composition() -> None:
     model, _ = pair("resnet18")
     model.eval()
     traced = torch.fx.symbolic_trace(model)
-    x = torch.randn(2, 3, 64, 64)
+    x = images(2, 3, 64, 64)
     assert relative_error(traced(x), model(x)) < 1e-5

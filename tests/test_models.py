@@ -20,7 +20,7 @@ from tests.model_pairs import assert_equal, by_kind, nodes, pair, results
 TORCHVISION: dict[str, Any] = json.loads((Path(__file__).parent / "torchvision_resnets.json").read_text())
 
 
-FUSED_NODES = {"_BnReluBackward", "_BnAddReluBackward", "_BnBnAddReluBackward", "_BnReluMaxpoolBackward"}
+FUSED_NODES = {"_ResidualBlockBackward", "_BnReluMaxpoolBackward"}
 
 
 @pytest.mark.parametrize("arch", TORCHVISION)

@@ -18,6 +18,7 @@ from resnet_fused.reference.layout import statistics_dtype
 #: Bytes of the widest activation in a piece: measured on a CPU; on a GPU only a bound on the memory of a piece.
 PIECE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
 _GEOMETRY = (
     [1, 1],
     [0, 0],
@@ -51,7 +52,7 @@ def pieces(x: Tensor, rows: int) -> tuple[Tensor, ...]:
 
 
 def _by_convolution(a: Tensor) -> bool:
-    return a.dtype == torch.float32 and a.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return a.dtype == torch.float32 and a.device.type == "cpu" and _HAS_ONEDNN
 
 
 def times(a: Tensor, weight: Tensor) -> Tensor:

@@ -268,7 +268,7 @@ class _Backward:
             stages.append(plan.downsample)
         inputs = [self.branch_input(k, stage) for k, stage in enumerate(stages)]
         folded = [k for k, stage in enumerate(stages) if stage.folded]
-        gradients: list[Tensor] = list(inputs)
+        of_folds: dict[int, tuple[Tensor, Tensor]] = {}
         if folded:
             matrices = []
             for k in folded:
@@ -280,15 +280,19 @@ class _Backward:
             sum_dz, products, partial = folded_backward(
                 grad, self.mask, [inputs[k] for k in folded], matrices
             )
-            for k, product, dc in zip(folded, products, partial, strict=True):
-                self.finish_fold(places[k], stages[k], self.folds[k], inputs[k], sum_dz, product, dc)
-                gradients[k] = dc
-        for k, stage in enumerate(stages):
-            if not stage.folded:
+            of_folds = dict(zip(folded, zip(products, partial, strict=True), strict=True))
+        gradients = []
+        # In the order of the branches, whichever are folded: processes that share sums may differ in that.
+        for k, (place, stage) in enumerate(zip(places, stages, strict=True)):
+            if k in of_folds:
+                product, dc = of_folds[k]
+                self.finish_fold(place, stage, self.folds[k], inputs[k], sum_dz, product, dc)
+                gradients.append(dc)
+            else:
                 y = self.kept[k]
                 assert y is not None
-                dy = self.behind_end(grad, y, places[k], stage)
-                gradients[k] = self.convolution(dy, inputs[k], places[k], stage)
+                dy = self.behind_end(grad, y, place, stage)
+                gradients.append(self.convolution(dy, inputs[k], place, stage))
         return gradients[0], gradients[1] if len(gradients) > 1 else None
 
     def branch_input(self, k: int, stage: Stage) -> Tensor:
