@@ -52,6 +52,10 @@ MaybeTensor = Tensor | None
 FOLD_LIMIT = 300
 
 
+#: With few pixels dy is what little the batch norm leaves of dz: terms that cancel should not be rounded one by one.
+FOLD_PIXELS = 32
+
+
 def folds(part: ConvNorm, pixels: int) -> bool:
     """Whether a convolution at the end of a block is folded: a 1x1 that does not contract, and where it pays.
 
@@ -59,7 +63,7 @@ def folds(part: ConvNorm, pixels: int) -> bool:
     dc, and three times N K^2 for the variances, dW and W^T diag W.
     """
     n, k, *kernel = part.weight.shape
-    if kernel != [1, 1] or part.groups != 1 or part.padding != (0, 0) or k > n:
+    if kernel != [1, 1] or part.groups != 1 or part.padding != (0, 0) or k > n or pixels < FOLD_PIXELS:
         return False
     return k * k * (2 * pixels + 3 * n) <= FOLD_LIMIT * pixels * n
 

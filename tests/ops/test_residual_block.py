@@ -84,6 +84,10 @@ class Case:
 def make_case(name: str, hostile: str, dtype: torch.dtype, device: str = "cpu") -> Case:
     block = BLOCKS[name]
     x = hostile_input(hostile, dtype, "channels_last", device).y
+    if hostile == "two_values":
+        x = x[
+            :, :16
+        ]  # fewer, so that seldom one of the channels within has two values that are by chance almost equal
     inputs = x.shape[1]
     outputs, width = round(inputs * block.expansion), max(1, int(inputs * block.width))
     if block.groups > 1:
@@ -112,10 +116,10 @@ def make_case(name: str, hostile: str, dtype: torch.dtype, device: str = "cpu") 
     return probe
 
 
-def plain(case: Case, training: bool, before_relu: list[Tensor] | None = None) -> Tensor:
-    """The block in plain PyTorch; ``before_relu`` takes what its ReLUs are given."""
+def plain(case: Case, training: bool, rectified: list[Tensor] | None = None) -> Tensor:
+    """The block in plain PyTorch; ``rectified`` takes what its ReLUs are given."""
     t = case.tensors
-    before_relu = [] if before_relu is None else before_relu
+    rectified = [] if rectified is None else rectified
 
     def normed(a: Tensor, i: int) -> Tensor:
         y = F.conv2d(a, t[f"weight{i}"], **case.geometry(i))
@@ -123,10 +127,10 @@ def plain(case: Case, training: bool, before_relu: list[Tensor] | None = None) -
 
     a, last = t["x"], len(case.block.kernels) - 1
     for i in range(last):
-        before_relu.append(normed(a, i))
-        a = F.relu(before_relu[-1])
-    before_relu.append(normed(a, last) + (normed(t["x"], last + 1) if case.block.downsample else t["x"]))
-    return F.relu(before_relu[-1])
+        rectified.append(normed(a, i))
+        a = F.relu(rectified[-1])
+    rectified.append(normed(a, last) + (normed(t["x"], last + 1) if case.block.downsample else t["x"]))
+    return F.relu(rectified[-1])
 
 
 def fused(case: Case, training: bool) -> Tensor:
@@ -158,6 +162,17 @@ def gradient_for(out: Tensor, dtype: torch.dtype) -> Tensor:
     return grad.masked_fill(out.abs() < 16 * torch.finfo(dtype).eps, 0.0)
 
 
+def hopeless(case: Case) -> set[str]:
+    """Gradients that have gone back through a batch norm of two values.
+
+    Of dz that leaves nothing but what eps and rounding make of it: the error is of any size, and by chance larger for
+    one implementation or the other. (A single batch norm of two values is held to the rule in test_accuracy.py.)
+    """
+    ends = {len(case.block.kernels) - 1, case.count - 1 if case.block.downsample else -1}
+    kept = {"output", *(f"d{name}{i}" for i in ends for name in ("gamma", "beta"))}
+    return {f"d{name}" for name in case.differentiable} - kept
+
+
 DRAWS = 6
 
 
@@ -172,6 +187,10 @@ def test_accuracy(name: str, hostile: str, training: bool, dtype: torch.dtype, d
     eager as for fused: the smallest error is that of a draw with fewest of them. In eps the dtype is that which the
     activations between the convolutions are rounded to.
     """
+    if hostile == "two_values" and dtype == torch.bfloat16 and BLOCKS[name].stride > 1:
+        pytest.skip(
+            "oneDNN's bfloat16 weight gradient of a strided 3x3 on one pixel is now and then NaN, in eager too"
+        )
     smallest: dict[str, tuple[float, float]] = {}
     tolerance = 4 * torch.finfo(dtype).eps
     for _ in range(DRAWS):
@@ -182,6 +201,8 @@ def test_accuracy(name: str, hostile: str, training: bool, dtype: torch.dtype, d
         by_eager = results(plain, case, grad, training, None)
         by_fused = results(fused, case, grad, training, None)
         for result, expected in exact.items():
+            if hostile == "two_values" and training and result in hopeless(case):
+                continue
             assert by_fused[result].dtype == by_eager[result].dtype, result
             assert not by_fused[result].isnan().any(), result
             for measure in (relative_error, element_error):
@@ -201,9 +222,9 @@ def test_gradcheck(name: str, training: bool) -> None:
     nearest = 0.0
     while nearest < 1e-4:  # finite differences must not cross a kink
         case = make_case(name, "odd_size", torch.float64)
-        case.tensors["x"] = dense(case.tensors["x"][:2, :, :5, :4])
+        case.tensors["x"] = dense(case.tensors["x"][:2, :, :9, :7])
         values: list[Tensor] = []
-        plain(case.to(None), training, values)
+        plain(case.to(None), training, rectified=values)
         nearest = min(float(v.detach().abs().min()) for v in values)
     names = case.differentiable
 
