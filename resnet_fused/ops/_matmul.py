@@ -85,8 +85,12 @@ def accumulate(out: Tensor, a: Tensor, weight: Tensor, vector: Tensor | None = N
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b, summed over the pixels: (1, N, 1, P) and (1, K, 1, P) to (N, K), in their dtype."""
+    """a^T b, summed over the pixels: (1, N, 1, P) and (1, K, 1, P) to (N, K), in their dtype or float32."""
     n, k = a.shape[1], b.shape[1]
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(
+            rows_of(a).t(), rows_of(b), out_dtype=torch.float32
+        )  # one piece: nothing averages rounding
     if not _by_convolution(a):
         return rows_of(a).t() @ rows_of(b)
     if n < k:  # oneDNN is up to twice as fast with more outputs than inputs
@@ -95,6 +99,14 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
         a, b, a.new_empty(n, k, 1, 1), None, *_GEOMETRY, [False, True, False]
     )
     return found[1].view(n, k)
+
+
+def convolution_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(dx, dweight) of a 1x1 convolution, by the vendor alone."""
+    dx, dweight, _ = torch.ops.aten.convolution_backward.default(
+        dy, x, weight, None, *_GEOMETRY, [True, True, False]
+    )
+    return dx, dweight
 
 
 def sum_of_inner(a: Tensor, b: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resnet_fused.ops._matmul import (
     accumulate,
+    convolution_backward,
     inner,
     pieces,
     rows_in_piece,
@@ -143,12 +144,14 @@ add_product_ = primitive(
 def _conv1x1_backward(
     dy: Tensor, x: Tensor, conv: Tensor, residual: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    dx, dconv = _new_gradients(dy, x, conv)
-    dconv.zero_()
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
-    transposed = conv.transpose(0, 1).contiguous()
     rows = rows_in_piece(x, max(x.shape[1], dy.shape[1]))
+    if rows * x.shape[1] >= x.numel():
+        return _conv1x1_backward_at_once(dy, x, conv, residual, mask)
+    dx, dconv = _new_gradients(dy, x, conv)
+    dconv.zero_()
+    transposed = conv.transpose(0, 1).contiguous()
     residuals = [None] * len(pieces(x, rows)) if residual is None else pieces(residual, rows)
     masks = [None] * len(residuals) if mask is None else mask.split(rows)
     for part, dy_part, x_part, added, bits in zip(
@@ -164,6 +167,19 @@ def _conv1x1_backward(
             accumulate(part, dy_part, transposed)
         dconv += inner(dy_part, x_part)
     return dx, dconv
+
+
+def _conv1x1_backward_at_once(
+    dy: Tensor, x: Tensor, conv: Tensor, residual: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Where all of the batch is in the cache: without the copies of the weights that pieces take."""
+    found, dconv = convolution_backward(dy, x, conv)
+    dx = found.contiguous(memory_format=torch.channels_last)
+    if mask is not None:
+        masked_grad(residual, mask, dx, True, None)
+    elif residual is not None:
+        dx += residual
+    return dx, dconv.flatten(1).to(statistics_dtype(dy.dtype))
 
 
 def _new_gradients(dy: Tensor, x: Tensor, conv: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
