@@ -129,6 +129,8 @@ def _fits_whole(x: Tensor, block: nn.Module, convs: tuple[str, ...]) -> bool:
     mixed = torch.is_autocast_enabled(x.device.type)
     if not mixed and any(conv.weight.dtype != x.dtype for conv in (*parts, *shortcut)):
         return False
+    if min(x.shape[1], *(conv.weight.shape[0] for conv in (*parts, *shortcut))) == 1:
+        return False  # an activation of one channel lies in memory as a contiguous one
     shape = ops.convolved_shape(x.shape, parts)
     return shape is not None and shape == ops.convolved_shape(x.shape, shortcut)
 

@@ -1,0 +1,473 @@
+"""What training holds and allocates: saved tensors, the process's own memory, large tensors, buffers used again.
+
+As a program it trains one model in a process of its own and prints what that took:
+
+    python -m tests.test_memory resnet50 fused bf16
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import gc
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import resnet_fused
+from resnet_fused import models, native, reference
+from resnet_fused.ops import _matmul
+
+OPS = torch.ops.resnet_fused
+IMPLEMENTATIONS: dict[str, Any] = {"fused": resnet_fused, "reference": reference}
+# Which convolutions fold depends on the number of pixels, so the ratios are those of this batch.
+BATCH = 16
+MB = 1 << 20
+ROOT = Path(__file__).parents[1]
+
+
+def precision(name: str) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16) if name == "bf16" else contextlib.nullcontext()
+
+
+def images(count: int, size: int) -> Tensor:
+    return torch.randn(count, 3, size, size).to(memory_format=torch.channels_last)
+
+
+@contextlib.contextmanager
+def saving(*known: Tensor) -> Iterator[dict[int, int]]:
+    """Bytes of each storage that autograd saves, but those of ``known``, by address. Valid while the graph lives."""
+    own = {x.untyped_storage().data_ptr() for x in known}
+    found: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield found
+
+
+def saved_bytes(model: nn.Module, x: Tensor, dtype: str) -> int:
+    with saving(x, *model.parameters(), *model.buffers()) as found, precision(dtype):
+        out = model(x)
+    assert out.grad_fn is not None
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("arch", "limit"), [("resnet50", 0.50), ("resnet18", 0.80)])
+def test_saved_bytes(
+    arch: str, limit: float, dtype: str, record_property: Callable[[str, object], None]
+) -> None:
+    x = images(BATCH, 224)
+    found = {}
+    for impl, module in IMPLEMENTATIONS.items():
+        model = getattr(module, arch)().to(memory_format=torch.channels_last)
+        found[impl] = saved_bytes(model, x, dtype)
+    ratio = found["fused"] / found["reference"]
+    record_property("ratio", ratio)
+    assert ratio <= limit, f"{ratio:.4f}: {found}"
+
+
+# The process's own memory.
+
+_PAGE = 4096
+
+
+def resident() -> int:
+    """Bytes of memory of this process, without what the C library only keeps for later."""
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
+
+
+def start_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """The most that was resident at one time since start_peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def measure(arch: str, impl: str, dtype: str) -> dict[str, int]:
+    """Bytes above what was there before: the most in the first step and in the third, and what a forward pass holds."""
+    torch.manual_seed(0)
+    model = getattr(IMPLEMENTATIONS[impl], arch)().to(memory_format=torch.channels_last)
+
+    def forward(x: Tensor) -> Tensor:
+        with precision(dtype):
+            out = model(x)
+        return F.cross_entropy(out.float(), torch.arange(len(x)))
+
+    forward(images(4, 32)).backward()  # loads libraries, starts threads
+    model.zero_grad(set_to_none=True)
+    x = images(BATCH, 224)
+    before, peaks = resident(), []
+    for _ in range(3):
+        start_peak()
+        forward(x).backward()
+        peaks.append(peak() - before)
+        model.zero_grad(set_to_none=True)
+    native.release_buffers()
+    before = resident()
+    with saving(x, *model.parameters(), *model.buffers()) as kept:
+        loss = forward(x)
+    held = resident() - before
+    assert loss.grad_fn is not None
+    return {"saved": sum(kept.values()), "held": held, "first step": peaks[0], "third step": peaks[2]}
+
+
+@functools.cache
+def measured(arch: str, dtype: str, unmap: bool = False) -> dict[str, dict[str, int]]:
+    """``measure`` of both implementations, each in a process of its own.
+
+    Args:
+        unmap: what is freed goes back to the system at once: the process is as large as what lives.
+    """
+    found = {}
+    for impl in IMPLEMENTATIONS:
+        command = [sys.executable, "-m", "tests.test_memory", arch, impl, dtype]
+        environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": str(256 << 10)} if unmap else {})
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        found[impl] = json.loads(done.stdout)
+    return found
+
+
+def assert_at_most(limit: float, found: dict[str, dict[str, int]], what: str) -> None:
+    ours, theirs = found["fused"][what], found["reference"][what]
+    assert ours <= limit * theirs, f"{what}: {ours / theirs:.4f}, {ours} of {theirs} bytes"
+
+
+on_linux = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists() or not hasattr(ctypes.CDLL(None), "malloc_trim"),
+    reason="reads the process's memory from /proc, and trims that of glibc",
+)
+
+
+@on_linux
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("arch", "limit"), [("resnet50", 0.50), ("resnet18", 0.80)])
+def test_held_by_the_process(arch: str, limit: float, dtype: str) -> None:
+    """What autograd says it saved is what the process grows by, but for the graph itself and parts of pages.
+
+    Steps of the same size have run before, so that kernels of that size are there.
+    """
+    found = measured(arch, dtype)
+    assert_at_most(limit, found, "held")
+    for impl, figures in found.items():
+        assert abs(figures["held"] - figures["saved"]) <= 2 * MB, (impl, figures)
+
+
+@on_linux
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_peak_of_the_first_step(dtype: str) -> None:
+    assert_at_most(0.60, measured("resnet50", dtype), "first step")
+
+
+@on_linux
+@pytest.mark.xfail(
+    reason="0.63 to 0.67 (fp32), 0.63 to 0.66 (bf16): glibc keeps what is freed below 32 MiB, in holes that later "
+    "tensors do not fit, and the large buffers stand by; returned at once it is 0.58, see test_peak_of_what_lives"
+)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_peak_of_the_third_step(dtype: str) -> None:
+    assert_at_most(0.60, measured("resnet50", dtype), "third step")
+
+
+@on_linux
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_peak_of_what_lives(dtype: str) -> None:
+    found = measured("resnet50", dtype, unmap=True)
+    assert_at_most(0.60, found, "first step")
+    assert_at_most(0.60, found, "third step")
+
+
+# Large tensors.
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A block, and the sizes of what it keeps and makes.
+
+    ``forward``, ``backward``: allocations of at least the output's size. ``kept``: elements of each large saved tensor.
+    ``small``: elements of all vectors and covariances together.
+    """
+
+    kind: str
+    inplanes: int
+    planes: int
+    stride: int
+    outputs: int | None  # of the downsample convolution
+    batch: int
+    forward: int
+    backward: int
+    kept: tuple[int, ...]
+    small: int
+
+
+#: Pixels of an image of the input, and of one behind a stride of 2.
+P, Q = 56 * 56, 28 * 28
+BLOCKS = {
+    # Forward: the output. Backward: dx. Kept: x, y1, y2.
+    "identity": Shape(
+        *("Bottleneck", 256, 64, 1, None, 8),
+        forward=1,
+        backward=1,
+        kept=(8 * 256 * P, 8 * 64 * P, 8 * 64 * P),
+        small=2 * (64 + 64 + 256) + 2 * 64 + 64 * 64,
+    ),
+    # dx has a quarter of the output's channels.
+    "downsample": Shape(
+        *("Bottleneck", 64, 64, 1, 256, 8),
+        forward=1,
+        backward=0,
+        kept=(8 * 64 * P, 8 * 64 * P, 8 * 64 * P),
+        small=2 * (64 + 64 + 256 + 256) + 2 * (2 * 64 + 64 * 64),
+    ),
+    # The 3x3 has the stride: y1 and a1 are as large as the output; backward: a1, da1, dy1 and dx.
+    "downsample_stride": Shape(
+        *("Bottleneck", 256, 128, 2, 512, 8),
+        forward=3,
+        backward=4,
+        kept=(8 * 256 * P, 8 * 128 * P, 8 * 128 * Q),
+        small=2 * (128 + 128 + 512 + 512) + (2 * 128 + 128 * 128) + (2 * 256 + 256 * 256),
+    ),
+    # Forward: y1, a1, y2, the output. Backward: dy2, a1, da1, dy1, dx.
+    "basic": Shape(
+        *("BasicBlock", 64, 64, 1, None, 16),
+        forward=4,
+        backward=5,
+        kept=(16 * 64 * P, 16 * 64 * P, 16 * 64 * P),
+        small=2 * (64 + 64),
+    ),
+    # The same; the shortcut is folded and what it sees is half as large.
+    "basic_downsample_stride": Shape(
+        *("BasicBlock", 64, 128, 2, 128, 32),
+        forward=4,
+        backward=5,
+        kept=(32 * 64 * P, 32 * 128 * Q, 32 * 128 * Q),
+        small=2 * (128 + 128 + 128) + 2 * 64 + 64 * 64,
+    ),
+}
+
+
+def make_block(shape: Shape) -> nn.Module:
+    shortcut = None
+    if shape.outputs is not None:
+        shortcut = nn.Sequential(
+            nn.Conv2d(shape.inplanes, shape.outputs, 1, shape.stride, bias=False),
+            nn.BatchNorm2d(shape.outputs),
+        )
+    kind: Any = getattr(models, shape.kind)
+    block: nn.Module = kind(shape.inplanes, shape.planes, shape.stride, shortcut)
+    return block.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+@contextlib.contextmanager
+def allocations() -> Iterator[list[int]]:
+    """Bytes of every allocation of PyTorch on the CPU, there when the context has ended."""
+    found: list[int] = []
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        yield found
+    events = profile.profiler.kineto_results.events()
+    found += [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
+
+
+def test_allocations_are_seen() -> None:
+    with allocations() as found:
+        x = torch.empty(1000, 1000)
+        y = x.view(-1)
+        z = y.add(1.0)
+    assert found.count(z.numel() * 4) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_large_tensors_of_a_block(name: str, dtype: torch.dtype) -> None:
+    """Large ones are made as often as they must be, and kept are input, outputs of the chain, and bits."""
+    shape = BLOCKS[name]
+    block = make_block(shape)
+    x = torch.randn(shape.batch, shape.inplanes, 56, 56).to(dtype).to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    with saving(*block.parameters()) as kept, autocast, allocations() as by_forward:
+        out = block(x)
+    size = out.numel() * dtype.itemsize
+    # Else a piece, or a buffer that is used again and that PyTorch does not know of, would go uncounted.
+    assert _matmul.PIECE_BYTES["cpu"] < size < 32 * MB
+    large = [elements * dtype.itemsize for elements in shape.kept]
+    assert sorted(b for b in kept.values() if b > MB) == sorted(b for b in large if b > MB)
+    assert sum(kept.values()) == sum(large) + out.numel() // 8 + 4 * shape.small
+    assert list(kept.values()).count(out.numel() // 8) == 1
+    grad = torch.randn_like(out)
+    assert grad.stride() == out.stride()
+    with allocations() as by_backward:
+        out.backward(grad)
+    assert x.grad is not None
+    assert [b >= size for b in by_forward].count(True) == shape.forward
+    assert [b >= size for b in by_backward].count(True) == shape.backward
+
+
+# Buffers that are used again.
+
+needs_extension = pytest.mark.skipif(not native.is_loaded, reason="the buffers are the extension's")
+ABOVE = 33 * MB  # the least that is rounded to 2 MiB and is large: 34 MiB
+
+
+def taken(bytes_: int = ABOVE) -> Tensor:
+    """A result of so many bytes, uninitialised, as ops make theirs."""
+    like = torch.zeros(1, 1, 1, 1 << 18)  # 1 MiB
+    out: Tensor = OPS.fresh_like(like, n=bytes_ // MB)
+    assert out.numel() * 4 == bytes_
+    return out
+
+
+@pytest.fixture
+def no_buffers() -> Iterator[None]:
+    """None stand by when the test starts, and none are left behind."""
+    gc.collect()
+    native.release_buffers()
+    yield
+    native.release_buffers()
+
+
+@needs_extension
+@pytest.mark.usefixtures("no_buffers")
+def test_large_results_use_memory_again() -> None:
+    x = torch.randn(33, 64, 64, 64)  # 33 MiB
+    zeros, ones = torch.zeros(64), torch.ones(64)
+    first: Tensor = OPS.bn_relu(x, zeros, ones, None, None, None)
+    address, expected = first.data_ptr(), first.clone()
+    while_it_lives: Tensor = OPS.bn_relu(x, zeros, ones, None, None, None)
+    assert while_it_lives.data_ptr() != address
+    del while_it_lives
+    view = first[3, 1:2, ::2]
+    values = view.clone()
+    del first
+    for _ in range(3):
+        other = OPS.bn_relu(-x, zeros, ones, None, None, None)
+        assert other.data_ptr() != address
+        assert torch.equal(view, values)
+        del other
+    del view
+    # The latest that died is taken first.
+    again: Tensor = OPS.bn_relu(x, zeros, ones, None, None, None)
+    assert again.data_ptr() == address
+    assert torch.equal(again, expected)
+
+
+@needs_extension
+@pytest.mark.usefixtures("no_buffers")
+def test_saved_for_backward_keeps_its_memory() -> None:
+    """A buffer that only a graph knows is not given to others."""
+    leaf = torch.ones(1, requires_grad=True)
+    buffer = taken().fill_(2.0)
+    address = buffer.data_ptr()
+    loss = (leaf * buffer).sum()
+    del buffer
+    assert taken().fill_(5.0).data_ptr() != address
+    loss.backward()
+    assert leaf.grad is not None and leaf.grad.item() == 2.0 * ABOVE / 4
+    del loss
+    assert taken().data_ptr() == address
+
+
+@needs_extension
+@pytest.mark.usefixtures("no_buffers")
+def test_release_buffers() -> None:
+    assert native.release_buffers() == 0
+    first, second = taken(), taken(40 * MB)
+    assert native.release_buffers() == 0  # both are in use
+    del first
+    assert native.release_buffers() == 34 * MB
+    assert native.release_buffers() == 0
+    second.fill_(1.0)
+    assert second.sum() == second.numel()
+    third = taken()
+    del second, third
+    assert native.release_buffers() == (40 + 34) * MB
+    small = taken(32 * MB)  # not large
+    del small
+    assert native.release_buffers() == 0
+
+
+@needs_extension
+@pytest.mark.usefixtures("no_buffers")
+def test_buffers_that_nobody_takes_are_unmapped() -> None:
+    old = taken(40 * MB)
+    del old
+    for _ in range(2040):
+        taken()
+    assert native.release_buffers() == (40 + 34) * MB
+    old = taken(40 * MB)
+    del old
+    for _ in range(2060):
+        taken()
+    assert native.release_buffers() == 34 * MB
+
+
+@needs_extension
+@pytest.mark.usefixtures("no_buffers")
+def test_threads_do_not_share_buffers() -> None:
+    """Each writes its mark, looks whether it is still there, and drops the memory while others take theirs."""
+    problems: list[str] = []
+    living: set[int] = set()
+    addresses: set[int] = set()
+    lock, start = threading.Lock(), threading.Barrier(8)
+
+    def work(mark: int) -> None:
+        start.wait()
+        for turn in range(60):
+            held = [taken(ABOVE + MB * 2 * (turn % 2)) for _ in range(1 + (mark + turn) % 2)]
+            own = {x.data_ptr() for x in held}
+            with lock:
+                if own & living or len(own) < len(held):
+                    problems.append(f"thread {mark}, turn {turn}: {own & living}")
+                living.update(own)
+                addresses.update(own)
+            places = [x.view(-1)[:: 1 << 20] for x in held]
+            for place in places:
+                place.fill_(mark + turn / 100)
+            time.sleep(0.0005)
+            for place in places:
+                if bool((place != torch.tensor(mark + turn / 100)).any()):
+                    problems.append(f"thread {mark}, turn {turn}: overwritten")
+            with lock:
+                living.difference_update(own)
+            del held, place, places
+
+    threads = [threading.Thread(target=work, args=(mark,)) for mark in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems
+    gc.collect()
+    # 720 were taken; more than 16 of a size never lived at once.
+    assert len(addresses) <= 2 * 16
+    assert native.release_buffers() >= 34 * MB
+    assert native.release_buffers() == 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    print(json.dumps(measure(*sys.argv[1:4])))
