@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +114,8 @@ def folded_table(batch: int = 16, size: int = 224) -> str:
         pixels = pixels if stage == 1 else pixels // 2
         block = model.get_submodule(f"layer{stage}.0")
         count = batch * pixels * pixels
-        for name, conv in (("conv3", block.conv3), ("downsample", block.downsample[0])):
+        for name, place in (("conv3", "conv3"), ("downsample", "downsample.0")):
+            conv: Any = block.get_submodule(place)
             norm = Norm(None, None, None, None, True, 0.1, EPS)
             part = ConvNorm(conv.weight, norm, conv.stride, conv.padding, conv.dilation, conv.groups)
             n, k = conv.weight.shape[:2]

@@ -187,7 +187,7 @@ def test_peak_of_the_first_step(dtype: str) -> None:
 def test_peak_of_what_lives(dtype: str) -> None:
     """Also of a later step, where what is freed goes back at once.
 
-    Otherwise glibc keeps what is freed below 32 MiB, in holes that later tensors do not fit, and the large buffers stand
+    Otherwise glibc keeps what is freed below 32 MiB, in holes that later tensors do not fit, and large buffers stand
     by: then the peak of a third step was 0.63 to 0.67 of eager's in float32 and 0.63 to 0.66 in bfloat16.
     """
     found = measured("resnet50", dtype, unmap=True)
