@@ -16,9 +16,8 @@ from torch import Tensor
 
 from resnet_fused import reference
 from resnet_fused.ops import ConvNorm, Norm
-from resnet_fused.ops._branch import Stage, folded_gradients, measure_folded
+from resnet_fused.ops._branch import Stage, folded_gradients, folds, measure_folded
 from resnet_fused.ops.folded import add_product_, folded_add_relu, folded_backward
-from resnet_fused.ops.residual_block import folds
 from resnet_fused.reference.batch_norm import scale
 
 PAGE = Path(__file__).parent.parent / "docs" / "training-fold.md"

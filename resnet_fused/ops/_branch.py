@@ -11,7 +11,8 @@ input of a folded convolution, W its weight, t = -mean of c W^T and P the pixels
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,42 @@ class ConvNorm(NamedTuple):
     padding: Pair = (0, 0)
     dilation: Pair = (1, 1)
     groups: int = 1
+
+
+def convolved_shape(shape: Sequence[int], convs: Sequence[Any]) -> tuple[int, ...] | None:
+    """(N, C, H, W) behind some convolutions (ConvNorm or nn.Conv2d), one after the other; None if they do not fit."""
+    n, channels, *size = shape
+    for conv in convs:
+        outputs, inputs, *kernel = conv.weight.shape
+        if inputs * conv.groups != channels:
+            return None
+        channels = outputs
+        size = [
+            (size[i] + 2 * conv.padding[i] - conv.dilation[i] * (kernel[i] - 1) - 1) // conv.stride[i] + 1
+            for i in range(2)
+        ]
+        if min(size) < 1:
+            return None
+    return n, channels, *size
+
+
+#: Multiplications per element of its output that folding a 1x1 convolution may cost beside those of the convolution.
+#: Measured on a CPU, see docs/training-fold.md: what they take is what the passes that folding saves would have taken.
+FOLD_LIMIT = 300
+#: With few pixels dy is what little the batch norm leaves of dz: terms that cancel should not be rounded one by one.
+FOLD_PIXELS = 32
+
+
+def folds(part: ConvNorm, pixels: int) -> bool:
+    """Whether a convolution at the end of a block is folded: a 1x1 that does not contract, and where it pays.
+
+    With K inputs, N outputs and P pixels it takes P K^2 multiplications for the covariance and as many for its part of
+    dc, and three times N K^2 for the variances, dW and W^T diag W.
+    """
+    n, k, *kernel = part.weight.shape
+    if kernel != [1, 1] or part.groups != 1 or part.padding != (0, 0) or k > n or pixels < FOLD_PIXELS:
+        return False
+    return k * k * (2 * pixels + 3 * n) <= FOLD_LIMIT * pixels * n
 
 
 class Stage(NamedTuple):

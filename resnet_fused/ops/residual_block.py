@@ -22,7 +22,9 @@ from resnet_fused.ops._branch import (
     Fold,
     Measured,
     Stage,
+    convolved_shape,
     folded_gradients,
+    folds,
     measure,
     measure_folded,
 )
@@ -47,27 +49,6 @@ from resnet_fused.reference.layout import dense, is_channels_last, statistics_dt
 MaybeTensor = Tensor | None
 
 
-#: Multiplications per element of its output that folding a 1x1 convolution may cost beside those of the convolution.
-#: Measured on a CPU, see docs/training-fold.md: what they take is what the passes that folding saves would have taken.
-FOLD_LIMIT = 300
-
-
-#: With few pixels dy is what little the batch norm leaves of dz: terms that cancel should not be rounded one by one.
-FOLD_PIXELS = 32
-
-
-def folds(part: ConvNorm, pixels: int) -> bool:
-    """Whether a convolution at the end of a block is folded: a 1x1 that does not contract, and where it pays.
-
-    With K inputs, N outputs and P pixels it takes P K^2 multiplications for the covariance and as many for its part of
-    dc, and three times N K^2 for the variances, dW and W^T diag W.
-    """
-    n, k, *kernel = part.weight.shape
-    if kernel != [1, 1] or part.groups != 1 or part.padding != (0, 0) or k > n or pixels < FOLD_PIXELS:
-        return False
-    return k * k * (2 * pixels + 3 * n) <= FOLD_LIMIT * pixels * n
-
-
 class Parameters(NamedTuple):
     """Of one convolution and its batch norm, as autograd knows them."""
 
@@ -81,7 +62,6 @@ class Plan(NamedTuple):
 
     stages: tuple[Stage, ...]
     downsample: Stage | None
-    dtype: torch.dtype
 
 
 def _convolution(x: Tensor, weight: Tensor, stage: Stage) -> Tensor:
@@ -104,7 +84,7 @@ def _convolution_backward(
 
 
 def _is_plain_1x1(weight: Tensor, stage: Stage) -> bool:
-    return weight.shape[2:] == (1, 1) and stage.stride == (1, 1) and stage.groups == 1
+    return weight.shape[2:] == (1, 1) and (stage.stride, stage.padding, stage.groups) == ((1, 1), (0, 0), 1)
 
 
 def _seen(x: Tensor, stage: Stage) -> Tensor:
@@ -424,23 +404,6 @@ def _stage(part: ConvNorm, dtype: torch.dtype, folded: bool = False, shortcut: b
     return Stage(*geometry, part.padding, part.dilation, part.groups, norm.eps, norm.group, frozen, folded)
 
 
-def convolved_shape(shape: Sequence[int], convs: Sequence[Any]) -> tuple[int, ...] | None:
-    """(N, C, H, W) behind some convolutions (ConvNorm or nn.Conv2d), one after the other; None if they do not fit."""
-    n, channels, *size = shape
-    for conv in convs:
-        outputs, inputs, *kernel = conv.weight.shape
-        if inputs * conv.groups != channels:
-            return None
-        channels = outputs
-        size = [
-            (size[i] + 2 * conv.padding[i] - conv.dilation[i] * (kernel[i] - 1) - 1) // conv.stride[i] + 1
-            for i in range(2)
-        ]
-        if min(size) < 1:
-            return None
-    return n, channels, *size
-
-
 def residual_block(x: Tensor, parts: Sequence[ConvNorm], downsample: ConvNorm | None) -> Tensor:
     """relu(bn(conv(...relu(bn(conv(x)))...)) + shortcut), for ``x`` (N, C, H, W), dense in channels_last.
 
@@ -449,13 +412,17 @@ def residual_block(x: Tensor, parts: Sequence[ConvNorm], downsample: ConvNorm | 
     Args:
         parts: the convolutions of the main path with their batch norms; all but the last with a ReLU behind.
         downsample: that of the shortcut; None: the shortcut is ``x``.
+
+    Raises:
+        ValueError: ``x`` is contiguous, the convolutions do not fit each other, or a batch has one value per channel.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if x.dtype == torch.float64:
         dtype = x.dtype  # autocast leaves it alone
     x = dense(x.to(dtype))
-    assert is_channels_last(x)
+    if not is_channels_last(x):
+        raise ValueError("a block as one op takes channels_last: use x.to(memory_format=torch.channels_last)")
     vectors = statistics_dtype(dtype)
     shape = convolved_shape(x.shape, parts)
     if shape is None or shape != convolved_shape(x.shape, [] if downsample is None else [downsample]):
@@ -474,7 +441,7 @@ def residual_block(x: Tensor, parts: Sequence[ConvNorm], downsample: ConvNorm | 
             gamma, beta = (in_statistics_dtype(v, x) for v in (part.norm.weight, part.norm.bias))
             flat += [part.weight, gamma, beta]
         out: Tensor
-        out, *running = _ResidualBlock.apply(x, Plan(stages, skip, dtype), *flat)
+        out, *running = _ResidualBlock.apply(x, Plan(stages, skip), *flat)
     moments = iter(running)
     for part in every:
         if part.norm.training:
