@@ -16,7 +16,7 @@ from torch import Tensor
 from resnet_fused.reference.layout import statistics_dtype
 
 #: Bytes of the widest activation in a piece: measured on a CPU; on a GPU only a bound on the memory of a piece.
-PIECE_BYTES = {"cpu": 14 << 20, "cuda": 256 << 20}
+PIECE_BYTES = {"cpu": 6 << 20, "cuda": 256 << 20}
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
 _GEOMETRY = (
