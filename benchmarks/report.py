@@ -50,7 +50,7 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        baseline = row.get("against", row["impl"])
+        baseline = row["impl"] if row["impl"] != "resnet_fused" else row.get("against", "eager_channels_last")
         groups.setdefault((row["name"], row["mode"], row["dtype"], baseline), []).append(row)
     order = sorted(
         groups,
