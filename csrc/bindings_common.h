@@ -155,7 +155,8 @@ inline int64_t bytes_of(ScalarType dtype) {
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : dtype == ScalarType::Byte ? 1 : 2;
 }
 
-// An uninitialised activation on y's device, in y's layout; a large one on the CPU in memory that is used again.
+// An uninitialised activation on y's device, in y's layout; a large one on the CPU in memory that is used
+// again.
 inline Tensor new_activation(const Tensor& y, const std::array<int64_t, 4>& sizes, ScalarType dtype) {
   const auto [n, c, h, w] = sizes;
   const bool channels_last = is_channels_last(y);

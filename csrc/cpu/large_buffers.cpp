@@ -37,7 +37,7 @@ struct Idle {
 struct Pool {
   std::mutex mutex;
   uint64_t requests = 0;
-  std::vector<Idle> idle;                      // in the order they were given back
+  std::vector<Idle> idle;  // in the order they were given back
   std::unordered_map<void*, size_t> taken;
 
   void unmap_before(uint64_t since) {

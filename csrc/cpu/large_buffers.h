@@ -1,7 +1,7 @@
 // Memory for large results, used again and again.
 //
-// The C library maps every block of more than 32 MiB afresh and unmaps it when it is freed, so each training step
-// pays for the same page faults again: 18 ms and more for 51 MB, of which writing it takes 3.
+// The C library maps every block of more than 32 MiB afresh and unmaps it when it is freed, so each training
+// step pays for the same page faults again: 18 ms and more for 51 MB, of which writing it takes 3.
 #pragma once
 
 #include <cstddef>
