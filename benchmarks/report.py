@@ -38,7 +38,7 @@ def newest_results() -> Path:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table: one line per op (geometric mean over its shapes) or model, mode and dtype."""
+    """The table: one line per op or architecture's blocks (geometric mean over all) or model, mode and dtype."""
     header, rows = results["header"], results["rows"]
     lines = [
         f"{header['device']}, {header['threads']} threads, torch {header['torch']}, {header['date'][:10]};"
@@ -51,7 +51,8 @@ def markdown(results: dict[str, Any]) -> str:
     groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
         baseline = row["impl"] if row["impl"] != "resnet_fused" else row.get("against", "eager_channels_last")
-        groups.setdefault((row["name"], row["mode"], row["dtype"], baseline), []).append(row)
+        name = row["name"].partition(" ")[0] + " blocks" if row["layer"] == "block" else row["name"]
+        groups.setdefault((name, row["mode"], row["dtype"], baseline), []).append(row)
     order = sorted(
         groups,
         key=lambda key: (
@@ -66,11 +67,11 @@ def markdown(results: dict[str, Any]) -> str:
         base = sum(row["median_ms"] for row in groups[key] if row["impl"] == baseline)
         ratio = f"{statistics.geometric_mean(row['ratio'] for row in fused):.2f}x"
         if len(fused) > 1:
-            ratio += f" (worst shape {min(row['ratio'] for row in fused):.2f}x)"
+            ratio += f" (worst {min(row['ratio'] for row in fused):.2f}x)"
         else:
             ratio += f" ({fused[0]['ratio_p20']:.2f} to {fused[0]['ratio_p80']:.2f})"
         what = f"{name}, {MODES[mode]}{BASELINES[baseline]}" + (
-            f", all {len(fused)} shapes" if len(fused) > 1 else ""
+            f", all {len(fused)}" if len(fused) > 1 else ""
         )
         ours = sum(row["median_ms"] for row in fused)
         lines.append(f"| {what} | {dtype} | {base:.1f} | {ours:.1f} | {ratio} |")
