@@ -6,6 +6,7 @@ import sys
 
 ONE_RANK = """
 import os
+import time
 import torch
 from resnet_fused.cli.data import open_source
 from resnet_fused.cli.distributed import World, process_group
@@ -13,6 +14,7 @@ from resnet_fused.cli.learner import Learner
 from resnet_fused.cli.settings import settle
 
 def gloo_threads():
+    time.sleep(0.5)  # a thread takes its name only once it runs
     tasks = os.listdir("/proc/self/task")
     return sum(open(f"/proc/self/task/{task}/comm").read().startswith(("gloo", "pt_gloo")) for task in tasks)
 

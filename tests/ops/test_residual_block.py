@@ -173,7 +173,7 @@ def hopeless(case: Case) -> set[str]:
     return {f"d{name}" for name in case.differentiable} - kept
 
 
-DRAWS = 6
+DRAWS = 20
 
 
 @pytest.mark.parametrize("device", DEVICES)
