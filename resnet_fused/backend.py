@@ -1,12 +1,19 @@
 """Which implementation runs an op, and why one is missing.
 
-Every op has a native implementation (C++ on the CPU, CUDA on the GPU) and a reference in plain PyTorch. The native
-one runs wherever it is loaded; the reference defines what it must compute, and can be forced for debugging with
-``with resnet_fused.backend("reference"):`` or the environment variable ``RESNET_FUSED_BACKEND=reference``.
+Every op has a reference in plain PyTorch, which defines what it must compute, and a native implementation (C++ on the
+CPU, CUDA on the GPU) or one of vendor products and native ops. What is GEMM-shaped has Triton kernels on a GPU too.
+
+``with resnet_fused.backend(choice):`` or the environment variable ``RESNET_FUSED_BACKEND=choice`` decides:
+
+- auto: native; of Triton and the vendor's library the faster one, measured at first use and remembered on disk;
+- triton: as auto, but Triton wherever it can, and nothing is measured;
+- vendor: as auto, but without Triton;
+- reference: plain PyTorch everywhere, for debugging.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +22,9 @@ import torch
 
 from resnet_fused import native
 
-CHOICES = ("auto", "reference")
+CHOICES = ("auto", "triton", "vendor", "reference")
+#: What Triton's tensor-core instructions and asynchronous copies ask for.
+OLDEST_GPU = (8, 0)
 
 
 def _checked(choice: str, source: str) -> str:
@@ -32,7 +41,7 @@ def backend(choice: str) -> Iterator[None]:
     """Runs every op with the chosen implementation inside a ``with`` block, process-wide.
 
     Args:
-        choice: "auto" (native where it is loaded) or "reference" (plain PyTorch).
+        choice: "auto", "triton", "vendor" or "reference"; see above.
 
     Raises:
         ValueError: for any other choice.
@@ -43,6 +52,11 @@ def backend(choice: str) -> Iterator[None]:
         yield
     finally:
         _choice = before
+
+
+def choice() -> str:
+    """What was chosen: auto, triton, vendor or reference."""
+    return _choice
 
 
 def uses_reference() -> bool:
@@ -61,6 +75,26 @@ def why_not_native(device_type: str) -> str | None:
     if device_type not in ("cpu", "cuda"):
         return f"there are no kernels for {device_type} devices"
     return None
+
+
+def interprets() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not_triton(device_type: str) -> str | None:
+    """Why Triton kernels do not serve a device type; None when they do, if only where they are the fastest."""
+    if _choice in ("vendor", "reference"):
+        return "switched off by the backend setting"
+    if device_type == "cpu" and not (interprets() and _choice == "triton"):
+        return "Triton has no CPU"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: a CUDA build of torch brings the one that fits"
+    if device_type == "cuda" and torch.cuda.get_device_capability() < OLDEST_GPU:
+        return f"the GPU is older than sm_{OLDEST_GPU[0]}{OLDEST_GPU[1]}"
+    return (
+        None if device_type in ("cpu", "cuda", "meta") else f"there are no kernels for {device_type} devices"
+    )
 
 
 def why_not_fused(device_type: str) -> str | None:

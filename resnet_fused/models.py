@@ -126,7 +126,7 @@ def _fits_whole(x: Tensor, block: nn.Module, convs: tuple[str, ...]) -> bool:
     parts = [block.get_submodule(name) for name in convs]
     downsample = getattr(block, "downsample", None)
     shortcut = [] if downsample is None else [downsample[0]]
-    mixed = torch.is_autocast_enabled(x.device.type)
+    mixed = ops.autocast_dtype(x.device.type) is not None
     if not mixed and any(conv.weight.dtype != x.dtype for conv in (*parts, *shortcut)):
         return False
     if min(x.shape[1], *(conv.weight.shape[0] for conv in (*parts, *shortcut))) == 1:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from resnet_fused.backend import interprets
 from tests.accuracy import DTYPES, LAYOUTS
 
 _SEED = "RESNET_FUSED_TEST_SEED"
@@ -33,11 +34,11 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("interpreter") and not interprets():
+            item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1: `make test` runs it so"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Fused ops: one file each, with schema, fake, autograd.Function and the composition of primitives."""
 
+from resnet_fused.ops._autograd import autocast_dtype
 from resnet_fused.ops._branch import ConvNorm, convolved_shape
 from resnet_fused.ops._primitive import PRIMITIVES
 from resnet_fused.ops.batch_norm_stats import Norm, count_batch
@@ -13,6 +14,7 @@ __all__ = [
     "PRIMITIVES",
     "ConvNorm",
     "Norm",
+    "autocast_dtype",
     "bn_add_relu",
     "bn_bn_add_relu",
     "bn_relu",

@@ -1,8 +1,10 @@
-"""What the autograd.Functions of the ops share: gradients of gradients, taken through plain PyTorch."""
+"""What the autograd.Functions of the ops share: autocast, and gradients of gradients through plain PyTorch."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,6 +12,20 @@ from torch import Tensor
 
 from resnet_fused.reference.batch_norm import affine
 from resnet_fused.reference.layout import widened
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast makes of activations on a device type; None where it is off, or there is none (meta)."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """A context in which products of float32 vectors stay in float32."""
+    if autocast_dtype(device_type) is not None:
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def normalized(

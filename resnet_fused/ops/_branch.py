@@ -70,16 +70,17 @@ FOLD_LIMIT = 300
 FOLD_PIXELS = 32
 
 
-def folds(part: ConvNorm, pixels: int) -> bool:
+def folds(part: ConvNorm, pixels: int, fused: bool = False) -> bool:
     """Whether a convolution at the end of a block is folded: a 1x1 that does not contract, and where it pays.
 
-    With K inputs, N outputs and P pixels it takes P K^2 multiplications for the covariance and as many for its part of
-    dc, and three times N K^2 for the variances, dW and W^T diag W.
+    It always pays where folding takes no passes of its own (``fused``). Else, with K inputs, N outputs and P pixels, it
+    takes P K^2 multiplications for the covariance and as many for its part of dc, and three times N K^2 for the
+    variances, dW and W^T diag W.
     """
     n, k, *kernel = part.weight.shape
     if kernel != [1, 1] or part.groups != 1 or part.padding != (0, 0) or k > n or pixels < FOLD_PIXELS:
         return False
-    return k * k * (2 * pixels + 3 * n) <= FOLD_LIMIT * pixels * n
+    return fused or k * k * (2 * pixels + 3 * n) <= FOLD_LIMIT * pixels * n
 
 
 class Stage(NamedTuple):
@@ -113,7 +114,7 @@ def measure(y: Tensor, stage: Stage) -> Measured:
         return Measured(stage.frozen, ())
     check_pixels(y.shape, stage.group)
     mean, var, invstd = batch_norm_stats(y, stage.eps)
-    return _settled(mean, mean, var, invstd, y.numel() // y.shape[1], stage)
+    return settled(mean, mean, var, invstd, y.numel() // y.shape[1], stage)
 
 
 class Fold(NamedTuple):
@@ -124,6 +125,9 @@ class Fold(NamedTuple):
     covariance: Tensor | None  # (K, K), of c
 
 
+NO_FOLD = Fold(None, None, None)
+
+
 def measure_folded(c: Tensor, weight: Tensor, shift: Tensor | None, stage: Stage) -> tuple[Measured, Fold]:
     """Statistics of c W^T before it is computed; the running mean is that of (c + shift) W^T.
 
@@ -131,19 +135,26 @@ def measure_folded(c: Tensor, weight: Tensor, shift: Tensor | None, stage: Stage
         c: (N, K, H, W); weight: (N, K) in its dtype; shift: (K,) or None.
     """
     if stage.frozen is not None:
-        return Measured(stage.frozen, ()), Fold(None, None, None)
+        return Measured(stage.frozen, ()), NO_FOLD
     check_pixels((c.shape[0], len(weight), *c.shape[2:]), stage.group)
     wide = weight.to(statistics_dtype(c.dtype))
     mean_c, covariance = gram(c)
+    return settle_folded(wide, mean_c, covariance, c.numel() // c.shape[1], shift, stage)
+
+
+def settle_folded(
+    wide: Tensor, mean_c: Tensor, covariance: Tensor, pixels: int, shift: Tensor | None, stage: Stage
+) -> tuple[Measured, Fold]:
+    """Statistics of c W^T from those of c; ``wide``: W, (N, K), in the statistics dtype."""
     var = (matrix_product(wide, covariance).double() * wide).sum(1).clamp_min_(0).to(wide.dtype)
     mean = wide @ mean_c
     true_mean = mean if shift is None else mean + wide @ shift
     invstd = torch.rsqrt(var + stage.eps)
-    measured = _settled(mean, true_mean, var, invstd, c.numel() // c.shape[1], stage)
+    measured = settled(mean, true_mean, var, invstd, pixels, stage)
     return measured, Fold(shift, mean_c, covariance)
 
 
-def _settled(
+def settled(
     mean: Tensor, true_mean: Tensor, var: Tensor, invstd: Tensor, pixels: int, stage: Stage
 ) -> Measured:
     """The statistics, over all processes that share them. ``mean`` is relative to what ``true_mean`` is not."""

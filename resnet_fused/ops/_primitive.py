@@ -11,6 +11,8 @@ from resnet_fused.backend import uses_reference
 
 #: Names of all primitives, in the order of their definition.
 PRIMITIVES: list[str] = []
+#: Those that are compositions of others and of vendor products on CPU and CUDA, by name.
+COMPOSITIONS: dict[str, Callable[..., Any]] = {}
 
 
 def primitive(
@@ -37,6 +39,7 @@ def primitive(
     torch.library.register_fake(qualified, fake)
     if composition is not None:
         torch.library.impl(qualified, ("cpu", "cuda"), composition)
+        COMPOSITIONS[name] = composition
     handle = getattr(torch.ops.resnet_fused, name).default
     PRIMITIVES.append(name)
 

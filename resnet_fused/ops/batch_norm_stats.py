@@ -74,7 +74,7 @@ def statistics(y: Tensor, norm: Norm) -> Statistics:
             mean, var, total = merge_across(norm.group, mean, var, pixels)
             invstd = torch.rsqrt(var + norm.eps)
             share = pixels / total
-        update_running(norm, mean, var * (total / (total - 1)))
+        update_running([norm], [mean, var * (total / (total - 1))])
     return Statistics(mean, invstd, share)
 
 
@@ -94,12 +94,23 @@ def frozen_statistics(norm: Norm, dtype: torch.dtype) -> Statistics:
 
 
 @torch.no_grad()
-def update_running(norm: Norm, mean: Tensor, unbiased_var: Tensor) -> None:
-    """running = (1 - momentum) * running + momentum * batch, in place; not when a forward is recomputed."""
-    if norm.running_mean is None or norm.running_var is None or _is_recomputing():
+def update_running(norms: Sequence[Norm], moments: Sequence[Tensor]) -> None:
+    """running = (1 - momentum) * running + momentum * batch, in place; not when a forward is recomputed.
+
+    Args:
+        moments: of each norm in turn mean and unbiased variance.
+    """
+    if _is_recomputing():
         return
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-    norm.running_var.lerp_(unbiased_var.to(norm.running_var.dtype), norm.momentum)
+    buffers: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for norm, mean, var in zip(norms, moments[::2], moments[1::2], strict=True):
+        if norm.running_mean is None or norm.running_var is None:
+            continue
+        running, batch = buffers.setdefault(norm.momentum, ([], []))
+        running += [norm.running_mean, norm.running_var]
+        batch += [mean.to(norm.running_mean.dtype), var.to(norm.running_var.dtype)]
+    for momentum, (running, batch) in buffers.items():
+        torch._foreach_lerp_(running, batch, momentum)  # one kernel on a GPU
 
 
 def merge_across(

@@ -181,6 +181,10 @@ DRAWS = 20
 @pytest.mark.parametrize("hostile", HOSTILE_CASES)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_accuracy(name: str, hostile: str, training: bool, dtype: torch.dtype, device: str) -> None:
+    check_accuracy(name, hostile, training, dtype, device)
+
+
+def check_accuracy(name: str, hostile: str, training: bool, dtype: torch.dtype, device: str) -> None:
     """The rule, of the smallest errors in a few draws.
 
     A ReLU inside the block that rounding decides the other way moves a gradient by far more than rounding does, for

@@ -1,0 +1,1 @@
+"""Triton kernels: one file per family, kernel then launcher. Imported only where Triton runs."""

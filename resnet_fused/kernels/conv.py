@@ -1,0 +1,144 @@
+"""Forward convolution of an activation, as an implicit GEMM, with batch norm statistics of what it writes.
+
+A program makes BLOCK_M pixels x BLOCK_N channels of y. It goes through the taps of the kernel and the input's channels;
+relu(bn(x)) is made on the way from memory to the tensor cores. While the tile is still in registers its mean and its
+sum of squared deviations are taken; ``norm_statistics`` merges those of all tiles by Chan's formula.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resnet_fused.kernels import reductions
+from resnet_fused.kernels.configs import gemm_configs
+from resnet_fused.kernels.launch import Config, launch
+from resnet_fused.kernels.problem import (
+    input_sizes,
+    is_pointwise,
+    new_activation,
+    precision,
+    row_matrix,
+    touched,
+    window_sizes,
+)
+from resnet_fused.kernels.tiles import activation_tile, pixel_of
+from resnet_fused.reference.operands import Activation, Window
+
+
+@triton.jit
+def conv_kernel(
+    x,
+    mean,
+    invstd,
+    weight,
+    bias,
+    shift,
+    conv,
+    y,
+    statistics,
+    HEIGHT,
+    WIDTH,
+    CHANNELS,
+    OUT_HEIGHT,
+    OUT_WIDTH,
+    OUTPUTS,
+    PIXELS,
+    STRIDE_H,
+    STRIDE_W,
+    PAD_H,
+    PAD_W,
+    DILATION_H,
+    DILATION_W,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Tiles of one row of tiles follow each other: they read the same pixels.
+    tiles_n = tl.cdiv(OUTPUTS, BLOCK_N)
+    tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    outputs = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_inside = rows < PIXELS
+    image, out_h, out_w = pixel_of(rows, OUT_HEIGHT, OUT_WIDTH)
+    chunks = tl.cdiv(CHANNELS, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(KERNEL_H * KERNEL_W * chunks):
+        tap = step // chunks
+        channels = step % chunks * BLOCK_K + tl.arange(0, BLOCK_K)
+        if POINTWISE:
+            source, inside = rows, row_inside
+        else:
+            h = out_h * STRIDE_H + tap // KERNEL_W * DILATION_H - PAD_H
+            w = out_w * STRIDE_W + tap % KERNEL_W * DILATION_W - PAD_W
+            inside = row_inside & (h >= 0) & (h < HEIGHT) & (w >= 0) & (w < WIDTH)
+            source = (image * HEIGHT + h) * WIDTH + w
+        a = activation_tile(x, mean, invstd, weight, bias, shift, source, inside, channels, CHANNELS)
+        b = tl.load(
+            conv + (outputs[None, :] * (KERNEL_H * KERNEL_W) + tap) * CHANNELS + channels[:, None],
+            (channels < CHANNELS)[:, None] & (outputs < OUTPUTS)[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    out = acc.to(y.dtype.element_ty)
+    column_inside = outputs < OUTPUTS
+    whole = row_inside[:, None] & column_inside[None, :]
+    tl.store(y + rows[:, None] * OUTPUTS + outputs[None, :], out, whole)
+    if statistics is not None:
+        # Of the values as they are stored. Two passes over registers: nothing cancels.
+        value = tl.where(whole, out.to(tl.float32), 0.0)
+        count = tl.minimum(BLOCK_M, PIXELS - tile_m * BLOCK_M)
+        tile_mean = tl.sum(value, 0) / count
+        deviation = tl.where(whole, value - tile_mean[None, :], 0.0)
+        place = statistics + tile_m * OUTPUTS + outputs
+        tl.store(place, tile_mean, column_inside)
+        tl.store(place + tl.cdiv(PIXELS, BLOCK_M) * OUTPUTS, tl.sum(deviation * deviation, 0), column_inside)
+
+
+def configs(source: Activation, conv: Tensor, window: Window, *_: object) -> list[Config]:
+    height, width = window.out_size(source.x, conv)
+    pixels = len(source.x) * height * width
+    return gemm_configs(source.x, pixels, len(conv), source.x.shape[1])
+
+
+def conv_stats(
+    source: Activation, conv: Tensor, window: Window, eps: float, measure: bool, config: Config
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, and mean, biased variance and invstd of its channels; these are empty unless ``measure``.
+
+    Args:
+        source: (N, C, H, W), channels_last.
+        conv: (outputs, C, kh, kw).
+    """
+    height, width = window.out_size(source.x, conv)
+    y = new_activation(source.x, len(conv), height, width)
+    pixels, outputs = len(y) * height * width, len(conv)
+    tiles = triton.cdiv(pixels, config.block_m)
+    statistics = reductions.tile_sums(y, tiles, outputs) if measure else None
+    launch(
+        conv_kernel,
+        (tiles * triton.cdiv(outputs, config.block_n),),
+        {
+            **source._asdict(), "conv": row_matrix(conv, y.dtype), "y": y, "statistics": statistics,
+            **input_sizes(source.x), "OUT_HEIGHT": height, "OUT_WIDTH": width, "OUTPUTS": outputs, "PIXELS": pixels,
+            **window_sizes(window),
+        },
+        {
+            "KERNEL_H": conv.shape[2], "KERNEL_W": conv.shape[3], "POINTWISE": is_pointwise(conv, window),
+            "PRECISION": precision(y.dtype), **config.blocks(),
+        },
+        config,
+        flops=2 * pixels * conv.numel(),
+        touched=touched("x", source.x, height, width) if conv.shape[2:] == (1, 1) else None,
+    )  # fmt: skip
+    if statistics is None:
+        mean, var, invstd = (torch.empty(0, dtype=torch.float32, device=y.device) for _ in range(3))
+    else:
+        mean, var, invstd = reductions.norm_statistics(statistics, config.block_m, pixels, eps)
+    return y, mean, var, invstd

@@ -1,0 +1,210 @@
+"""Gradient of a convolution's input, gathered: every input pixel sums over the outputs that have seen it.
+
+``dy`` is made on the way from memory to the tensor cores. In the epilogue either the gradient that comes by the
+shortcut is added, or the sums are taken that the batch norm below needs of da behind its ReLU.
+
+With a stride, an input pixel is seen by those taps only that fit its place modulo the stride: such pixels form a class,
+and a program works on pixels of one class. The others' taps cost nothing.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resnet_fused.kernels import reductions
+from resnet_fused.kernels.configs import gemm_configs
+from resnet_fused.kernels.launch import Config, launch
+from resnet_fused.kernels.problem import (
+    every_sizes,
+    input_sizes,
+    is_pointwise,
+    new_activation,
+    precision,
+    row_matrix,
+    window_sizes,
+)
+from resnet_fused.kernels.tiles import bits_tile, gradient_tile, pixel_of, store_tile_sums
+from resnet_fused.reference.operands import Activation, Gradient, Pair, Window
+
+
+@triton.jit
+def dgrad_kernel(
+    g,
+    bits,
+    y,
+    mean,
+    invstd,
+    weight,
+    bias,
+    sum_dz,
+    sum_dz_xhat,
+    conv,
+    da,
+    below,
+    below_mean,
+    below_invstd,
+    below_weight,
+    below_bias,
+    sums,
+    residual,
+    residual_bits,
+    HEIGHT,
+    WIDTH,
+    CHANNELS,
+    OUT_HEIGHT,
+    OUT_WIDTH,
+    OUTPUTS,
+    IMAGES,
+    STRIDE_H,
+    STRIDE_W,
+    PAD_H,
+    PAD_W,
+    DILATION_H,
+    DILATION_W,
+    EVERY_H,
+    EVERY_W,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tiles_n = tl.cdiv(CHANNELS, BLOCK_N)
+    tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+    class_h, class_w = tl.program_id(1) // STRIDE_W, tl.program_id(1) % STRIDE_W
+    class_height, class_width = tl.cdiv(HEIGHT, STRIDE_H), tl.cdiv(WIDTH, STRIDE_W)
+    places = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    channels = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    image, h, w = pixel_of(places, class_height, class_width)
+    h, w = h * STRIDE_H + class_h, w * STRIDE_W + class_w
+    row_inside = (image < IMAGES) & (h < HEIGHT) & (w < WIDTH)
+    rows = (image * HEIGHT + h) * WIDTH + w
+    # Taps of this class. With a stride above 1 the dilation is 1.
+    tap_h, tap_w = (class_h + PAD_H) % STRIDE_H, (class_w + PAD_W) % STRIDE_W
+    taps_h, taps_w = tl.cdiv(KERNEL_H - tap_h, STRIDE_H), tl.cdiv(KERNEL_W - tap_w, STRIDE_W)
+    chunks = tl.cdiv(OUTPUTS, BLOCK_K)
+    pixels = IMAGES * OUT_HEIGHT * OUT_WIDTH
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(taps_h * taps_w * chunks):
+        tap = step // chunks
+        first = step % chunks * BLOCK_K
+        outputs = first + tl.arange(0, BLOCK_K)
+        r, s = tap_h + tap // taps_w * STRIDE_H, tap_w + tap % taps_w * STRIDE_W
+        if POINTWISE:
+            source, inside = rows, row_inside
+        else:
+            reach_h, reach_w = h + PAD_H - r * DILATION_H, w + PAD_W - s * DILATION_W
+            out_h, out_w = reach_h // STRIDE_H, reach_w // STRIDE_W
+            inside = row_inside & (reach_h >= 0) & (out_h < OUT_HEIGHT) & (reach_w >= 0) & (out_w < OUT_WIDTH)
+            source = (image * OUT_HEIGHT + out_h) * OUT_WIDTH + out_w
+        a = gradient_tile(
+            g,
+            bits,
+            y,
+            mean,
+            invstd,
+            weight,
+            bias,
+            sum_dz,
+            sum_dz_xhat,
+            pixels,
+            source,
+            inside,
+            first,
+            OUTPUTS,
+            BLOCK_K,
+        )
+        b = tl.load(
+            conv
+            + (outputs[:, None] * (KERNEL_H * KERNEL_W) + r * KERNEL_W + s) * CHANNELS
+            + channels[None, :],
+            (outputs < OUTPUTS)[:, None] & (channels < CHANNELS)[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    column_inside = channels < CHANNELS
+    if residual is not None:
+        kept = row_inside & (h % EVERY_H == 0) & (w % EVERY_W == 0)
+        across, down = (WIDTH + EVERY_W - 1) // EVERY_W, (HEIGHT + EVERY_H - 1) // EVERY_H
+        source = (image * down + h // EVERY_H) * across + w // EVERY_W
+        added = tl.load(
+            residual + source[:, None] * CHANNELS + channels[None, :],
+            kept[:, None] & column_inside[None, :],
+            other=0.0,
+        )
+        if residual_bits is not None:
+            first = tile_n * BLOCK_N
+            added = tl.where(bits_tile(residual_bits, source, kept, first, CHANNELS, BLOCK_N), added, 0.0)
+        acc += added
+    out = acc.to(da.dtype.element_ty)
+    tl.store(
+        da + rows[:, None] * CHANNELS + channels[None, :], out, row_inside[:, None] & column_inside[None, :]
+    )
+    if sums is not None:
+        tile = tl.program_id(1) * (tl.num_programs(0) // tiles_n) + tile_m
+        store_tile_sums(
+            out.to(tl.float32), below, below_mean, below_invstd, below_weight, below_bias, sums, tile,
+            tl.num_programs(0) // tiles_n * tl.num_programs(1), rows, row_inside, channels, CHANNELS,
+        )  # fmt: skip
+
+
+def _pixels_of_a_class(x: Tensor, window: Window) -> int:
+    return len(x) * triton.cdiv(x.shape[2], window.stride[0]) * triton.cdiv(x.shape[3], window.stride[1])
+
+
+def configs(gradient: Gradient, conv: Tensor, window: Window, below: Activation, *_: object) -> list[Config]:
+    outputs, channels = conv.shape[:2]
+    pixels, loaded = _pixels_of_a_class(below.x, window), 1 if gradient.y is None else 2
+    return gemm_configs(below.x, pixels, channels, outputs, loaded=loaded, epilogue=2)
+
+
+def dgrad(
+    gradient: Gradient,
+    conv: Tensor,
+    window: Window,
+    below: Activation,
+    residual: Tensor | None,
+    residual_bits: Tensor | None,
+    every: Pair,
+    config: Config,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """da (+ residual), like below.x, and with statistics of ``below`` sum_dz and sum_dz_xhat, (C,) float32.
+
+    Args:
+        gradient: (N, outputs, OH, OW), channels_last.
+        conv: (outputs, C, kh, kw).
+        below: the convolution's input, (N, C, H, W), channels_last.
+        residual: (N, C, ceil(H / every), ceil(W / every)), added at every so-manyth pixel; its bits in its own layout.
+    """
+    x = below.x
+    da = new_activation(x, x.shape[1], x.shape[2], x.shape[3])
+    classes = window.stride[0] * window.stride[1]
+    tiles = triton.cdiv(_pixels_of_a_class(x, window), config.block_m)
+    sums = None if below.mean is None else reductions.tile_sums(x, classes * tiles, x.shape[1])
+    summed = Activation(None) if sums is None else below  # type: ignore[arg-type]
+    outputs, _, *kernel = conv.shape
+    launch(
+        dgrad_kernel,
+        (tiles * triton.cdiv(x.shape[1], config.block_n), classes),
+        {
+            **gradient._asdict(), "conv": row_matrix(conv, x.dtype), "da": da,
+            "below": summed.x, "below_mean": summed.mean, "below_invstd": summed.invstd,
+            "below_weight": summed.weight, "below_bias": summed.bias, "sums": sums,
+            "residual": residual, "residual_bits": residual_bits,
+            **input_sizes(x), "OUT_HEIGHT": gradient.g.shape[2], "OUT_WIDTH": gradient.g.shape[3], "OUTPUTS": outputs,
+            "IMAGES": len(x), **window_sizes(window), **every_sizes(every),
+        },
+        {
+            "KERNEL_H": kernel[0], "KERNEL_W": kernel[1], "POINTWISE": is_pointwise(conv, window),
+            "PRECISION": precision(x.dtype), **config.blocks(),
+        },
+        config,
+        flops=2 * (gradient.g.numel() // outputs) * conv.numel(),
+    )  # fmt: skip
+    if sums is None or below.invstd is None:
+        return da, None, None
+    return da, *reductions.sum_tiles(sums, below.invstd)

@@ -1,0 +1,189 @@
+"""The end of a block with a folded convolution: relu(bn(c W^T) + shortcut), with mask bits.
+
+The batch norm is known before the convolution runs, so its affine map, the shortcut, the ReLU and the bits are the
+epilogue of one GEMM. The shortcut is the block's input, or another output with its batch norm, or a second folded
+convolution that the same program makes, one after the other, at pixels EVERY_H and EVERY_W apart. Where only the
+shortcut is folded, ``conv`` is None and x is the output of the convolution before it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resnet_fused.kernels.configs import gemm_configs
+from resnet_fused.kernels.launch import Config, launch
+from resnet_fused.kernels.problem import every_sizes, new_activation, precision, row_matrix, touched
+from resnet_fused.kernels.tiles import activation_tile, channel_affine, packed_bits, pixel_of
+from resnet_fused.reference.layout import mask_shape
+from resnet_fused.reference.operands import Activation, Pair
+
+
+@triton.jit
+def _product(
+    x,
+    mean,
+    invstd,
+    weight,
+    bias,
+    shift,
+    conv,
+    source,
+    inside,
+    outputs,
+    CHANNELS,
+    OUTPUTS,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, CHANNELS, BLOCK_K):
+        channels = first + tl.arange(0, BLOCK_K)
+        a = activation_tile(x, mean, invstd, weight, bias, shift, source, inside, channels, CHANNELS)
+        b = tl.load(
+            conv + outputs[None, :] * CHANNELS + channels[:, None],
+            (channels < CHANNELS)[:, None] & (outputs < OUTPUTS)[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _normed(value, mean, invstd, weight, bias, outputs, OUTPUTS):
+    centre, scale, offset = channel_affine(mean, invstd, weight, bias, outputs, outputs < OUTPUTS)
+    return (value - centre[None, :]) * scale[None, :] + offset[None, :]
+
+
+@triton.jit
+def expand_kernel(
+    x,
+    x_mean,
+    x_invstd,
+    x_weight,
+    x_bias,
+    x_shift,
+    conv,
+    mean,
+    invstd,
+    weight,
+    bias,
+    skip,
+    skip_shift,
+    skip_conv,
+    skip_mean,
+    skip_invstd,
+    skip_weight,
+    skip_bias,
+    out,
+    bits,
+    CHANNELS,
+    SKIP_CHANNELS,
+    OUTPUTS,
+    PIXELS,
+    HEIGHT,
+    WIDTH,
+    OUT_HEIGHT,
+    OUT_WIDTH,
+    EVERY_H,
+    EVERY_W,
+    POINTWISE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tiles_n = tl.cdiv(OUTPUTS, BLOCK_N)
+    tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    outputs = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside, column_inside = rows < PIXELS, outputs < OUTPUTS
+    whole = inside[:, None] & column_inside[None, :]
+    if conv is not None:
+        z = _product(
+            x, x_mean, x_invstd, x_weight, x_bias, x_shift, conv, rows, inside, outputs, CHANNELS, OUTPUTS,
+            PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        z = tl.load(x + rows[:, None] * OUTPUTS + outputs[None, :], whole, other=0.0).to(tl.float32)
+    z = _normed(z, mean, invstd, weight, bias, outputs, OUTPUTS)
+    if skip_conv is not None:
+        source = rows
+        if not POINTWISE:
+            image, h, w = pixel_of(rows, OUT_HEIGHT, OUT_WIDTH)
+            source = (image * HEIGHT + h * EVERY_H) * WIDTH + w * EVERY_W
+        other = _product(
+            skip, None, None, None, None, skip_shift, skip_conv, source, inside, outputs, SKIP_CHANNELS, OUTPUTS,
+            PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        other = tl.load(skip + rows[:, None] * OUTPUTS + outputs[None, :], whole, other=0.0).to(tl.float32)
+    if skip_mean is not None:
+        other = _normed(other, skip_mean, skip_invstd, skip_weight, skip_bias, outputs, OUTPUTS)
+    z += other
+    held = z <= 0
+    tl.store(
+        out + rows[:, None] * OUTPUTS + outputs[None, :],
+        tl.where(held, 0.0, z).to(out.dtype.element_ty),
+        whole,
+    )
+    pitch = (OUTPUTS + 7) // 8
+    places = tile_n * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
+    tl.store(
+        bits + rows[:, None] * pitch + places[None, :],
+        packed_bits(~held & whole, BLOCK_M, BLOCK_N),
+        inside[:, None] & (places < pitch)[None, :],
+    )
+
+
+#: mean, invstd, weight and bias of a batch norm.
+Vectors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+_VECTORS = ("mean", "invstd", "weight", "bias")
+
+
+def configs(source: Activation, conv: Tensor | None, *_: object) -> list[Config]:
+    x = source.x
+    outputs = x.shape[1] if conv is None else len(conv)
+    return gemm_configs(x, x.numel() // x.shape[1], outputs, x.shape[1], epilogue=2)
+
+
+def expand(
+    source: Activation,
+    conv: Tensor | None,
+    norm: Vectors,
+    skip: Tensor,
+    skip_shift: Tensor | None,
+    skip_conv: Tensor | None,
+    skip_norm: Vectors,
+    every: Pair,
+    config: Config,
+) -> tuple[Tensor, Tensor]:
+    """relu(bn(conv(source)) + shortcut) and the mask of its ReLU; arguments as in reference.passes."""
+    x = source.x
+    outputs, (height, width) = x.shape[1] if conv is None else len(conv), x.shape[2:]
+    out = new_activation(x, outputs, height, width)
+    bits = torch.empty(mask_shape(out), dtype=torch.uint8, device=out.device)
+    pixels = len(x) * height * width
+    launch(
+        expand_kernel,
+        (triton.cdiv(pixels, config.block_m) * triton.cdiv(outputs, config.block_n),),
+        {
+            **{("x" if name == "x" else f"x_{name}"): v for name, v in source._asdict().items()},
+            "conv": None if conv is None else row_matrix(conv, x.dtype), **dict(zip(_VECTORS, norm, strict=True)),
+            "skip": skip, "skip_shift": skip_shift,
+            "skip_conv": None if skip_conv is None else row_matrix(skip_conv, x.dtype),
+            **{f"skip_{name}": v for name, v in zip(_VECTORS, skip_norm, strict=True)},
+            "out": out, "bits": bits, "CHANNELS": x.shape[1], "SKIP_CHANNELS": skip.shape[1], "OUTPUTS": outputs,
+            "PIXELS": pixels, "HEIGHT": skip.shape[2], "WIDTH": skip.shape[3],
+            "OUT_HEIGHT": height, "OUT_WIDTH": width, **every_sizes(every),
+        },
+        {"POINTWISE": every == (1, 1), "PRECISION": precision(x.dtype), **config.blocks()},
+        config,
+        flops=2 * pixels * sum(w.numel() for w in (conv, skip_conv) if w is not None),
+        touched=touched("skip", skip, height, width),
+    )  # fmt: skip
+    return out, bits

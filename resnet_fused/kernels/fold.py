@@ -1,0 +1,325 @@
+"""The algebra of a folded 1x1 convolution and its batch norm: what remains once the sums over the pixels are known.
+
+One launch forward and two backward take the place of some forty small ones. The formulas are those of ops._branch,
+with W (N, K) the weight and S the covariance of its input. Sums in which large terms cancel (the variances, dgamma,
+the vector) are float64: they are short, and read once; S enters products of float32's accuracy on tensor cores.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resnet_fused.kernels.configs import tile
+from resnet_fused.kernels.launch import Config, launch
+
+#: Outputs from which on tiles of 32 rows make enough programs.
+_MANY_OUTPUTS = 2048
+
+
+@triton.jit
+def _weight_tile(weight, rows, columns, OUTPUTS, CHANNELS):
+    """W at some outputs and channels, float32; zeros outside."""
+    inside = (rows < OUTPUTS)[:, None] & (columns < CHANNELS)[None, :]
+    return tl.load(weight + rows[:, None] * CHANNELS + columns[None, :], inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _covariance_product(
+    weight,
+    covariance,
+    rows,
+    columns,
+    OUTPUTS,
+    CHANNELS,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """W S at some outputs and channels."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, CHANNELS, BLOCK_K):
+        between = first + tl.arange(0, BLOCK_K)
+        w = _weight_tile(weight, rows, between, OUTPUTS, CHANNELS)
+        s = tl.load(
+            covariance + between[:, None] * CHANNELS + columns[None, :],
+            (between < CHANNELS)[:, None] & (columns < CHANNELS)[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(w, s, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def fold_statistics_kernel(
+    weight,
+    mean,
+    covariance,
+    mean_y,
+    var,
+    invstd,
+    EPS,
+    OUTPUTS,
+    CHANNELS,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    total = tl.zeros((BLOCK_M,), tl.float64)
+    square = tl.zeros((BLOCK_M,), tl.float64)
+    for start in range(0, CHANNELS, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        acc = _covariance_product(
+            weight, covariance, rows, columns, OUTPUTS, CHANNELS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+        w = _weight_tile(weight, rows, columns, OUTPUTS, CHANNELS).to(tl.float64)
+        m = tl.load(mean + columns, columns < CHANNELS, 0.0).to(tl.float64)
+        total += tl.sum(w * m[None, :], 1)
+        square += tl.sum(w * acc.to(tl.float64), 1)
+    # Selected by what is below zero: a NaN stays one.
+    variance = tl.where(square < 0, 0.0, square).to(tl.float32)
+    inside = rows < OUTPUTS
+    tl.store(mean_y + rows, total.to(tl.float32), inside)
+    tl.store(var + rows, variance, inside)
+    tl.store(invstd + rows, tl.rsqrt(variance + EPS), inside)
+
+
+@triton.jit
+def fold_dweight_kernel(
+    weight,
+    gamma,
+    mean_y,
+    invstd,
+    mean,
+    covariance,
+    sum_dz,
+    product,
+    dweight,
+    dgamma,
+    OUTPUTS,
+    CHANNELS,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Tiles of one row of tiles follow each other: they read the same outputs.
+    tiles_n = tl.cdiv(CHANNELS, BLOCK_N)
+    tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_inside = rows < OUTPUTS
+    # All tiles of a row of tiles find its dgamma, rather than wait for a launch that does.
+    along = tl.zeros((BLOCK_M, BLOCK_K), tl.float64)
+    for first in range(0, CHANNELS, BLOCK_K):
+        between = first + tl.arange(0, BLOCK_K)
+        w = _weight_tile(weight, rows, between, OUTPUTS, CHANNELS)
+        q = _weight_tile(product, rows, between, OUTPUTS, CHANNELS)
+        along += w.to(tl.float64) * q.to(tl.float64)
+    level = tl.load(sum_dz + rows, row_inside, 0.0)
+    centre = tl.load(mean_y + rows, row_inside, 0.0)
+    rate = tl.load(invstd + rows, row_inside, 0.0)
+    centred = tl.sum(along, 1) - level.to(tl.float64) * centre.to(tl.float64)
+    slope = (centred * rate.to(tl.float64)).to(tl.float32)
+    tl.store(dgamma + rows, slope, row_inside & (tile_n == 0))
+    factor = rate
+    if gamma is not None:
+        factor *= tl.load(gamma + rows, row_inside, 0.0)
+    value = _weight_tile(product, rows, columns, OUTPUTS, CHANNELS)
+    if covariance is not None:
+        acc = _covariance_product(
+            weight, covariance, rows, columns, OUTPUTS, CHANNELS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+        m = tl.load(mean + columns, columns < CHANNELS, 0.0)
+        value = value - level[:, None] * m[None, :] - (rate * slope)[:, None] * acc
+    tl.store(
+        dweight + rows[:, None] * CHANNELS + columns[None, :],
+        factor[:, None] * value,
+        row_inside[:, None] & (columns < CHANNELS)[None, :],
+    )
+
+
+@triton.jit
+def _factor_and_slope(gamma, invstd, dgamma, rows, inside, PIXELS):
+    rate = tl.load(invstd + rows, inside, 0.0)
+    factor = rate
+    if gamma is not None:
+        factor *= tl.load(gamma + rows, inside, 0.0)
+    return factor, -rate * tl.load(dgamma + rows, inside, 0.0) / PIXELS
+
+
+@triton.jit
+def fold_matrix_kernel(
+    weight,
+    gamma,
+    mean_y,
+    invstd,
+    sum_dz,
+    dgamma,
+    matrix,
+    vector,
+    OUTPUTS,
+    CHANNELS,
+    PIXELS,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tiles_n = tl.cdiv(CHANNELS, BLOCK_N)
+    tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+    right = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if tile_m < tl.cdiv(CHANNELS, BLOCK_M):
+        left = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for first in range(0, OUTPUTS, BLOCK_K):
+            rows = first + tl.arange(0, BLOCK_K)
+            factor, slope = _factor_and_slope(gamma, invstd, dgamma, rows, rows < OUTPUTS, PIXELS)
+            a = _weight_tile(weight, rows, left, OUTPUTS, CHANNELS)
+            b = _weight_tile(weight, rows, right, OUTPUTS, CHANNELS) * (factor * slope)[:, None]
+            acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+        tl.store(
+            matrix + left[:, None] * CHANNELS + right[None, :],
+            acc.to(matrix.dtype.element_ty),
+            (left < CHANNELS)[:, None] & (right < CHANNELS)[None, :],
+        )
+    else:  # one row of tiles more, for the vector
+        total = tl.zeros((BLOCK_N,), tl.float64)
+        for first in range(0, OUTPUTS, BLOCK_K):
+            rows = first + tl.arange(0, BLOCK_K)
+            inside = rows < OUTPUTS
+            factor, slope = _factor_and_slope(gamma, invstd, dgamma, rows, inside, PIXELS)
+            offset = -tl.load(sum_dz + rows, inside, 0.0) / PIXELS
+            centre = tl.load(mean_y + rows, inside, 0.0).to(tl.float64)
+            each = factor.to(tl.float64) * (offset.to(tl.float64) - slope.to(tl.float64) * centre)
+            w = _weight_tile(weight, rows, right, OUTPUTS, CHANNELS)
+            total += tl.sum(w.to(tl.float64) * each[:, None], 0)
+        tl.store(vector + right, total.to(tl.float32), right < CHANNELS)
+
+
+def _row_config(outputs: int, channels: int) -> Config:
+    """For W S: (2048, 512) makes 64 programs that go through all channels, or 512 tiles."""
+    block_m = 32 if outputs >= _MANY_OUTPUTS else 16
+    return Config(block_m, tile(channels, 64), tile(channels, 32))
+
+
+def _matrix_config(outputs: int, channels: int, dtype: torch.dtype) -> Config:
+    """For W^T W: 512 channels make 128 tiles."""
+    return Config(tile(channels, 32), tile(channels, 64), tile(outputs, 32 if dtype == torch.float32 else 64))
+
+
+def fold_statistics(
+    weight: Tensor, mean: Tensor, covariance: Tensor, eps: float, precision: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics of y = c W^T from those of c: mean_y = W mean, var = max(diag(W S W^T), 0), invstd; one launch.
+
+    Args:
+        weight: W, (N, K) or (N, K, 1, 1), float32, bfloat16 or float16.
+        mean, covariance: (K,) and S, (K, K), float32.
+        precision: of W S, as tl.dot takes it; as float32 unless given.
+
+    Returns:
+        mean_y, var, invstd = 1 / sqrt(var + eps), each (N,), float32.
+    """
+    w = _matrix(weight)
+    outputs, channels = w.shape
+    config = _row_config(outputs, channels)
+    mean_y, var, invstd = (mean.new_empty(outputs) for _ in range(3))
+    launch(
+        fold_statistics_kernel,
+        (triton.cdiv(outputs, config.block_m),),
+        {
+            "weight": w, "mean": mean, "covariance": covariance.contiguous(),
+            "mean_y": mean_y, "var": var, "invstd": invstd,
+            "EPS": eps, "OUTPUTS": outputs, "CHANNELS": channels,
+        },
+        {"PRECISION": precision or _as_float32(w.dtype), **config.blocks()},
+        config,
+        flops=2 * outputs * channels * (channels + 2),
+    )  # fmt: skip
+    return mean_y, var, invstd
+
+
+def fold_gradients(
+    weight: Tensor,
+    gamma: Tensor | None,
+    mean_y: Tensor,
+    invstd: Tensor,
+    mean: Tensor | None,
+    covariance: Tensor | None,
+    sum_dz: Tensor,
+    product: Tensor,
+    pixels: int,
+    precision: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of the parameters, and what is added to dc: c matrix^T + vector. Two launches; one if frozen.
+
+        dgamma  = invstd (diag(W Q^T) - sum_dz mean_y)
+        dweight = scale (Q - invstd dgamma (W S) - sum_dz mean^T)
+        matrix  = W^T diag(scale slope) W,  slope = -invstd dgamma / P
+        vector  = (scale (-sum_dz / P - slope mean_y)) W
+
+    Statistics are of this process's pixels alone. Where they are frozen, dweight = scale Q.
+
+    Args:
+        weight: W, (N, K) or (N, K, 1, 1), float32, bfloat16 or float16; gamma: (N,) float32, None for ones.
+        mean_y, invstd: (N,) float32, of c W^T.
+        mean, covariance: (K,) and S, (K, K), float32, of c; None where the statistics are frozen.
+        sum_dz: (N,); product: Q = dz^T c, (N, K); float32.
+        pixels: P.
+        precision: of all products, as tl.dot takes it; else W S is as float32, and so is the matrix of a float32
+            weight, while that of another is rounded anyway and made in TF32, whose range is that of float32.
+
+    Returns:
+        dweight (N, K), dgamma (N,), matrix (K, K) in the weight's dtype, vector (K,); float32 but for the matrix.
+        matrix and vector are None where the statistics are frozen.
+    """
+    w = _matrix(weight)
+    outputs, channels = w.shape
+    sizes = {"OUTPUTS": outputs, "CHANNELS": channels}
+    frozen = mean is None or covariance is None
+    config = _row_config(outputs, channels)
+    dweight, dgamma = product.new_empty(outputs, channels), product.new_empty(outputs)
+    launch(
+        fold_dweight_kernel,
+        (triton.cdiv(outputs, config.block_m) * triton.cdiv(channels, config.block_n),),
+        {
+            "weight": w, "gamma": gamma, "mean_y": mean_y, "invstd": invstd,
+            "mean": None if frozen else mean, "covariance": None if frozen else covariance.contiguous(),
+            "sum_dz": sum_dz, "product": product.contiguous(), "dweight": dweight, "dgamma": dgamma, **sizes,
+        },
+        {"PRECISION": precision or _as_float32(w.dtype), **config.blocks()},
+        config,
+        flops=2 * outputs * channels * (2 if frozen else channels + 3),
+    )  # fmt: skip
+    if frozen:
+        return dweight, dgamma, None, None
+    config = _matrix_config(outputs, channels, w.dtype)
+    matrix, vector = w.new_empty(channels, channels), product.new_empty(channels)
+    tiles_m = triton.cdiv(channels, config.block_m)
+    launch(
+        fold_matrix_kernel,
+        ((tiles_m + 1) * triton.cdiv(channels, config.block_n),),
+        {
+            "weight": w, "gamma": gamma, "mean_y": mean_y, "invstd": invstd, "sum_dz": sum_dz,
+            "dgamma": dgamma, "matrix": matrix, "vector": vector, **sizes, "PIXELS": pixels,
+        },
+        {"PRECISION": precision or ("ieee" if w.dtype == torch.float32 else "tf32"), **config.blocks()},
+        config,
+        flops=2 * outputs * channels * (channels + 1),
+    )  # fmt: skip
+    return dweight, dgamma, matrix, vector
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    return weight.view(weight.shape[:2]).contiguous()
+
+
+def _as_float32(dtype: torch.dtype) -> str:
+    """What makes products of float32's accuracy: on tensor cores, unless the user has not asked for fewer bits."""
+    return "ieee" if dtype == torch.float32 else "tf32x3"

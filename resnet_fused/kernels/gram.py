@@ -1,0 +1,110 @@
+"""Products of all pairs of channels of an activation, summed over the pixels: c^T c, the upper half of its tiles.
+
+Splits as in wgrad; ``reductions.covariance_of`` makes mean and covariance of what they have found.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resnet_fused.kernels import reductions
+from resnet_fused.kernels.configs import sum_configs
+from resnet_fused.kernels.launch import Config, launch
+from resnet_fused.kernels.problem import input_sizes, new_float, precision, size_at, touched
+from resnet_fused.kernels.tiles import activation_tile, pixel_of
+from resnet_fused.reference.operands import Activation, Pair
+
+
+@triton.jit
+def gram_kernel(
+    x,
+    mean,
+    invstd,
+    weight,
+    bias,
+    shift,
+    parts,
+    HEIGHT,
+    WIDTH,
+    CHANNELS,
+    OUT_HEIGHT,
+    OUT_WIDTH,
+    PIXELS,
+    STRIDE_H,
+    STRIDE_W,
+    POINTWISE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+):
+    # The n-th tile of the upper triangle: column j has tiles 0..j.
+    if ONE_TILE:
+        i, j = 0, 0
+    else:
+        pair = tl.program_id(0)
+        j = ((tl.sqrt(8.0 * pair.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+        j += ((j + 1) * (j + 2) // 2 <= pair).to(tl.int32)
+        j -= (j * (j + 1) // 2 > pair).to(tl.int32)
+        i = pair - j * (j + 1) // 2
+    left = i * BLOCK_N + tl.arange(0, BLOCK_N)
+    right = j * BLOCK_N + tl.arange(0, BLOCK_N)
+    per_split = tl.cdiv(tl.cdiv(PIXELS, BLOCK_M), tl.num_programs(1))
+    start = tl.program_id(1) * per_split * BLOCK_M
+    acc = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for step in range(per_split):
+        rows = start + step * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = rows < PIXELS
+        source = rows
+        if not POINTWISE:
+            image, h, w = pixel_of(rows, OUT_HEIGHT, OUT_WIDTH)
+            source = (image * HEIGHT + h * STRIDE_H) * WIDTH + w * STRIDE_W
+        a = activation_tile(x, mean, invstd, weight, bias, shift, source, inside, left, CHANNELS)
+        b = a
+        if not ONE_TILE:
+            b = activation_tile(x, mean, invstd, weight, bias, shift, source, inside, right, CHANNELS)
+        total += tl.sum(b.to(tl.float32), 0)
+        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+    part = parts + tl.program_id(1) * (CHANNELS * CHANNELS + CHANNELS)
+    inside = (left < CHANNELS)[:, None] & (right < CHANNELS)[None, :]
+    tl.store(part + left[:, None] * CHANNELS + right[None, :], acc, inside)
+    tl.store(part + CHANNELS * CHANNELS + right, total, (right < CHANNELS) & (i == 0))
+
+
+def configs(source: Activation, every: Pair) -> list[Config]:
+    height, width = size_at(source.x, every)
+    channels = source.x.shape[1]
+    return sum_configs(source.x, len(source.x) * height * width, channels, channels, square=True)
+
+
+def gram(source: Activation, every: Pair, config: Config) -> tuple[Tensor, Tensor]:
+    """Mean (C,) and biased covariance (C, C) of an activation's channels over its pixels, float32.
+
+    Args:
+        source: (N, C, H, W), channels_last.
+        every: of the pixels one in so many, down and across.
+    """
+    x = source.x
+    channels, (height, width) = x.shape[1], size_at(x, every)
+    pixels, tiles = len(x) * height * width, triton.cdiv(channels, config.block_n)
+    parts = new_float(x, config.splits, channels * channels + channels)
+    launch(
+        gram_kernel,
+        (tiles * (tiles + 1) // 2, config.splits),
+        {
+            **source._asdict(), "parts": parts,
+            **input_sizes(x), "OUT_HEIGHT": height, "OUT_WIDTH": width, "PIXELS": pixels,
+            "STRIDE_H": every[0], "STRIDE_W": every[1],
+        },
+        {
+            "POINTWISE": every == (1, 1), "PRECISION": precision(x.dtype), "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n, "ONE_TILE": tiles == 1,
+        },
+        config,
+        flops=2 * pixels * channels * channels,
+        touched=touched("x", x, height, width),
+    )  # fmt: skip
+    return reductions.covariance_of(parts, channels, pixels)

@@ -1,0 +1,74 @@
+"""What a launcher derives from its tensors: sizes, precision, which bytes a strided kernel touches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resnet_fused.reference.layout import statistics_dtype
+from resnet_fused.reference.operands import Pair, Window
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of products: TF32 for float32 only where PyTorch's own convolutions may use it."""
+    if dtype != torch.float32:
+        return "tf32"  # without effect on 16-bit operands
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """bf16, fp16, fp32 or tf32: what products of activations of ``dtype`` are made in."""
+    if dtype == torch.float32:
+        return "tf32" if precision(dtype) == "tf32" else "fp32"
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+def is_pointwise(conv: Tensor, window: Window) -> bool:
+    """Whether every output pixel is made of the input pixel at its own place."""
+    return conv.shape[2:] == (1, 1) and window.stride == (1, 1) and window.padding == (0, 0)
+
+
+def row_matrix(conv: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight with a row for each output, and in it the taps, and in them the input's channels."""
+    return conv.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def new_activation(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    return torch.empty(
+        (len(like), channels, height, width),
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last,
+    )
+
+
+def new_float(like: Tensor, *sizes: int) -> Tensor:
+    return torch.empty(sizes, dtype=statistics_dtype(like.dtype), device=like.device)
+
+
+def input_sizes(x: Tensor) -> dict[str, int]:
+    return {"HEIGHT": x.shape[2], "WIDTH": x.shape[3], "CHANNELS": x.shape[1]}
+
+
+def window_sizes(window: Window) -> dict[str, int]:
+    (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), _ = window
+    return {
+        "STRIDE_H": stride_h, "STRIDE_W": stride_w, "PAD_H": pad_h, "PAD_W": pad_w,
+        "DILATION_H": dilation_h, "DILATION_W": dilation_w,
+    }  # fmt: skip
+
+
+def every_sizes(every: Pair) -> dict[str, int]:
+    return {"EVERY_H": every[0], "EVERY_W": every[1]}
+
+
+def size_at(x: Tensor, every: Pair) -> Pair:
+    """Height and width of every so-manyth pixel of ``x``."""
+    return (x.shape[2] - 1) // every[0] + 1, (x.shape[3] - 1) // every[1] + 1
+
+
+def touched(name: str, x: Tensor, height: int, width: int) -> dict[str, int] | None:
+    """Bytes of those pixels of ``x`` that height x width of them are; None where those are all."""
+    if (height, width) == tuple(x.shape[2:]):
+        return None
+    return {name: len(x) * x.shape[1] * height * width * x.element_size()}

@@ -1,0 +1,220 @@
+"""What was measured, as files: the tables that are shipped, and a cache on disk that many processes share.
+
+A file is used only if its header fits. One that is of no use is ignored with one warning, never an error: then the
+problem is measured again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from resnet_fused._version import __version__
+from resnet_fused.kernels.launch import Config
+
+
+class Problem(NamedTuple):
+    """What distinguishes launches for which the fastest may differ.
+
+    Args:
+        kernel: "conv", "dgrad", ...
+        sizes: every number that matters for speed.
+        dtype: bf16, fp16, fp32 or tf32.
+    """
+
+    kernel: str
+    sizes: tuple[int, ...]
+    dtype: str
+
+
+#: Milliseconds of everything that was timed, the fastest first. No configuration: the vendor. No time: never timed.
+Times = tuple[tuple[Config | None, float | None], ...]
+
+TUNED = Path(__file__).parent / "tuned"
+_files: dict[Path, dict[Problem, Times]] = {}
+_warned: set[str] = set()
+
+def forget() -> None:
+    """Files are read again, and warned of again."""
+    _files.clear()
+    _warned.clear()
+    device_name.cache_clear()
+
+
+def winner(times: Times, vendor_allowed: bool) -> tuple[Config | None, float | None] | None:
+    return next((row for row in times if row[0] is not None or vendor_allowed), None)
+
+
+def is_foreign(winner: tuple[Config | None, float | None], candidates: Sequence[Config]) -> bool:
+    return winner[0] is not None and winner[0] not in candidates
+
+
+def sorted_times(times: Iterable[tuple[Config | None, float]]) -> Times:
+    """The fastest first; the vendor before configurations that are no faster."""
+    return tuple(sorted(times, key=lambda row: (row[1], row[0] is not None)))
+
+
+@functools.cache
+def device_name(index: int | None) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def look_up(
+    device: torch.device, problem: Problem, candidates: Sequence[Config], vendor_allowed: bool
+) -> Times | None:
+    """From the table that is shipped for the device, or from the cache on disk."""
+    header = header(device)
+    slug = _slug(header["device"])
+    table = TUNED / f"{slug}.json"
+    for path, belongs in (
+        (table, lambda found: isinstance(found.get("device"), str) and _slug(found["device"]) == slug),
+        (_cache_path(header), lambda found: found == header),
+    ):
+        if path not in _files:
+            _files[path] = _read(path, belongs)
+        times = _files[path].get(problem)
+    X
+        if winner is not None and not is_foreign(winner, candidates):
+            return times
+        if winner is not None:
+            warn(
+                str(path), f"{path} names {winner[0]} for {problem}, which is no candidate: delete the file"
+            )
+    return None
+
+
+def _slug(device_name: str) -> str:
+    """h100 for "NVIDIA H100 80GB HBM3"; the whole name where no word of it is a model's."""
+    model = re.search(r"\b[a-z]+\d+s?", device_name.lower())
+    return model[0] if model else _in_file_name(device_name.lower())
+
+
+def _in_file_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text)
+
+
+@functools.cache
+def _source_hash() -> str:
+    found = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
+
+
+def header(device: torch.device) -> dict[str, str]:
+    """All that a time depends on beside the problem."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return {
+        "device": device_name(device.index),
+        "capability": f"{major}.{minor}",
+        "torch": str(torch.__version__),
+        "triton": str(triton.__version__),
+        "resnet_fused": __version__,
+        "source": _source_hash(),
+    }
+
+
+def _cache_path(header: Mapping[str, str]) -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(root, "resnet_fused", _in_file_name("-".join(header.values())) + ".json")
+
+
+def keep(device: torch.device, problem: Problem, times: Times) -> None:
+    """Adds to the cache on disk, whoever else does the same."""
+Xdevice)
+    path = _cache_path(header)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "a") as locked:
+            fcntl.flock(locked, fcntl.LOCK_EX)
+            _files[path] = _read(path, lambda found: found == header) | {problem: times}
+            write(path, header, _files[path])
+    except OSError as error:
+        warn(
+            str(path.parent), f"what is tuned is not kept: {error}; set XDG_CACHE_HOME to a writable folder"
+        )
+
+
+def write(path: Path, header: Mapping[str, str], rows: Mapping[Problem, Times]) -> None:
+    """Whole or not at all; one problem a line."""
+    lines = [json.dumps(_as_row(problem, rows[problem])) for problem in sorted(rows)]
+    text = f'{{"header": {json.dumps(header)},\n"entries": [\n' + ",\n".join(lines) + "\n]}\n"
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _read(path: Path, belongs: Callable[[dict[str, Any]], bool]) -> dict[Problem, Times]:
+    """The rows of a file; none where it is missing, and with a warning where it is of no use."""
+    try:
+        content = json.loads(path.read_text())
+        _check(isinstance(content, dict) and isinstance(content.get("header"), dict), "it has no header")
+        _check(belongs(content["header"]), "it was made by another version or for another device")
+        _check(isinstance(content.get("entries"), list), "it has no entries")
+        return dict(map(_parsed_row, content["entries"]))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        warn(str(path), f"{path} is ignored: {error}; delete it")
+        return {}
+
+
+def _check(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)
+
+
+def rows_of(times: Times) -> list[dict[str, Any]]:
+    return [{"config": "vendor" if config is None else config.as_dict(), "ms": ms} for config, ms in times]
+
+
+def _as_row(problem: Problem, times: Times) -> dict[str, Any]:
+    return problem._asdict() | {"times": rows_of(times)}
+
+
+def _parsed_row(row: Any) -> tuple[Problem, Times]:
+    _check(isinstance(row, dict) and row.keys() == {*Problem._fields, "times"}, "an entry has other fields")
+    kernel, sizes, dtype = (row[field] for field in Problem._fields)
+    _check(isinstance(kernel, str) and isinstance(dtype, str), "a kernel or dtype is no text")
+    _check(isinstance(sizes, list) and all(type(size) is int for size in sizes), "sizes are no whole numbers")
+    return Problem(kernel, tuple(sizes), dtype), times_of(row["times"])
+
+
+def times_of(rows: Any) -> Times:
+    _check(isinstance(rows, list) and bool(rows), "an entry has no times")
+    return sorted_times(map(_parsed_time, rows))
+
+
+def _parsed_time(row: Any) -> tuple[Config | None, float]:
+    _check(isinstance(row, dict) and row.keys() == {"config", "ms"}, "a time has other fields")
+    config, ms = row["config"], row["ms"]
+    _check(type(ms) in (int, float) and math.isfinite(ms) and ms >= 0, "a time is no number")
+    if config == "vendor":
+        return None, float(ms)
+    _check(isinstance(config, dict) and config.keys() == Config().as_dict().keys(), "no configuration")
+    _check(all(type(value) is int and value > 0 for value in config.values()), "no configuration")
+    return Config(**config), float(ms)
+
+
+def warn(about: str, text: str) -> None:
+    if about not in _warned:
+        _warned.add(about)
+        warnings.warn(text, stacklevel=4)

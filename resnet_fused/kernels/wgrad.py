@@ -1,0 +1,152 @@
+"""Sums over the pixels of products of channels: the gradient of a convolution's weight, dy^T a.
+
+A program makes BLOCK_N outputs x BLOCK_K input channels at one tap of the kernel, of one split of the pixels. What the
+splits have found goes to memory and is summed in a fixed order. With ``SUMS`` the sums of dy come along.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resnet_fused.kernels import reductions
+from resnet_fused.kernels.configs import sum_configs
+from resnet_fused.kernels.launch import Config, launch
+from resnet_fused.kernels.problem import (
+    input_sizes,
+    is_pointwise,
+    new_float,
+    precision,
+    touched,
+    window_sizes,
+)
+from resnet_fused.kernels.tiles import activation_tile, gradient_tile, pixel_of
+from resnet_fused.reference.operands import Activation, Gradient, Window
+
+
+@triton.jit
+def wgrad_kernel(
+    g,
+    bits,
+    y,
+    mean,
+    invstd,
+    weight,
+    bias,
+    sum_dz,
+    sum_dz_xhat,
+    x,
+    x_mean,
+    x_invstd,
+    x_weight,
+    x_bias,
+    x_shift,
+    parts,
+    HEIGHT,
+    WIDTH,
+    CHANNELS,
+    OUT_HEIGHT,
+    OUT_WIDTH,
+    OUTPUTS,
+    PIXELS,
+    PART,
+    STRIDE_H,
+    STRIDE_W,
+    PAD_H,
+    PAD_W,
+    DILATION_H,
+    DILATION_W,
+    KERNEL_W,
+    POINTWISE: tl.constexpr,
+    SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """BLOCK_M pixels at a time; PART: what a split writes, in elements."""
+    tiles_k = tl.cdiv(CHANNELS, BLOCK_K)
+    tap, tile_k = tl.program_id(0) // tiles_k, tl.program_id(0) % tiles_k
+    first = tl.program_id(1) * BLOCK_N
+    outputs = first + tl.arange(0, BLOCK_N)
+    channels = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    per_split = tl.cdiv(tl.cdiv(PIXELS, BLOCK_M), tl.num_programs(2))
+    start = tl.program_id(2) * per_split * BLOCK_M
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for step in range(per_split):
+        rows = start + step * BLOCK_M + tl.arange(0, BLOCK_M)
+        row_inside = rows < PIXELS
+        dy = gradient_tile(
+            g, bits, y, mean, invstd, weight, bias, sum_dz, sum_dz_xhat, PIXELS, rows, row_inside, first, OUTPUTS,
+            BLOCK_N,
+        )  # fmt: skip
+        if POINTWISE:
+            source, inside = rows, row_inside
+        else:
+            image, out_h, out_w = pixel_of(rows, OUT_HEIGHT, OUT_WIDTH)
+            h = out_h * STRIDE_H + tap // KERNEL_W * DILATION_H - PAD_H
+            w = out_w * STRIDE_W + tap % KERNEL_W * DILATION_W - PAD_W
+            inside = row_inside & (h >= 0) & (h < HEIGHT) & (w >= 0) & (w < WIDTH)
+            source = (image * HEIGHT + h) * WIDTH + w
+        a = activation_tile(
+            x, x_mean, x_invstd, x_weight, x_bias, x_shift, source, inside, channels, CHANNELS
+        )
+        if SUMS:
+            total += tl.sum(dy.to(tl.float32), 0)
+        acc = tl.dot(tl.trans(dy), a, acc, input_precision=PRECISION)
+    part = parts + tl.program_id(2) * PART
+    columns = tl.num_programs(0) // tiles_k * CHANNELS
+    inside = (outputs < OUTPUTS)[:, None] & (channels < CHANNELS)[None, :]
+    tl.store(part + outputs[:, None] * columns + tap * CHANNELS + channels[None, :], acc, inside)
+    if SUMS:
+        here = (outputs < OUTPUTS) & (tl.program_id(0) == 0)
+        tl.store(part + OUTPUTS * columns + outputs, total, here)
+
+
+def configs(gradient: Gradient, source: Activation, conv: Tensor, window: Window, *_: object) -> list[Config]:
+    outputs, channels, *kernel = conv.shape
+    pixels, loaded = gradient.g.numel() // outputs, 2 if gradient.y is None else 3
+    return sum_configs(source.x, pixels, outputs, channels, taps=kernel[0] * kernel[1], loaded=loaded)
+
+
+def wgrad(
+    gradient: Gradient, source: Activation, conv: Tensor, window: Window, sums: bool, config: Config
+) -> tuple[Tensor, Tensor | None]:
+    """dconv (outputs, C, kh, kw), float32, channels_last; and with ``sums`` those of dy over the pixels, (outputs,).
+
+    Args:
+        gradient: (N, outputs, OH, OW), channels_last.
+        source: the convolution's input, (N, C, H, W), channels_last.
+        conv: for its shape.
+    """
+    x, g = source.x, gradient.g
+    outputs, channels, kernel_h, kernel_w = conv.shape
+    pixels, columns = g.numel() // outputs, kernel_h * kernel_w * channels
+    part = outputs * columns + (outputs if sums else 0)
+    parts = new_float(x, config.splits, part)
+    launch(
+        wgrad_kernel,
+        (
+            kernel_h * kernel_w * triton.cdiv(channels, config.block_k),
+            triton.cdiv(outputs, config.block_n),
+            config.splits,
+        ),
+        {
+            **gradient._asdict(), **{("x" if name == "x" else f"x_{name}"): v for name, v in source._asdict().items()},
+            "parts": parts,
+            **input_sizes(x), "OUT_HEIGHT": g.shape[2], "OUT_WIDTH": g.shape[3], "OUTPUTS": outputs, "PIXELS": pixels,
+            "PART": part, **window_sizes(window), "KERNEL_W": kernel_w,
+        },
+        {
+            "POINTWISE": is_pointwise(conv, window), "SUMS": sums, "PRECISION": precision(x.dtype), **config.blocks(),
+        },
+        config,
+        flops=2 * pixels * conv.numel(),
+        touched=touched("x", x, g.shape[2], g.shape[3]) if (kernel_h, kernel_w) == (1, 1) else None,
+    )  # fmt: skip
+    found = new_float(x, outputs, kernel_h, kernel_w, channels)
+    total = new_float(x, outputs) if sums else None
+    reductions.sum_splits(parts, found, total)
+    return found.permute(0, 3, 1, 2), total

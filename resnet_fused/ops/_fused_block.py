@@ -1,0 +1,232 @@
+"""A block by kernels that make relu(bn(y)) and dy on the way: neither is ever written.
+
+Every convolution takes its statistics along, every gradient of an input the sums for the batch norm below it, the end
+of a block its batch norms, the shortcut, the ReLU and its bits. See docs/launch-plan.md for what is launched.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused.ops._block import (
+    Backward,
+    Forwarded,
+    MaybeTensor,
+    Parameters,
+    Plan,
+    shift_behind,
+)
+from resnet_fused.ops._branch import NO_FOLD, Fold, Measured, Stage, settle_folded, settled
+from resnet_fused.ops.batch_norm_stats import Statistics, check_pixels, shared_sums
+from resnet_fused.ops.bn_add_relu import backward_reduce
+from resnet_fused.ops.folded import folded_add_relu
+from resnet_fused.ops.passes import conv_stats, dgrad, expand, folded_dgrad, gram_of, wgrad
+from resnet_fused.reference.layout import statistics_dtype
+from resnet_fused.reference.operands import Activation, Gradient, Pair
+
+#: Pixels from which the centre of a folded shortcut's input is estimated.
+SAMPLE = 4096
+
+
+def _behind(y: Tensor, used: Statistics, p: Parameters, shift: MaybeTensor = None) -> Activation:
+    return Activation(y, used.mean, used.invstd, p.gamma, p.beta, shift)
+
+
+def _convolve(source: Activation, p: Parameters, stage: Stage) -> tuple[Tensor, Measured]:
+    """y, channels_last, and its statistics. ``every`` of a shortcut is its stride again."""
+    stride = tuple(a * b for a, b in zip(stage.every, stage.stride, strict=True))
+    geometry = (stride, stage.padding, stage.dilation, stage.groups)
+    measure = stage.frozen is None
+    y, mean, var, invstd = conv_stats([*source], p.weight.to(source.x.dtype), *geometry, stage.eps, measure)
+    if stage.frozen is not None:
+        return y, Measured(stage.frozen, ())
+    check_pixels(y.shape, stage.group)
+    return y, settled(mean, mean, var, invstd, y.numel() // y.shape[1], stage)
+
+
+def _fold(source: Activation, p: Parameters, stage: Stage) -> tuple[Measured, Fold]:
+    """Statistics of what a folded convolution would make."""
+    if stage.frozen is not None:
+        return Measured(stage.frozen, ()), NO_FOLD
+    x, (down, right) = source.x, stage.every
+    pixels = len(x) * -(-x.shape[2] // down) * -(-x.shape[3] // right)
+    check_pixels((pixels, len(p.weight), 1, 1), stage.group)
+    mean, covariance = gram_of([*source], stage.every)
+    wide = p.weight.to(x.dtype).flatten(1).to(statistics_dtype(x.dtype))
+    return settle_folded(wide, mean, covariance, pixels, source.shift, stage)
+
+
+def _centre_of(x: Tensor, stage: Stage) -> MaybeTensor:
+    """What nearly centres the input of a folded shortcut, in the activations' dtype: the mean of some pixels.
+
+    Near is enough: what is left of the mean is corrected exactly.
+    """
+    if stage.frozen is not None:
+        return None
+    rows = x.permute(0, 2, 3, 1).flatten(0, 2)
+    return rows[:: -(-len(rows) // SAMPLE)].mean(0).to(statistics_dtype(x.dtype))
+
+
+class _End(NamedTuple):
+    """One of the two sums at the end of a block: a folded convolution's input, or an output, or the block's input."""
+
+    source: Activation
+    p: Parameters | None = None
+    measured: Measured | None = None
+    fold: Fold = NO_FOLD
+    folded: bool = False
+    every: Pair = (1, 1)
+
+    @property
+    def conv(self) -> MaybeTensor:
+        return self.p.weight.to(self.source.x.dtype) if self.folded and self.p is not None else None
+
+    @property
+    def norm(self) -> list[MaybeTensor]:
+        if self.measured is None or self.p is None:
+            return [None] * 4
+        return [self.measured.used.mean, self.measured.used.invstd, self.p.gamma, self.p.beta]
+
+
+def _end(source: Activation, p: Parameters, stage: Stage) -> _End:
+    if stage.folded:
+        return _End(source, p, *_fold(source, p, stage), True, stage.every)
+    y, measured = _convolve(source, p, stage)
+    return _End(Activation(y), p, measured)
+
+
+def forward(x: Tensor, plan: Plan, parameters: list[Parameters]) -> Forwarded:
+    """The block's output, its mask, and what backward needs."""
+    *chain, last = plan.stages
+    ys: list[Tensor] = []
+    used: list[Statistics] = []
+    running: list[Tensor] = []
+    source = Activation(x)
+    for stage, p in zip(chain, parameters, strict=False):
+        y, measured = _convolve(source, p, stage)
+        ys.append(y)
+        used.append(measured.used)
+        running += measured.running
+        source = _behind(y, measured.used, p)
+    if last.folded:
+        source = source._replace(shift=shift_behind(parameters[len(chain) - 1], last))
+    ends = [_end(source, parameters[len(chain)], last)]
+    if plan.downsample is not None:
+        shift = _centre_of(x, plan.downsample) if plan.downsample.folded else None
+        ends.append(_end(Activation(x, shift=shift), parameters[-1], plan.downsample))
+    main, skip = ends[0], ends[1] if len(ends) > 1 else _End(Activation(x))
+    out: Tensor
+    if main.folded or skip.folded:
+        other = skip.source
+        out, mask = expand(
+            [*main.source], main.conv, main.norm, other.x, other.shift, skip.conv, skip.norm, skip.every
+        )
+    else:
+        out, mask = folded_add_relu(main.source.x, None, *main.norm, skip.source.x, None, *skip.norm)
+    for end in ends:
+        assert end.measured is not None
+        used.append(end.measured.used)
+        running += end.measured.running
+    kept = [None if end.folded else end.source.x for end in ends]
+    return Forwarded(out, mask, ys, used, [end.fold for end in ends], kept, running)
+
+
+class FusedBackward(Backward):
+    """Backward of ``forward``."""
+
+    def run(self, grad: Tensor) -> MaybeTensor:
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        da, *sums = self.end(grad, 0)
+        residual: Tensor = grad
+        bits: MaybeTensor = self.mask
+        every: Pair = (1, 1)
+        if self.plan.downsample is not None:
+            residual, bits, every = self.end(grad, 1)[0], None, self.plan.downsample.every
+        for i in reversed(range(1, self.chain)):
+            da, *sums = self.through(self.dy(da, i, sums), i, self.plan.stages[i], self.source(i - 1))
+        dy, stage, source = self.dy(da, 0, sums), self.plan.stages[0], Activation(self.x)
+        del da
+        if not self.needs[0]:
+            self.weight_gradient(dy, 0, stage, source)
+            return None
+        dx, *_ = self.through(dy, 0, stage, source, residual, bits, every)
+        return dx
+
+    def source(self, i: int, shift: MaybeTensor = None) -> Activation:
+        """The input of the convolution behind the i-th of the chain."""
+        return _behind(self.ys[i], self.used[i], self.parameters[i], shift)
+
+    def end(self, grad: Tensor, k: int) -> tuple[Tensor, ...]:
+        """The gradient of the input of an end of the block, and its sums for the batch norm below."""
+        stage, place = self.plan.ends[k], self.place(k)
+        shift = self.folds[k].shift
+        source = self.source(self.chain - 1, shift) if k == 0 else Activation(self.x, shift=shift)
+        if stage.folded:
+            return self.folded_end(grad, source, place, stage, self.folds[k])
+        y, (mean, invstd, share), (_, gamma, beta) = self.kept[k], self.used[place], self.parameters[place]
+        assert y is not None
+        dbeta, dgamma = backward_reduce(grad, self.mask, y, mean, invstd)
+        self.note_norm(place, dgamma, dbeta)
+        sums = shared_sums((dbeta, dgamma), stage.group, share) if stage.frozen is None else [None, None]
+        dy = Gradient(grad, self.mask, y, mean, invstd, gamma, beta, *sums)
+        if k == 0:
+            return self.through(dy, place, stage, source)
+        return self.through_shortcut(dy, place, stage)
+
+    def folded_end(
+        self, grad: Tensor, source: Activation, place: int, stage: Stage, fold: Fold
+    ) -> tuple[Tensor, ...]:
+        weight = self.parameters[place].weight.to(grad.dtype)
+        geometry = (stage.every, (0, 0), (1, 1), 1)
+        product, sum_dz = wgrad([*Gradient(grad, self.mask)], [*source], weight, *geometry, True)
+        found = self.fold_gradients(place, stage, fold, sum_dz, product.flatten(1))
+        square = None if found.matrix is None else found.matrix.to(grad.dtype)[:, :, None, None]
+        gradients: tuple[Tensor, ...] = folded_dgrad(
+            grad, self.mask, self.matrix(place, grad.dtype), [*source], stage.every, square, found.vector
+        )
+        return gradients
+
+    def through_shortcut(self, dy: Gradient, place: int, stage: Stage) -> tuple[Tensor, ...]:
+        """As through, at those pixels alone that a shortcut sees."""
+        x = self.x
+        if stage.every != (1, 1):
+            down, right = stage.every
+            x = x[:, :, ::down, ::right].contiguous(memory_format=torch.channels_last)
+        return self.through(dy, place, stage, Activation(x))
+
+    def dy(self, da: Tensor, i: int, sums: list[Tensor]) -> Gradient:
+        """The gradient of the i-th convolution's output; those of its batch norm are noted."""
+        stage, (mean, invstd, share), (_, gamma, beta) = self.plan.stages[i], self.used[i], self.parameters[i]
+        sum_dz, sum_dz_xhat = sums
+        self.note_norm(i, sum_dz_xhat, sum_dz)
+        shared: list[MaybeTensor] = [None, None]
+        if stage.frozen is None:
+            shared = [*shared_sums((sum_dz, sum_dz_xhat), stage.group, share)]
+        return Gradient(da, None, self.ys[i], mean, invstd, gamma, beta, *shared)
+
+    def through(
+        self,
+        dy: Gradient,
+        place: int,
+        stage: Stage,
+        source: Activation,
+        residual: MaybeTensor = None,
+        bits: MaybeTensor = None,
+        every: Pair = (1, 1),
+    ) -> tuple[Tensor, ...]:
+        """The gradient of a convolution's input and its sums; that of its weight is noted."""
+        self.weight_gradient(dy, place, stage, source)
+        weight = self.parameters[place].weight.to(source.x.dtype)
+        geometry = (stage.stride, stage.padding, stage.dilation, stage.groups)
+        gradients: tuple[Tensor, ...] = dgrad([*dy], weight, *geometry, [*source], residual, bits, every)
+        return gradients
+
+    def weight_gradient(self, dy: Gradient, place: int, stage: Stage, source: Activation) -> None:
+        if self.needs[2 + 3 * place]:
+            weight = self.parameters[place].weight
+            geometry = (stage.stride, stage.padding, stage.dilation, stage.groups)
+            found, _ = wgrad([*dy], [*source], weight.to(source.x.dtype), *geometry, False)
+            self.note_weight(place, found)

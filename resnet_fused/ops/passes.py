@@ -1,0 +1,395 @@
+"""The passes of a block over its pixels as ops that make activations and gradients on the way, as Triton kernels do.
+
+Each has the Triton kernel, the same by the vendor's library and passes of our own, and a reference; which of the first
+two runs for a shape is measured (kernels.tuning). See reference.passes for what they compute.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backend import why_not_triton
+from resnet_fused.ops import folded
+from resnet_fused.ops._matmul import pieces as pieces_of
+from resnet_fused.ops._matmul import rows_in_piece, sum_of_inner, times_into
+from resnet_fused.ops._primitive import primitive
+from resnet_fused.ops.batch_norm_stats import batch_norm_stats
+from resnet_fused.ops.bn_add_relu import backward_dy as bn_add_relu_backward_dy
+from resnet_fused.ops.bn_relu import backward_pass as bn_relu_backward
+from resnet_fused.ops.bn_relu import backward_reduce as bn_relu_backward_reduce
+from resnet_fused.ops.bn_relu import forward_pass as bn_relu
+from resnet_fused.ops.masked_grad import fresh, masked_grad
+from resnet_fused.reference import passes as reference
+from resnet_fused.reference.layout import mask_shape, statistics_dtype
+from resnet_fused.reference.operands import Activation, Gradient, MaybeTensor
+from resnet_fused.reference.passes import Fields, activation, gradient, nothing, seen, window
+
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
+
+
+def value_of(a: Activation) -> Tensor:
+    """An activation in memory, by our own pass over it."""
+    if a.mean is not None:
+        value: Tensor = bn_relu(a.x, a.mean, a.invstd, a.weight, a.bias, a.shift)
+        return value
+    return a.x if a.shift is None else a.x - a.shift.to(a.x.dtype).view(1, -1, 1, 1)
+
+
+def gradient_of(dy: Gradient) -> Tensor:
+    """A gradient in memory, by our own pass over it."""
+    value: Tensor
+    if dy.mean is None:
+        if dy.bits is None:
+            return dy.g
+        value = fresh(dy.g)
+        masked_grad(dy.g, dy.bits, value, False, None)
+    elif dy.bits is None:
+        value = bn_relu_backward(dy.g, *dy[2:])
+    else:
+        value = bn_add_relu_backward_dy(dy.g, dy.bits, *dy[2:6], *dy[7:])
+    return value
+
+
+def runs_triton(x: Tensor, groups: int = 1) -> bool:
+    """Whether Triton kernels serve an activation: they count elements in 32 bits and know no groups."""
+    return (
+        why_not_triton(x.device.type) is None
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and groups == 1
+        and x.numel() < 2**31
+    )
+
+
+def _fastest(
+    family: str,
+    x: Tensor,
+    sizes: Sequence[Any],
+    launcher: str,
+    arguments: tuple[Any, ...],
+    vendor: Callable[[], Any],
+) -> Any:
+    """Runs kernels.<family>.<launcher> in the configuration that is fastest, or the vendor if that is.
+
+    Args:
+        arguments: of the launcher, but for the configuration.
+        sizes: what distinguishes problems for which the fastest may differ, beside the dtype.
+    """
+    kernels = importlib.import_module(f"resnet_fused.kernels.{family}")
+    shapes = importlib.import_module("resnet_fused.kernels.problem")
+    tuning = importlib.import_module("resnet_fused.kernels.tuning")
+    run = getattr(kernels, launcher)
+
+    def with_config(config: Any) -> Any:
+        return run(*arguments, config)
+
+    problem = tuning.Problem(family, tuple(int(size) for size in sizes), shapes.dtype_name(x.dtype))
+    candidates = kernels.configs(*arguments)
+    chosen = tuning.choose(problem, candidates, with_config, vendor, x.device)
+    return vendor() if chosen is None else with_config(chosen)
+
+
+def _given(fields: Sequence[MaybeTensor]) -> list[bool]:
+    return [field is not None for field in fields]
+
+
+def _conv_stats(
+    source: Fields,
+    conv: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    eps: float,
+    measure: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a, geometry = activation(source), window(stride, padding, dilation, groups)
+
+    def vendor() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y = torch.ops.aten.convolution.default(
+            value_of(a), conv, None, stride, padding, dilation, False, [0, 0], groups
+        )
+        y = y.contiguous(memory_format=torch.channels_last)
+        return y, *(batch_norm_stats(y, eps) if measure else nothing(y, 3))
+
+    if not runs_triton(a.x, groups):
+        return vendor()
+    sizes = (*a.x.shape, *conv.shape, *stride, *padding, *dilation, *_given(source[1:]), measure)
+    found: tuple[Tensor, Tensor, Tensor, Tensor]
+    found = _fastest("conv", a.x, sizes, "conv_stats", (a, conv, geometry, eps, measure), vendor)
+    return found
+
+
+def _fake_conv_stats(
+    source: Fields,
+    conv: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    eps: float,
+    measure: bool,
+) -> tuple[Tensor, ...]:
+    x = activation(source).x
+    height, width = window(stride, padding, dilation, groups).out_size(x, conv)
+    y = fresh_channels_last(x, len(conv), height, width)
+    return y, *(_vectors(x, len(conv), 3) if measure else nothing(x, 3))
+
+
+def fresh_channels_last(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    size = (x.shape[0], channels, height, width)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _vectors(x: Tensor, channels: int, count: int) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(channels, dtype=statistics_dtype(x.dtype)) for _ in range(count))
+
+
+conv_stats = primitive(
+    f"conv_stats(Tensor?[] source, Tensor conv, {_GEOMETRY}, float eps, bool measure)"
+    " -> (Tensor y, Tensor mean, Tensor var, Tensor invstd)",
+    reference.conv_stats,
+    _fake_conv_stats,
+    _conv_stats,
+)
+
+
+def _gram(source: Fields, every: list[int]) -> tuple[Tensor, Tensor]:
+    a = activation(source)
+
+    def vendor() -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = folded.gram(value_of(a._replace(x=seen(a.x, every))))
+        return found
+
+    if not runs_triton(a.x):
+        return vendor()
+    sizes = (*a.x.shape, *every, *_given(source[1:]))
+    found: tuple[Tensor, Tensor] = _fastest("gram", a.x, sizes, "gram", (a, _pair(every)), vendor)
+    return found
+
+
+def _pair(every: list[int]) -> tuple[int, int]:
+    return every[0], every[1]
+
+
+gram_of = primitive(
+    "gram_of(Tensor?[] source, int[] every) -> (Tensor mean, Tensor covariance)",
+    reference.gram,
+    lambda source, every: folded.fake_gram(source[0]),
+    _gram,
+)
+
+
+def _expand(
+    source: Fields,
+    conv: MaybeTensor,
+    norm: Fields,
+    skip: Tensor,
+    skip_shift: MaybeTensor,
+    skip_conv: MaybeTensor,
+    skip_norm: Fields,
+    every: list[int],
+) -> tuple[Tensor, Tensor]:
+    a = activation(source)
+
+    def vendor() -> tuple[Tensor, Tensor]:
+        other = value_of(Activation(seen(skip, every), shift=skip_shift))
+        found: tuple[Tensor, Tensor]
+        found = folded.folded_add_relu(value_of(a), conv, *norm, other, skip_conv, *skip_norm)
+        return found
+
+    outputs = a.x.shape[1] if conv is None else len(conv)
+    if not runs_triton(a.x) or not a.x.numel() // a.x.shape[1] * outputs < 2**31:
+        return vendor()
+    sizes = (
+        *a.x.shape,
+        outputs,
+        *skip.shape,
+        *every,
+        *_given((*source[1:], conv, *norm, skip_conv, *skip_norm)),
+    )
+    arguments = (a, conv, tuple(norm), skip, skip_shift, skip_conv, tuple(skip_norm), _pair(every))
+    found: tuple[Tensor, Tensor] = _fastest("expand", a.x, sizes, "expand", arguments, vendor)
+    return found
+
+
+def _fake_expand(source: Fields, conv: MaybeTensor, *_: Any) -> tuple[Tensor, Tensor]:
+    x = activation(source).x
+    out = fresh_channels_last(x, x.shape[1] if conv is None else conv.shape[0], x.shape[2], x.shape[3])
+    return out, out.new_empty(mask_shape(out), dtype=torch.uint8)
+
+
+expand = primitive(
+    "expand(Tensor?[] source, Tensor? conv, Tensor?[] norm, Tensor skip, Tensor? skip_shift, Tensor? skip_conv,"
+    " Tensor?[] skip_norm, int[] every) -> (Tensor out, Tensor mask)",
+    reference.expand,
+    _fake_expand,
+    _expand,
+)
+
+
+def _folded_dgrad(
+    grad: Tensor,
+    bits: Tensor,
+    matrix: Tensor,
+    source: Fields,
+    every: list[int],
+    square: MaybeTensor,
+    vector: MaybeTensor,
+) -> tuple[Tensor, ...]:
+    a = activation(source)
+
+    def vendor() -> tuple[Tensor, ...]:
+        da = fresh(grad, None, len(matrix))
+        dz = gradient_of(Gradient(grad, bits))
+        rows = rows_in_piece(dz, dz.shape[1])
+        for to, part in zip(pieces_of(da, rows), pieces_of(dz, rows), strict=True):
+            times_into(to, part, matrix)
+        if square is not None:
+            folded.add_product_(da, value_of(a._replace(x=seen(a.x, every))), square, vector)
+        return da, *_sums_below(da, a)
+
+    if not runs_triton(grad):
+        return vendor()
+    sizes = (*grad.shape, *a.x.shape, *every, *_given((*source[1:], square)))
+    arguments = (grad, bits, matrix, a, _pair(every), square, vector)
+    da, *sums = _fastest("folded_dgrad", grad, sizes, "folded_dgrad", arguments, vendor)
+    return da, *(nothing(da, 2) if sums[0] is None else sums)
+
+
+def _sums_below(da: Tensor, below: Activation) -> tuple[Tensor, ...]:
+    if below.mean is None:
+        return nothing(da, 2)
+    found: tuple[Tensor, ...] = bn_relu_backward_reduce(da, *below[:5])
+    return found
+
+
+def _fake_sums(below: Activation) -> tuple[Tensor, ...]:
+    return nothing(below.x, 2) if below.mean is None else _vectors(below.x, below.x.shape[1], 2)
+
+
+folded_dgrad = primitive(
+    "folded_dgrad(Tensor grad, Tensor bits, Tensor matrix, Tensor?[] source, int[] every, Tensor? square,"
+    " Tensor? vector) -> (Tensor da, Tensor sum_dz, Tensor sum_dz_xhat)",
+    reference.folded_dgrad,
+    lambda grad, bits, matrix, source, *_: (
+        fresh_channels_last(grad, matrix.shape[0], grad.shape[2], grad.shape[3]),
+        *_fake_sums(activation(source)),
+    ),
+    _folded_dgrad,
+)
+
+
+def _dgrad(
+    dy: Fields,
+    conv: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    below: Fields,
+    residual: MaybeTensor,
+    residual_bits: MaybeTensor,
+    every: list[int],
+) -> tuple[Tensor, ...]:
+    given, source = gradient(dy), activation(below)
+
+    def vendor() -> tuple[Tensor, ...]:
+        found, _, _ = torch.ops.aten.convolution_backward.default(
+            gradient_of(given), source.x, conv, None, stride, padding, dilation, False, [0, 0], groups,
+            [True, False, False],
+        )  # fmt: skip
+        da = found.contiguous(memory_format=torch.channels_last)
+        if residual is not None:
+            if residual_bits is not None and tuple(every) == (1, 1):
+                masked_grad(residual, residual_bits, da, True, None)
+            else:
+                da[:, :, :: every[0], :: every[1]] += gradient_of(Gradient(residual, residual_bits))
+        return da, *_sums_below(da, source)
+
+    strided_and_dilated = max(stride) > 1 and max(dilation) > 1
+    if not runs_triton(source.x, groups) or not runs_triton(given.g) or strided_and_dilated:
+        return vendor()
+    flags = _given((*dy[1:], *below[1:], residual, residual_bits))
+    sizes = (*source.x.shape, *conv.shape, *stride, *padding, *dilation, *every, *flags)
+    arguments = (
+        given, conv, window(stride, padding, dilation, groups), source, residual, residual_bits, _pair(every)
+    )  # fmt: skip
+    da, *sums = _fastest("dgrad", source.x, sizes, "dgrad", arguments, vendor)
+    return da, *(nothing(da, 2) if sums[0] is None else sums)
+
+
+def _fake_dgrad(dy: Fields, conv: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    below = activation(arguments[4])
+    return torch.empty_like(below.x), *_fake_sums(below)
+
+
+dgrad = primitive(
+    f"dgrad(Tensor?[] dy, Tensor conv, {_GEOMETRY}, Tensor?[] below, Tensor? residual, Tensor? residual_bits,"
+    " int[] every) -> (Tensor da, Tensor sum_dz, Tensor sum_dz_xhat)",
+    reference.dgrad,
+    _fake_dgrad,
+    _dgrad,
+)
+
+
+def _wgrad(
+    dy: Fields,
+    source: Fields,
+    conv: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    sums: bool,
+) -> tuple[Tensor, Tensor]:
+    given, a, geometry = gradient(dy), activation(source), window(stride, padding, dilation, groups)
+
+    def vendor() -> tuple[Tensor, Tensor]:
+        g = gradient_of(given)
+        if conv.shape[2:] == (1, 1) and geometry.padding == (0, 0) and groups == 1:
+            product = sum_of_inner(g, value_of(a._replace(x=seen(a.x, stride))))
+            found = product[:, None, None].permute(0, 3, 1, 2)
+        else:
+            _, found, _ = torch.ops.aten.convolution_backward.default(
+                g,
+                value_of(a),
+                conv,
+                None,
+                stride,
+                padding,
+                dilation,
+                False,
+                [0, 0],
+                groups,
+                [False, True, False],
+            )
+        wide = statistics_dtype(g.dtype)
+        total = g.sum((0, 2, 3), dtype=wide) if sums else nothing(g, 1)[0]
+        return found.to(wide).contiguous(memory_format=torch.channels_last), total
+
+    if not runs_triton(a.x, groups) or not runs_triton(given.g):
+        return vendor()
+    sizes = (*a.x.shape, *conv.shape, *stride, *padding, *dilation, *_given((*dy[1:], *source[1:])), sums)
+    found, total = _fastest("wgrad", a.x, sizes, "wgrad", (given, a, conv, geometry, sums), vendor)
+    return found, nothing(a.x, 1)[0] if total is None else total
+
+
+def _fake_wgrad(dy: Fields, source: Fields, conv: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    x, sums = activation(source).x, arguments[-1]
+    found = torch.empty(
+        conv.shape, dtype=statistics_dtype(x.dtype), device=x.device, memory_format=torch.channels_last
+    )
+    return found, _vectors(x, conv.shape[0], 1)[0] if sums else nothing(x, 1)[0]
+
+
+wgrad = primitive(
+    f"wgrad(Tensor?[] dy, Tensor?[] source, Tensor conv, {_GEOMETRY}, bool sums) -> (Tensor dconv, Tensor sum_dy)",
+    reference.wgrad,
+    _fake_wgrad,
+    _wgrad,
+)

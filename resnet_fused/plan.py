@@ -1,0 +1,197 @@
+"""What a training step would launch on a GPU, found out without one: the model runs on meta tensors.
+
+The code that runs is the code that launches; only the launches themselves are left out, and told instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from resnet_fused import models
+from resnet_fused.backend import why_not_triton
+from resnet_fused.kernels.launch import Launch, observing
+from resnet_fused.ops._primitive import COMPOSITIONS
+from resnet_fused.reference.resnet import ARCHITECTURES
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+#: Kernels that pass over activations; the other Triton kernels merge what these have left, or work on weights.
+PASSES = ("conv", "dgrad", "wgrad", "gram", "expand", "folded_dgrad")
+#: Native ops that start a second, small kernel, which merges the parts of a sum.
+_MERGING = ("batch_norm_stats", "backward_reduce")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One launch of a step.
+
+    Args:
+        block: stem, layer1.0, ...
+        kernel: of Triton, or of the extension, or the ATen operator that a library serves.
+        source: triton, native or aten.
+        is_pass: whether it goes over activations rather than weights, vectors and what tiles have left.
+        bytes: read and written, every tensor once.
+        config: of a Triton kernel.
+        launch: the launch itself, of a Triton kernel.
+    """
+
+    block: str
+    kernel: str
+    source: str
+    is_pass: bool
+    bytes: int
+    flops: int = 0
+    config: str = ""
+    launch: Launch | None = None
+
+
+class _Recorder(TorchDispatchMode):
+    """Takes note of everything that would start a kernel."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.batch, self.block = batch, ""
+        self.planned: list[Planned] = []
+
+    def launched(self, launch: Launch) -> None:
+        is_pass = launch.name in PASSES
+        self.planned.append(
+            Planned(
+                self.block,
+                launch.name,
+                "triton",
+                is_pass,
+                launch.bytes,
+                launch.flops,
+                str(launch.config),
+                launch,
+            )
+        )
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace == "resnet_fused" and name in COMPOSITIONS:
+            with self:
+                return COMPOSITIONS[name](*_complete(func, args))
+        result = func(*args, **(kwargs or {}))
+        native = namespace == "resnet_fused"
+        if _is_free(func, name):
+            return result
+        tensors = {id(x): x for x in _tensors((args, kwargs, result))}
+        moved = sum(x.numel() * x.element_size() for x in tensors.values())
+        is_pass = any(x.dim() == 4 and len(x) == self.batch and x.shape[1] > 1 for x in tensors.values())
+        source = "native" if native else "aten"
+        self.planned.append(Planned(self.block, name, source, is_pass, moved))
+        if native and name.endswith(_MERGING):
+            self.planned.append(Planned(self.block, f"{name} merge", source, False, 0))
+        return result
+
+
+def _complete(func: Any, args: Sequence[Any]) -> list[Any]:
+    """With the defaults of the arguments that were left out."""
+    return [*args, *(a.default_value for a in func._schema.arguments[len(args) :])]
+
+
+def _tensors(found: Any) -> Iterator[Tensor]:
+    if isinstance(found, Tensor):
+        yield found
+    elif isinstance(found, (list, tuple)):
+        for each in found:
+            yield from _tensors(each)
+    elif isinstance(found, dict):
+        yield from _tensors(list(found.values()))
+
+
+def _is_free(func: Any, name: str) -> bool:
+    """Whether an operator only makes a view, or room for others to write to."""
+    views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+    return views or name.startswith(("empty", "new_empty", "fresh_like", "detach", "_unsafe_view"))
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def plan(arch: str, batch: int, dtype: str = "bf16", image_size: int = 224) -> list[Planned]:
+    """The launches of a training step, forward and backward of stem and blocks, in channels_last, block by block.
+
+    Weights are taken to be in ``dtype`` already. Configurations are those that nothing has been measured for.
+
+    Raises:
+        ValueError: an argument out of range, or Triton kernels do not run (backend.why_not_triton).
+    """
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {arch!r}: choose one of {', '.join(ARCHITECTURES)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if batch < 2 or image_size < 32:
+        raise ValueError("a plan needs a batch of at least 2 and images of at least 32 pixels")
+    if reason := why_not_triton("meta"):
+        raise ValueError(f"there is no plan without Triton kernels: {reason}")
+    recorder = _Recorder(batch)
+    with torch.device("meta"), _tf32(dtype == "tf32"):
+        model = getattr(models, arch)().to(DTYPES[dtype], memory_format=torch.channels_last)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.float()
+        x = torch.empty(batch, 3, image_size, image_size, dtype=DTYPES[dtype])
+        x = x.to(memory_format=torch.channels_last)
+        parts = [("stem", model._stem)]
+        stages = ("layer1", "layer2", "layer3", "layer4")
+        parts += [(f"{s}.{i}", block) for s in stages for i, block in enumerate(getattr(model, s))]
+        with observing(recorder.launched):
+            for recorder.block, part in parts:
+                x = _step(recorder, part, x)
+    return recorder.planned
+
+
+def _step(recorder: _Recorder, part: Any, x: Tensor) -> Tensor:
+    """Forward and backward of one part of a model; its output, as the input of the next."""
+    x = x.requires_grad_(recorder.block != "stem")
+    with recorder:
+        out: Tensor = part(x)
+    # Of everything that has a gradient: what a first step adds to .grad, or steals, is not looked at.
+    module = getattr(part, "__self__", part)
+    wanted = [p for p in (x, *module.parameters()) if p.requires_grad]
+    grad = torch.empty_like(out)
+    with recorder:
+        torch.autograd.grad(out, wanted, grad, allow_unused=True)
+    # Convolutions of meta tensors come out contiguous, those of a GPU in the layout of their input.
+    return out.detach().contiguous(memory_format=torch.channels_last)
+
+
+def launches(arch: str, batch: int, dtype: str, image_size: int = 224) -> list[Launch]:
+    """Those of a plan that are Triton's."""
+    return [p.launch for p in plan(arch, batch, dtype, image_size) if p.launch is not None]
+
+
+def table(planned: Sequence[Planned], batch: int) -> str:
+    """Launches by kind of block and kernel, passes first, with their bytes per image."""
+    lines = [f"{'kernel':34}{'source':8}{'launches':>9}{'MB/image':>10}{'GFLOP/image':>13}"]
+
+    def add(name: str, source: str, group: Sequence[Planned]) -> None:
+        moved, flops = sum(p.bytes for p in group) / batch, sum(p.flops for p in group) / batch
+        lines.append(f"{name:34}{source:8}{len(group):9}{moved / 1e6:10.2f}{flops / 1e9:13.2f}")
+
+    for is_pass, title in ((True, "passes over activations"), (False, "merges, weights and vectors")):
+        chosen = [p for p in planned if p.is_pass == is_pass]
+        lines.append(f"{title}:")
+        for key in dict.fromkeys((p.kernel, p.source) for p in chosen):
+            add(f"  {key[0]}", key[1], [p for p in chosen if (p.kernel, p.source) == key])
+        add("  all", "", chosen)
+    add("all", "", planned)
+    return "\n".join(lines)

@@ -1,0 +1,176 @@
+"""The passes of a block over its pixels where activations and gradients are made on the way (reference.operands).
+
+Activations are (N, C, H, W), weights (outputs, C / groups, kh, kw) in the activations' dtype; vectors, sums and
+gradients of weights are in the statistics dtype. ``every``: of the pixels one in so many, down and across.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from resnet_fused.reference import folded
+from resnet_fused.reference.batch_norm_stats import batch_norm_stats
+from resnet_fused.reference.bn_add_relu import behind_relu
+from resnet_fused.reference.bn_relu import bn_relu_backward_reduce
+from resnet_fused.reference.layout import dense, fresh_like, statistics_dtype, widened
+from resnet_fused.reference.operands import Activation, Gradient, MaybeTensor, Window
+
+#: An Activation, a Gradient, or mean, invstd, weight and bias of a batch norm, as the dispatcher takes them.
+Fields = list[MaybeTensor]
+
+
+def activation(fields: Fields) -> Activation:
+    return Activation(*fields)  # type: ignore[arg-type]
+
+
+def gradient(fields: Fields) -> Gradient:
+    return Gradient(*fields)  # type: ignore[arg-type]
+
+
+def window(stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Window:
+    return Window((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
+
+
+def seen(x: Tensor, every: list[int]) -> Tensor:
+    """Every so-manyth pixel of ``x``, channels_last."""
+    if tuple(every) == (1, 1):
+        return x
+    return x[:, :, :: every[0], :: every[1]].contiguous(memory_format=torch.channels_last)
+
+
+def conv_stats(
+    source: Fields,
+    conv: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    eps: float,
+    measure: bool,
+) -> tuple[Tensor, ...]:
+    """y = conv(a), channels_last; with ``measure`` its mean, biased variance and invstd, else three empty vectors."""
+    a = activation(source).value()
+    y = window(stride, padding, dilation, groups).convolve(a, conv)
+    y = y.contiguous(memory_format=torch.channels_last)
+    y = fresh_like(y).copy_(y)
+    return y, *(batch_norm_stats(y, eps) if measure else nothing(y, 3))
+
+
+def gram(source: Fields, every: list[int]) -> tuple[Tensor, Tensor]:
+    """Mean (C,) and biased covariance (C, C) of the channels of an activation."""
+    return folded.gram(seen(activation(source).value(), every))
+
+
+def expand(
+    source: Fields,
+    conv: MaybeTensor,
+    norm: Fields,
+    skip: Tensor,
+    skip_shift: MaybeTensor,
+    skip_conv: MaybeTensor,
+    skip_norm: Fields,
+    every: list[int],
+) -> tuple[Tensor, Tensor]:
+    """relu(bn(a) + shortcut) and the mask of its ReLU, with a convolved by ``conv`` (1x1) where that is given.
+
+    The shortcut is ``skip``; with ``skip_conv`` that of (skip - skip_shift) at some pixels; with skip_norm behind a
+    batch norm.
+    """
+    other = Activation(skip, shift=skip_shift).value()
+    mean, invstd, weight, bias = norm
+    assert mean is not None and invstd is not None
+    a = activation(source).value()
+    shortcut = seen(other, every), skip_conv, *skip_norm
+    return folded.folded_add_relu(a, conv, mean, invstd, weight, bias, *shortcut)  # type: ignore[arg-type]
+
+
+def folded_dgrad(
+    grad: Tensor,
+    bits: Tensor,
+    matrix: Tensor,
+    source: Fields,
+    every: list[int],
+    square: MaybeTensor,
+    vector: MaybeTensor,
+) -> tuple[Tensor, ...]:
+    """da = dz matrix^T + a square^T + vector, and the sums that ``dgrad`` returns.
+
+    Args:
+        grad: (N, outputs, H, W), of the output of ``expand``; bits: its mask.
+        matrix: (C, outputs, 1, 1); square: (C, C, 1, 1), vector: (C,), or both None.
+        source: the folded convolution's input, C channels, of whose pixels ``every`` so-manyth counts.
+    """
+    da = F.conv2d(behind_relu(grad, bits, dense(grad)), widened(matrix))
+    a = activation(source)
+    if square is not None and vector is not None:
+        da = da + F.conv2d(widened(seen(a.value(), every)), widened(square)) + vector.view(1, -1, 1, 1)
+    out = fresh_like(grad, c=len(matrix)).copy_(da)
+    return out, *sums_below(out, a)
+
+
+def dgrad(
+    dy: Fields,
+    conv: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    below: Fields,
+    residual: MaybeTensor,
+    residual_bits: MaybeTensor,
+    every: list[int],
+) -> tuple[Tensor, ...]:
+    """da, the gradient of a convolution's input ``below``, and what its batch norm needs of it.
+
+    Args:
+        residual: added to da at every so-manyth pixel, behind residual_bits where they are given.
+
+    Returns:
+        da: like below's x.
+        sum_dz, sum_dz_xhat: (C,) each, of da behind the ReLU, where ``below`` has statistics; else empty.
+    """
+    source, g = activation(below), widened(gradient(dy).value())
+    geometry = (stride, padding, dilation, groups)
+    da = conv2d_input(source.x.shape, widened(conv), g, *geometry)
+    if residual is not None:
+        more = widened(residual)
+        if residual_bits is not None:
+            more = behind_relu(residual, residual_bits, dense(residual))
+        da[:, :, :: every[0], :: every[1]] += more
+    out = torch.empty_like(source.x).copy_(da)
+    return out, *sums_below(out, source)
+
+
+def wgrad(
+    dy: Fields,
+    source: Fields,
+    conv: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    sums: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of ``conv`` (given for its shape), channels_last, and with ``sums`` dy summed over the pixels.
+
+    Both in the statistics dtype; without ``sums`` the second is empty.
+    """
+    g, a = widened(gradient(dy).value()), widened(activation(source).value())
+    geometry = (stride, padding, dilation, groups)
+    found = conv2d_weight(a, conv.shape, g, *geometry)
+    total = g.sum((0, 2, 3), dtype=torch.float64).to(g.dtype) if sums else nothing(a, 1)[0]
+    return found.contiguous(memory_format=torch.channels_last), total
+
+
+def sums_below(da: Tensor, below: Activation) -> tuple[Tensor, ...]:
+    if below.mean is None or below.invstd is None:
+        return nothing(da, 2)
+    return bn_relu_backward_reduce(da, below.x, below.mean, below.invstd, below.weight, below.bias)
+
+
+def nothing(like: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Empty vectors, where an op always has as many results."""
+    return tuple(like.new_empty(0, dtype=statistics_dtype(like.dtype)) for _ in range(count))

@@ -1,0 +1,175 @@
+"""Every kernel of a training step, compiled for every architecture without a GPU: nothing spills, nothing is slow."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.kernel_resources import (
+    ARCHITECTURES,
+    REGISTERS,
+    Resources,
+    Specialisation,
+    compile_all,
+    specialisation,
+)
+from resnet_fused.kernels.launch import Config, Launch
+
+pytest.importorskip("triton")
+
+#: The architectures a dtype is compiled for. bf16 is what is trained in; of the others those that differ most, to save
+#: time: sm_80 has the instructions of all that have no wgmma.
+BUILDS = {"bf16": tuple(ARCHITECTURES), "fp16": (80, 90), "tf32": (80, 90, 100)}
+MODELS = ("resnet50", "resnet18")
+
+
+@dataclass(frozen=True)
+class Built:
+    """A kernel that was compiled for an architecture: one of its launches, and what it needs or why it failed."""
+
+    what: Specialisation
+    arch: int
+    launch: Launch
+    found: Resources | str
+
+    def __str__(self) -> str:
+        return f"{self.what.name} {self.what.config} on sm_{self.arch} ({self.what.details})"
+
+
+def build(launches: Iterable[tuple[Launch, Iterable[int]]], processes: int = 2) -> list[Built]:
+    """Compiles launches for the architectures that go with each; what they have in common once."""
+    pairs: dict[tuple[Specialisation, int], Launch] = {}
+    for launch, archs in launches:
+        what = specialisation(launch)
+        for arch in archs:
+            pairs.setdefault((what, arch), launch)
+    done = [
+        Built(what, arch, pairs[what, arch], found) for what, arch, found in compile_all(pairs, processes)
+    ]
+    return sorted(done, key=str)
+
+
+def multiplies(launch: Launch) -> bool:
+    return "tl.dot(" in launch.kernel.src
+
+
+def rows_are_aligned(launch: Launch) -> bool:
+    """Whether it has matrices or activations, and the channels of all of them fill 16 bytes again and again."""
+    matrices = [
+        x
+        for x in launch.arguments.values()
+        if isinstance(x, Tensor) and x.dim() > 1 and x.is_floating_point()
+    ]
+    channels = [x.shape[1] if x.dim() == 4 else x.shape[-1] for x in matrices]
+    return bool(matrices) and all(
+        count * x.element_size() % 16 == 0 for count, x in zip(channels, matrices, strict=True)
+    )
+
+
+def failures(built: Iterable[Built], wrong: Callable[[Built, Resources], str]) -> list[str]:
+    """A line for each of which ``wrong`` has something to tell; what did not compile has a test of its own."""
+    told = [(x, wrong(x, x.found)) for x in built if isinstance(x.found, Resources)]
+    return [f"{x}: {why}" for x, why in told if why]
+
+
+def uncompiled(built: Iterable[Built]) -> list[str]:
+    return [x.found for x in built if isinstance(x.found, str)]
+
+
+def spills(_: Built, found: Resources) -> str:
+    return f"spills {found.spill_bytes} bytes" if found.spill_bytes else ""
+
+
+def too_many_registers(_: Built, found: Resources) -> str:
+    return f"{found.registers} registers" if found.registers > REGISTERS else ""
+
+
+def too_much_shared_memory(x: Built, found: Resources) -> str:
+    limit = ARCHITECTURES[x.arch]
+    return f"{found.shared_bytes} bytes, {limit} there are" if found.shared_bytes > limit else ""
+
+
+def no_tensor_cores(x: Built, found: Resources) -> str:
+    if not multiplies(x.launch):
+        return ""
+    if not found.mma:
+        return "no tensor-core instruction"
+    return "no wgmma" if x.arch == 90 and found.products & {"bf16", "f16"} and not found.wgmma else ""
+
+
+def narrow_loads(x: Built, found: Resources) -> str:
+    if rows_are_aligned(x.launch) and found.vector_load_bytes < 16:
+        return f"loads {found.vector_load_bytes} bytes at a time"
+    return ""
+
+
+@pytest.fixture(scope="module")
+def steps() -> list[Built]:
+    """The kernels of the steps of both kinds of blocks."""
+    plan = importlib.import_module("resnet_fused.plan")
+    launches = [
+        (launch, archs)
+        for dtype, archs in BUILDS.items()
+        for model in MODELS
+        for launch in plan.launches(model, 256, dtype)
+    ]
+    assert any(multiplies(launch) for launch, _ in launches)
+    return build(launches, min(2, len(os.sched_getaffinity(0))))
+
+
+def test_everything_compiles(steps: list[Built]) -> None:
+    assert uncompiled(steps) == []
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "wrong",
+    [spills, too_many_registers, too_much_shared_memory, no_tensor_cores, narrow_loads],
+    ids=lambda wrong: wrong.__name__,
+)
+def test_no_kernel_of_a_step(steps: list[Built], wrong: Callable[[Built, Resources], str], arch: int) -> None:
+    there = [x for x in steps if x.arch == arch]
+    assert there
+    found = failures(there, wrong)
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_what_is_wrong_is_found() -> None:
+    """Toy kernels, each with one fault."""
+    from tests.kernels.test_kernel_resources import SPILLING, product, scale, wrong
+
+    slow = product(config=Config(16, 16, 16, 4, 3))  # too small for wgmma
+    ieee = product(torch.float32, precision="ieee")
+    toys = (product(), product(), slow, ieee, scale(**SPILLING), wrong())
+    built = build([(launch, (90,)) for launch in toys])
+    assert len(built) == 5
+    assert [line.partition(" on ")[0] for line in uncompiled(built)] == ["wrong 3 4w3s"]
+
+    def faulty(check: Callable[[Built, Resources], str]) -> list[str]:
+        return [line.partition(" on ")[0] for line in failures(built, check)]
+
+    assert faulty(spills) == ["scale 16384 1w3s"]
+    assert faulty(too_many_registers) == faulty(too_much_shared_memory) == []
+    assert faulty(no_tensor_cores) == ["product 16x16x16 4w3s", "product 64x64x32 4w3s"]
+    told = failures(built, no_tensor_cores)
+    assert told[0].endswith(": no wgmma") and told[1].endswith(": no tensor-core instruction")
+    assert "PRECISION=ieee" in told[1]
+
+
+def test_narrow_loads_are_found() -> None:
+    from tests.kernels.test_kernel_resources import product
+
+    aligned = product()
+    arguments = {**aligned.arguments, "N": 250, "K": 250}  # the kernel is not told that rows are aligned
+    hidden = Launch(aligned.kernel, (1,), arguments, aligned.constants, aligned.config)
+    odd = product(size=33)  # cannot be aligned
+    assert rows_are_aligned(aligned) and rows_are_aligned(hidden) and not rows_are_aligned(odd)
+    (line,) = failures(build([(aligned, (80,)), (hidden, (80,))], 1), narrow_loads)
+    assert "not by 16: N K" in line
+    assert failures(build([(odd, (80,))], 1), narrow_loads) == []
