@@ -103,15 +103,24 @@ def why_not_fused(device_type: str) -> str | None:
 
 
 def status() -> list[dict[str, str]]:
-    """One row per op and device type: {op, device, implementation, reason}; reason is "" for native."""
-    from resnet_fused.ops import PRIMITIVES
+    """One row per op and device type: {op, device, implementation, reason}; reason is "" where nothing is missing.
+
+    implementation: native (csrc), vendor (products of the vendor's library and native ops), triton (where it is
+    faster than the vendor) or reference.
+    """
+    from resnet_fused.ops import _primitive
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     rows = []
     for device in devices:
-        reason = "forced by the backend setting" if uses_reference() else why_not_native(device)
-        for op in PRIMITIVES:
-            implementation = "native" if reason is None else "reference"
+        missing = "forced by the backend setting" if uses_reference() else why_not_native(device)
+        for op in _primitive.PRIMITIVES:
+            implementation, reason = "native", missing
+            if missing is not None:
+                implementation = "reference"
+            elif op in _primitive.COMPOSITIONS:
+                reason = why_not_triton(device) if op in _primitive.TRITON else None
+                implementation = "triton" if op in _primitive.TRITON and reason is None else "vendor"
             rows.append(
                 {"op": op, "device": device, "implementation": implementation, "reason": reason or ""}
             )

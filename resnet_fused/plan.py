@@ -57,7 +57,11 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, batch: int) -> None:
         super().__init__()
         self.batch, self.block = batch, ""
+        self.weights: set[torch.Size] = set()
         self.planned: list[Planned] = []
+
+    def is_activation(self, x: Tensor) -> bool:
+        return x.dim() == 4 and len(x) == self.batch and x.shape not in self.weights and x[0, 0].numel() > 1
 
     def launched(self, launch: Launch) -> None:
         is_pass = launch.name in PASSES
@@ -87,7 +91,7 @@ class _Recorder(TorchDispatchMode):
             return result
         tensors = {id(x): x for x in _tensors((args, kwargs, result))}
         moved = sum(x.numel() * x.element_size() for x in tensors.values())
-        is_pass = any(x.dim() == 4 and len(x) == self.batch and x.shape[1] > 1 for x in tensors.values())
+        is_pass = any(self.is_activation(x) for x in tensors.values())
         source = "native" if native else "aten"
         self.planned.append(Planned(self.block, name, source, is_pass, moved))
         if native and name.endswith(_MERGING):
@@ -153,6 +157,7 @@ def plan(arch: str, batch: int, dtype: str = "bf16", image_size: int = 224) -> l
         parts = [("stem", model._stem)]
         stages = ("layer1", "layer2", "layer3", "layer4")
         parts += [(f"{s}.{i}", block) for s in stages for i, block in enumerate(getattr(model, s))]
+        recorder.weights = {p.shape for p in model.parameters()}
         with observing(recorder.launched):
             for recorder.block, part in parts:
                 x = _step(recorder, part, x)

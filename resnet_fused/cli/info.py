@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from resnet_fused.cli.errors import UserError
+
 
 def info() -> None:
     """Prints versions, devices, and the rows of `resnet_fused.backend.status()`."""
@@ -15,6 +17,25 @@ def info() -> None:
     head = ("op", "device", "implementation", "reason")
     print()
     print(layout([head, *([str(row[key] or "") for key in head] for row in rows)]))
+
+
+def plan(arch: str, batch: int = 256, image_size: int = 224, precision: str = "bf16") -> None:
+    """Prints the launches of a training step on a GPU by kernel, with the bytes that they move.
+
+    Raises:
+        UserError: an argument out of range, or triton is not installed.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise UserError("--plan runs the launchers of the Triton kernels: run pip install triton")
+    module = importlib.import_module("resnet_fused.plan")
+    try:
+        planned = module.plan(arch, batch, precision, image_size)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    print(
+        f"{arch}, batch {batch}, {image_size}x{image_size}, {precision}: stem and blocks, forward and backward"
+    )
+    print(module.table(planned, batch))
 
 
 def versions() -> list[tuple[str, str]]:

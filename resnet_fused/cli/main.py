@@ -67,6 +67,13 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     info = commands.add_parser("info", help="versions, devices, and which backend serves which op")
     info.set_defaults(command=_info)
+    add = info.add_argument_group(
+        "what a training step would launch on a GPU, found out without one"
+    ).add_argument
+    add("--plan", metavar="ARCH", help="of this model: passes over activations, and small kernels")
+    add("--batch", type=_count, metavar="N", help="images of the step (256)")
+    add("--image-size", type=_count, metavar="N", help="pixels of a side (224)")
+    add("--precision", metavar="P", help="bf16, fp16, tf32 or fp32 (bf16)")
     # An option that is not given stays away: a checkpoint that is resumed may have it.
     train = commands.add_parser(
         "train",
@@ -166,9 +173,17 @@ def _train(arguments: dict[str, Any]) -> None:
 
 
 def _info(arguments: dict[str, Any]) -> None:
-    from resnet_fused.cli.info import info
+    from resnet_fused.cli.info import info, plan
 
-    info()
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if "plan" in given:
+        plan(given.pop("plan"), **given)
+    elif given:
+        raise UserError(
+            f"--{next(iter(given)).replace('_', '-')} belongs to --plan: add --plan resnet50, say"
+        )
+    else:
+        info()
 
 
 def _count(text: str) -> int:

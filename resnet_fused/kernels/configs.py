@@ -14,8 +14,9 @@ from torch import Tensor
 
 from resnet_fused.kernels.launch import Config
 
-#: Multiprocessors of an H100, for a device that cannot be asked.
+#: Multiprocessors of an H100, for a device that cannot be asked; its rates weigh arithmetic against traffic.
 MULTIPROCESSORS = 132
+FLOPS, BANDWIDTH = 790e12, 3.0e12
 #: Of shared memory for a program: one fits on every architecture, two or three on the larger ones.
 SHARED_BYTES = 72 << 10
 #: Elements of tiles that a thread holds at a time: what compiles without spills for every architecture.
@@ -75,7 +76,7 @@ def sum_configs(
     processors = multiprocessors(x)
     scored = []
     for block_n, block_k, rows_at_once, fill in itertools.product(
-        {tile(n, size) for size in _SIZES}, {tile(k, size) for size in _SIZES}, (32, 64), (2, 4)
+        {tile(n, size) for size in _SIZES}, {tile(k, size) for size in _SIZES}, (32, 64), (1, 2, 4)
     ):
         block_m = tile(rows, rows_at_once)
         warps = 4 if block_n * block_k <= 64 * 64 else 8
@@ -86,10 +87,13 @@ def sum_configs(
             continue
         tiles = triton.cdiv(n, block_n) * triton.cdiv(k, block_k) * taps
         splits = max(1, min(round(fill * processors / tiles), triton.cdiv(rows, 8 * block_m)))
-        padded = triton.cdiv(n, block_n) * block_n * triton.cdiv(k, block_k) * block_k
+        padded = triton.cdiv(n, block_n) * block_n * triton.cdiv(k, block_k) * block_k * taps
         slots = 2 * processors if warps == 4 else processors
         idle = triton.cdiv(tiles * splits, slots) * slots / (tiles * splits)
-        cost = padded * idle * (1 + 32 / block_n + 32 / block_k) * (1 + 4 / block_m) * (1 + splits / 1024)
+        work = 2 * rows * padded * idle * (1 + 32 / block_n + 32 / block_k) * (1 + 4 / block_m)
+        # What the splits have found is written and read again.
+        parts = 0 if splits == 1 else 8 * splits * n * k * taps
+        cost = work / FLOPS + parts / BANDWIDTH
         scored.append((cost, Config(block_m, block_n, block_k, warps, stages, splits)))
     found = [config for _, config in sorted(scored, key=lambda pair: (pair[0], str(pair[1])))]
     return list(dict.fromkeys(found))

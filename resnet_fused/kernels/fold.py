@@ -15,40 +15,32 @@ from torch import Tensor
 from resnet_fused.kernels.configs import tile
 from resnet_fused.kernels.launch import Config, launch
 
-#: Outputs from which on tiles of 32 rows make enough programs.
-_MANY_OUTPUTS = 2048
+
+@triton.jit
+def _tile(matrix, rows, columns, ROWS, COLUMNS):
+    """Some rows and columns of a matrix, float32; zeros outside."""
+    inside = (rows < ROWS)[:, None] & (columns < COLUMNS)[None, :]
+    return tl.load(matrix + rows[:, None] * COLUMNS + columns[None, :], inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _weight_tile(weight, rows, columns, OUTPUTS, CHANNELS):
-    """W at some outputs and channels, float32; zeros outside."""
-    inside = (rows < OUTPUTS)[:, None] & (columns < CHANNELS)[None, :]
-    return tl.load(weight + rows[:, None] * CHANNELS + columns[None, :], inside, other=0.0).to(tl.float32)
+def _scale(gamma, rate, rows, inside):
+    """invstd * gamma of some outputs, ``rate`` their invstd."""
+    if gamma is not None:
+        rate *= tl.load(gamma + rows, inside, 0.0)
+    return rate
 
 
 @triton.jit
 def _covariance_product(
-    weight,
-    covariance,
-    rows,
-    columns,
-    OUTPUTS,
-    CHANNELS,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    weight, covariance, rows, columns, OUTPUTS, CHANNELS, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """W S at some outputs and channels."""
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     for first in range(0, CHANNELS, BLOCK_K):
         between = first + tl.arange(0, BLOCK_K)
-        w = _weight_tile(weight, rows, between, OUTPUTS, CHANNELS)
-        s = tl.load(
-            covariance + between[:, None] * CHANNELS + columns[None, :],
-            (between < CHANNELS)[:, None] & (columns < CHANNELS)[None, :],
-            other=0.0,
-        )
+        w = _tile(weight, rows, between, OUTPUTS, CHANNELS)
+        s = _tile(covariance, between, columns, CHANNELS, CHANNELS)
         acc = tl.dot(w, s, acc, input_precision=PRECISION)
     return acc
 
@@ -74,10 +66,8 @@ def fold_statistics_kernel(
     square = tl.zeros((BLOCK_M,), tl.float64)
     for start in range(0, CHANNELS, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        acc = _covariance_product(
-            weight, covariance, rows, columns, OUTPUTS, CHANNELS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
-        )
-        w = _weight_tile(weight, rows, columns, OUTPUTS, CHANNELS).to(tl.float64)
+        acc = _covariance_product(weight, covariance, rows, columns, OUTPUTS, CHANNELS, PRECISION, BLOCK_K)
+        w = _tile(weight, rows, columns, OUTPUTS, CHANNELS).to(tl.float64)
         m = tl.load(mean + columns, columns < CHANNELS, 0.0).to(tl.float64)
         total += tl.sum(w * m[None, :], 1)
         square += tl.sum(w * acc.to(tl.float64), 1)
@@ -118,8 +108,8 @@ def fold_dweight_kernel(
     along = tl.zeros((BLOCK_M, BLOCK_K), tl.float64)
     for first in range(0, CHANNELS, BLOCK_K):
         between = first + tl.arange(0, BLOCK_K)
-        w = _weight_tile(weight, rows, between, OUTPUTS, CHANNELS)
-        q = _weight_tile(product, rows, between, OUTPUTS, CHANNELS)
+        w = _tile(weight, rows, between, OUTPUTS, CHANNELS)
+        q = _tile(product, rows, between, OUTPUTS, CHANNELS)
         along += w.to(tl.float64) * q.to(tl.float64)
     level = tl.load(sum_dz + rows, row_inside, 0.0)
     centre = tl.load(mean_y + rows, row_inside, 0.0)
@@ -127,19 +117,14 @@ def fold_dweight_kernel(
     centred = tl.sum(along, 1) - level.to(tl.float64) * centre.to(tl.float64)
     slope = (centred * rate.to(tl.float64)).to(tl.float32)
     tl.store(dgamma + rows, slope, row_inside & (tile_n == 0))
-    factor = rate
-    if gamma is not None:
-        factor *= tl.load(gamma + rows, row_inside, 0.0)
-    value = _weight_tile(product, rows, columns, OUTPUTS, CHANNELS)
+    value = _tile(product, rows, columns, OUTPUTS, CHANNELS)
     if covariance is not None:
-        acc = _covariance_product(
-            weight, covariance, rows, columns, OUTPUTS, CHANNELS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
-        )
+        acc = _covariance_product(weight, covariance, rows, columns, OUTPUTS, CHANNELS, PRECISION, BLOCK_K)
         m = tl.load(mean + columns, columns < CHANNELS, 0.0)
         value = value - level[:, None] * m[None, :] - (rate * slope)[:, None] * acc
     tl.store(
         dweight + rows[:, None] * CHANNELS + columns[None, :],
-        factor[:, None] * value,
+        _scale(gamma, rate, rows, row_inside)[:, None] * value,
         row_inside[:, None] & (columns < CHANNELS)[None, :],
     )
 
@@ -147,10 +132,7 @@ def fold_dweight_kernel(
 @triton.jit
 def _factor_and_slope(gamma, invstd, dgamma, rows, inside, PIXELS):
     rate = tl.load(invstd + rows, inside, 0.0)
-    factor = rate
-    if gamma is not None:
-        factor *= tl.load(gamma + rows, inside, 0.0)
-    return factor, -rate * tl.load(dgamma + rows, inside, 0.0) / PIXELS
+    return _scale(gamma, rate, rows, inside), -rate * tl.load(dgamma + rows, inside, 0.0) / PIXELS
 
 
 @triton.jit
@@ -180,8 +162,8 @@ def fold_matrix_kernel(
         for first in range(0, OUTPUTS, BLOCK_K):
             rows = first + tl.arange(0, BLOCK_K)
             factor, slope = _factor_and_slope(gamma, invstd, dgamma, rows, rows < OUTPUTS, PIXELS)
-            a = _weight_tile(weight, rows, left, OUTPUTS, CHANNELS)
-            b = _weight_tile(weight, rows, right, OUTPUTS, CHANNELS) * (factor * slope)[:, None]
+            a = _tile(weight, rows, left, OUTPUTS, CHANNELS)
+            b = _tile(weight, rows, right, OUTPUTS, CHANNELS) * (factor * slope)[:, None]
             acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
         tl.store(
             matrix + left[:, None] * CHANNELS + right[None, :],
@@ -197,20 +179,9 @@ def fold_matrix_kernel(
             offset = -tl.load(sum_dz + rows, inside, 0.0) / PIXELS
             centre = tl.load(mean_y + rows, inside, 0.0).to(tl.float64)
             each = factor.to(tl.float64) * (offset.to(tl.float64) - slope.to(tl.float64) * centre)
-            w = _weight_tile(weight, rows, right, OUTPUTS, CHANNELS)
+            w = _tile(weight, rows, right, OUTPUTS, CHANNELS)
             total += tl.sum(w.to(tl.float64) * each[:, None], 0)
         tl.store(vector + right, total.to(tl.float32), right < CHANNELS)
-
-
-def _row_config(outputs: int, channels: int) -> Config:
-    """For W S: (2048, 512) makes 64 programs that go through all channels, or 512 tiles."""
-    block_m = 32 if outputs >= _MANY_OUTPUTS else 16
-    return Config(block_m, tile(channels, 64), tile(channels, 32))
-
-
-def _matrix_config(outputs: int, channels: int, dtype: torch.dtype) -> Config:
-    """For W^T W: 512 channels make 128 tiles."""
-    return Config(tile(channels, 32), tile(channels, 64), tile(outputs, 32 if dtype == torch.float32 else 64))
 
 
 def fold_statistics(
@@ -220,7 +191,7 @@ def fold_statistics(
 
     Args:
         weight: W, (N, K) or (N, K, 1, 1), float32, bfloat16 or float16.
-        mean, covariance: (K,) and S, (K, K), float32.
+        mean, covariance: (K,) and S, (K, K), float32, contiguous.
         precision: of W S, as tl.dot takes it; as float32 unless given.
 
     Returns:
@@ -228,14 +199,13 @@ def fold_statistics(
     """
     w = _matrix(weight)
     outputs, channels = w.shape
-    config = _row_config(outputs, channels)
+    config = Config(16, tile(channels, 64), tile(channels, 32))
     mean_y, var, invstd = (mean.new_empty(outputs) for _ in range(3))
     launch(
         fold_statistics_kernel,
         (triton.cdiv(outputs, config.block_m),),
         {
-            "weight": w, "mean": mean, "covariance": covariance.contiguous(),
-            "mean_y": mean_y, "var": var, "invstd": invstd,
+            "weight": w, "mean": mean, "covariance": covariance, "mean_y": mean_y, "var": var, "invstd": invstd,
             "EPS": eps, "OUTPUTS": outputs, "CHANNELS": channels,
         },
         {"PRECISION": precision or _as_float32(w.dtype), **config.blocks()},
@@ -282,16 +252,16 @@ def fold_gradients(
     w = _matrix(weight)
     outputs, channels = w.shape
     sizes = {"OUTPUTS": outputs, "CHANNELS": channels}
-    frozen = mean is None or covariance is None
-    config = _row_config(outputs, channels)
+    frozen, exact = mean is None or covariance is None, w.dtype == torch.float32
+    config = Config(32, tile(channels, 64), tile(channels, 32))
     dweight, dgamma = product.new_empty(outputs, channels), product.new_empty(outputs)
     launch(
         fold_dweight_kernel,
         (triton.cdiv(outputs, config.block_m) * triton.cdiv(channels, config.block_n),),
         {
             "weight": w, "gamma": gamma, "mean_y": mean_y, "invstd": invstd,
-            "mean": None if frozen else mean, "covariance": None if frozen else covariance.contiguous(),
-            "sum_dz": sum_dz, "product": product.contiguous(), "dweight": dweight, "dgamma": dgamma, **sizes,
+            "mean": None if frozen else mean, "covariance": None if frozen else covariance, "sum_dz": sum_dz,
+            "product": product.contiguous(), "dweight": dweight, "dgamma": dgamma, **sizes,
         },
         {"PRECISION": precision or _as_float32(w.dtype), **config.blocks()},
         config,
@@ -299,17 +269,17 @@ def fold_gradients(
     )  # fmt: skip
     if frozen:
         return dweight, dgamma, None, None
-    config = _matrix_config(outputs, channels, w.dtype)
+    # Without tensor cores operands are held in registers: 64 at a time would spill.
+    config = Config(tile(channels, 32), tile(channels, 64), tile(outputs, 32 if exact else 64))
     matrix, vector = w.new_empty(channels, channels), product.new_empty(channels)
-    tiles_m = triton.cdiv(channels, config.block_m)
     launch(
         fold_matrix_kernel,
-        ((tiles_m + 1) * triton.cdiv(channels, config.block_n),),
+        ((triton.cdiv(channels, config.block_m) + 1) * triton.cdiv(channels, config.block_n),),
         {
             "weight": w, "gamma": gamma, "mean_y": mean_y, "invstd": invstd, "sum_dz": sum_dz,
             "dgamma": dgamma, "matrix": matrix, "vector": vector, **sizes, "PIXELS": pixels,
         },
-        {"PRECISION": precision or ("ieee" if w.dtype == torch.float32 else "tf32"), **config.blocks()},
+        {"PRECISION": precision or ("ieee" if exact else "tf32"), **config.blocks()},
         config,
         flops=2 * outputs * channels * (channels + 1),
     )  # fmt: skip
@@ -321,5 +291,5 @@ def _matrix(weight: Tensor) -> Tensor:
 
 
 def _as_float32(dtype: torch.dtype) -> str:
-    """What makes products of float32's accuracy: on tensor cores, unless the user has not asked for fewer bits."""
+    """Products of float32's accuracy; on tensor cores where the activations have fewer bits anyway."""
     return "ieee" if dtype == torch.float32 else "tf32x3"

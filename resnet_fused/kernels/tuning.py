@@ -77,40 +77,29 @@ def choose(
     key = (tuning_files.device_name(device.index), problem, True)
     times = memory.get(key)
     if times is None:
+        measures = backend == "auto" and not _is_recording()
 
-        def find(measures: bool) -> Times | None:
+        def find() -> Times | None:
             found = tuning_files.look_up(device, problem, candidates, vendor_allowed)
             if found is None and measures:
                 found = _times(problem, candidates, run, vendor, device)
-                tuning_files.keep(device, problem, found)
+                if found:
+                    tuning_files.keep(device, problem, found)
             return found or None
 
-        measures = backend == "auto" and not _is_recording()
         with _lock:
-            times = memory.get(key) or _ask((*key[:2], measures), memory, group, find, candidates[0])
-    if times is None:
-        return candidates[0]
-    winner = tuning_files.winner(times, vendor_allowed)
-    return candidates[0] if winner is None or tuning_files.is_foreign(winner, candidates) else winner[0]
-
-
-def _ask(
-    key: _Key,
-    memory: dict[_Key, Times],
-    group: dist.ProcessGroup | None,
-    find: Callable[[bool], Times | None],
-    default: Config,
-) -> Times | None:
-    """What ``find`` finds, here or on another rank, and remembers it."""
-    if key not in memory:
-        found = find(key[2]) if group is None else _agree(key, find)
-        # Alone, a default is not remembered, for it may be measured yet; ranks have agreed on it.
-        if found is None and group is not None:
-            found = ((default, None),)
-        if found is None:
-            return None
-        memory[key] = found
-    return memory[key]
+            times = memory.get(key)
+            if times is None and group is None:
+                times = find()
+                if times is not None:
+                    memory[key] = times
+            elif times is None:
+                asked = (*key[:2], measures)
+                if asked not in memory:
+                    memory[asked] = _agree(asked, find) or ((candidates[0], None),)
+                times = memory[asked]
+    found = None if times is None else tuning_files.fastest(times, vendor_allowed)
+    return candidates[0] if found is None or tuning_files.is_foreign(found[0], candidates) else found[0]
 
 
 def forget() -> None:
@@ -123,7 +112,7 @@ def forget() -> None:
 
 def entries() -> list[tuple[Problem, Config | None, float | None]]:
     """What is remembered: the fastest of each problem and its milliseconds; None: the vendor, and never timed."""
-    return [(problem, *times[0]) for (_, problem, _), times in _remembered().items()]
+    return [(problem, *times[0]) for (_, problem), times in _remembered().items()]
 
 
 def write_table(path: Path, device: torch.device | None = None) -> None:
@@ -131,15 +120,19 @@ def write_table(path: Path, device: torch.device | None = None) -> None:
     device = device or torch.device("cuda", torch.cuda.current_device())
     rows = {
         problem: times
-        for (name, problem, _), times in _remembered().items()
+        for (name, problem), times in _remembered().items()
         if name == tuning_files.device_name(device.index) and times[0][1] is not None
     }
     tuning_files.write(path, tuning_files.header(device), rows)
 
 
-def _remembered() -> dict[_Key, Times]:
+def _remembered() -> dict[tuple[str, Problem], Times]:
     with _lock:
-        return dict(_alone) | {key: times for memory in _together.values() for key, times in memory.items()}
+        known = [pair for memory in (_alone, *_together.values()) for pair in memory.items()]
+    # What may have been measured wins over what may not.
+    return {
+        (name, problem): times for (name, problem, _), times in sorted(known, key=lambda pair: pair[0][2])
+    }
 
 
 def _is_recording() -> bool:
@@ -219,7 +212,7 @@ def _group() -> dist.ProcessGroup | None:
     return dist.group.WORLD if together else None
 
 
-def _agree(key: _Key, find: Callable[[bool], Times | None]) -> Times | None:
+def _agree(key: _Key, find: Callable[[], Times | None]) -> Times | None:
     """What the first rank to ask finds; None if it fails, on every other rank and for whoever asks again."""
     from torch.distributed import PrefixStore, distributed_c10d
 
@@ -235,7 +228,7 @@ def _agree(key: _Key, find: Callable[[bool], Times | None]) -> Times | None:
     failure: str | None = "an interrupt"
     found = None
     try:
-        found = find(measures)
+        found = find()
         failure = None
     except Exception as error:
         failure = repr(error)
@@ -244,5 +237,3 @@ def _agree(key: _Key, find: Callable[[bool], Times | None]) -> Times | None:
         times = None if found is None else tuning_files.rows_of(found)
         store.set(f"{place}/answer", json.dumps({"times": times, "failure": failure}))
     return found
-
-

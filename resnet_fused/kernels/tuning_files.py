@@ -47,6 +47,7 @@ TUNED = Path(__file__).parent / "tuned"
 _files: dict[Path, dict[Problem, Times]] = {}
 _warned: set[str] = set()
 
+
 def forget() -> None:
     """Files are read again, and warned of again."""
     _files.clear()
@@ -54,12 +55,12 @@ def forget() -> None:
     device_name.cache_clear()
 
 
-def winner(times: Times, vendor_allowed: bool) -> tuple[Config | None, float | None] | None:
+def fastest(times: Times, vendor_allowed: bool) -> tuple[Config | None, float | None] | None:
     return next((row for row in times if row[0] is not None or vendor_allowed), None)
 
 
-def is_foreign(winner: tuple[Config | None, float | None], candidates: Sequence[Config]) -> bool:
-    return winner[0] is not None and winner[0] not in candidates
+def is_foreign(config: Config | None, candidates: Sequence[Config]) -> bool:
+    return config is not None and config not in candidates
 
 
 def sorted_times(times: Iterable[tuple[Config | None, float]]) -> Times:
@@ -76,23 +77,20 @@ def look_up(
     device: torch.device, problem: Problem, candidates: Sequence[Config], vendor_allowed: bool
 ) -> Times | None:
     """From the table that is shipped for the device, or from the cache on disk."""
-    header = header(device)
-    slug = _slug(header["device"])
-    table = TUNED / f"{slug}.json"
+    ours = header(device)
+    slug = _slug(ours["device"])
     for path, belongs in (
-        (table, lambda found: isinstance(found.get("device"), str) and _slug(found["device"]) == slug),
-        (_cache_path(header), lambda found: found == header),
+        (TUNED / f"{slug}.json", lambda found: _slug(str(found.get("device"))) == slug),
+        (_cache_path(ours), lambda found: found == ours),
     ):
         if path not in _files:
             _files[path] = _read(path, belongs)
-        times = _files[path].get(problem)
-    X
-        if winner is not None and not is_foreign(winner, candidates):
+        times = _files[path].get(problem, ())
+        found = fastest(times, vendor_allowed)
+        if found is not None and not is_foreign(found[0], candidates):
             return times
-        if winner is not None:
-            warn(
-                str(path), f"{path} names {winner[0]} for {problem}, which is no candidate: delete the file"
-            )
+        if found is not None:
+            warn(str(path), f"{path} has {found[0]} for {problem}, which is no candidate: delete the file")
     return None
 
 
@@ -134,18 +132,17 @@ def _cache_path(header: Mapping[str, str]) -> Path:
 
 def keep(device: torch.device, problem: Problem, times: Times) -> None:
     """Adds to the cache on disk, whoever else does the same."""
-Xdevice)
-    path = _cache_path(header)
+    ours = header(device)
+    path = _cache_path(ours)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".lock"), "a") as locked:
             fcntl.flock(locked, fcntl.LOCK_EX)
-            _files[path] = _read(path, lambda found: found == header) | {problem: times}
-            write(path, header, _files[path])
+            _files[path] = _read(path, lambda found: found == ours) | {problem: times}
+            write(path, ours, _files[path])
     except OSError as error:
-        warn(
-            str(path.parent), f"what is tuned is not kept: {error}; set XDG_CACHE_HOME to a writable folder"
-        )
+        unkept = f"what is tuned is not kept in {path.parent}: {error}"
+        warn(str(path.parent), f"{unkept}; set XDG_CACHE_HOME to a folder that can be written")
 
 
 def write(path: Path, header: Mapping[str, str], rows: Mapping[Problem, Times]) -> None:
@@ -165,7 +162,7 @@ def write(path: Path, header: Mapping[str, str], rows: Mapping[Problem, Times]) 
 def _read(path: Path, belongs: Callable[[dict[str, Any]], bool]) -> dict[Problem, Times]:
     """The rows of a file; none where it is missing, and with a warning where it is of no use."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
         _check(isinstance(content, dict) and isinstance(content.get("header"), dict), "it has no header")
         _check(belongs(content["header"]), "it was made by another version or for another device")
         _check(isinstance(content.get("entries"), list), "it has no entries")
@@ -206,7 +203,7 @@ def times_of(rows: Any) -> Times:
 def _parsed_time(row: Any) -> tuple[Config | None, float]:
     _check(isinstance(row, dict) and row.keys() == {"config", "ms"}, "a time has other fields")
     config, ms = row["config"], row["ms"]
-    _check(type(ms) in (int, float) and math.isfinite(ms) and ms >= 0, "a time is no number")
+    _check(type(ms) in (int, float) and 0 <= ms < 1e9, "a time is no number of milliseconds")
     if config == "vendor":
         return None, float(ms)
     _check(isinstance(config, dict) and config.keys() == Config().as_dict().keys(), "no configuration")

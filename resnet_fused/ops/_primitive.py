@@ -13,6 +13,8 @@ from resnet_fused.backend import uses_reference
 PRIMITIVES: list[str] = []
 #: Those that are compositions of others and of vendor products on CPU and CUDA, by name.
 COMPOSITIONS: dict[str, Callable[..., Any]] = {}
+#: Those of them that have a Triton kernel too.
+TRITON: set[str] = set()
 
 
 def primitive(
@@ -20,6 +22,7 @@ def primitive(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     composition: Callable[..., Any] | None = None,
+    triton: bool = False,
 ) -> Callable[..., Any]:
     """Defines ``resnet_fused::<schema>`` and returns the function that calls it.
 
@@ -31,6 +34,7 @@ def primitive(
         reference: what the op computes, in plain PyTorch.
         fake: the same results without data: shapes, dtypes and strides of the native kernel.
         composition: what runs on CPU and CUDA instead of a native kernel: vendor products and other primitives.
+        triton: the composition chooses between those and a Triton kernel.
     """
     name = schema.partition("(")[0]
     qualified = f"resnet_fused::{name}"
@@ -40,6 +44,8 @@ def primitive(
     if composition is not None:
         torch.library.impl(qualified, ("cpu", "cuda"), composition)
         COMPOSITIONS[name] = composition
+        if triton:
+            TRITON.add(name)
     handle = getattr(torch.ops.resnet_fused, name).default
     PRIMITIVES.append(name)
 

@@ -6,6 +6,7 @@ two runs for a shape is measured (kernels.tuning). See reference.passes for what
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -65,6 +66,10 @@ def runs_triton(x: Tensor, groups: int = 1) -> bool:
     )
 
 
+#: Of each problem and device: launcher, configurations and the function that chooses one, so that a call is cheap.
+_known: dict[Any, tuple[Any, list[Any], Callable[..., Any]]] = {}
+
+
 def _fastest(
     family: str,
     x: Tensor,
@@ -76,20 +81,24 @@ def _fastest(
     """Runs kernels.<family>.<launcher> in the configuration that is fastest, or the vendor if that is.
 
     Args:
-        arguments: of the launcher, but for the configuration.
         sizes: what distinguishes problems for which the fastest may differ, beside the dtype.
+        arguments: of the launcher, but for the configuration.
     """
-    kernels = importlib.import_module(f"resnet_fused.kernels.{family}")
+    # Imported late: a machine without Triton gets this far in no op.
     shapes = importlib.import_module("resnet_fused.kernels.problem")
-    tuning = importlib.import_module("resnet_fused.kernels.tuning")
-    run = getattr(kernels, launcher)
+    key = (family, *sizes, shapes.dtype_name(x.dtype), x.device)
+    if key not in _known:
+        tuning = importlib.import_module("resnet_fused.kernels.tuning")
+        kernels = importlib.import_module(f"resnet_fused.kernels.{family}")
+        problem = tuning.Problem(family, tuple(int(size) for size in sizes), shapes.dtype_name(x.dtype))
+        choose = functools.partial(tuning.choose, problem)
+        _known[key] = getattr(kernels, launcher), kernels.configs(*arguments), choose
+    run, candidates, choose = _known[key]
 
     def with_config(config: Any) -> Any:
         return run(*arguments, config)
 
-    problem = tuning.Problem(family, tuple(int(size) for size in sizes), shapes.dtype_name(x.dtype))
-    candidates = kernels.configs(*arguments)
-    chosen = tuning.choose(problem, candidates, with_config, vendor, x.device)
+    chosen = choose(candidates, with_config, vendor, x.device)
     return vendor() if chosen is None else with_config(chosen)
 
 
@@ -155,6 +164,7 @@ conv_stats = primitive(
     reference.conv_stats,
     _fake_conv_stats,
     _conv_stats,
+    triton=True,
 )
 
 
@@ -181,6 +191,7 @@ gram_of = primitive(
     reference.gram,
     lambda source, every: folded.fake_gram(source[0]),
     _gram,
+    triton=True,
 )
 
 
@@ -229,6 +240,7 @@ expand = primitive(
     reference.expand,
     _fake_expand,
     _expand,
+    triton=True,
 )
 
 
@@ -281,6 +293,7 @@ folded_dgrad = primitive(
         *_fake_sums(activation(source)),
     ),
     _folded_dgrad,
+    triton=True,
 )
 
 
@@ -334,6 +347,7 @@ dgrad = primitive(
     reference.dgrad,
     _fake_dgrad,
     _dgrad,
+    triton=True,
 )
 
 
@@ -392,4 +406,5 @@ wgrad = primitive(
     reference.wgrad,
     _fake_wgrad,
     _wgrad,
+    triton=True,
 )
