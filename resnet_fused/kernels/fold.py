@@ -50,7 +50,9 @@ def fold_statistics_kernel(
     weight,
     mean,
     covariance,
+    shift,
     mean_y,
+    true_mean,
     var,
     invstd,
     EPS,
@@ -64,6 +66,7 @@ def fold_statistics_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     total = tl.zeros((BLOCK_M,), tl.float64)
     square = tl.zeros((BLOCK_M,), tl.float64)
+    moved = tl.zeros((BLOCK_M,), tl.float64)
     for start in range(0, CHANNELS, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         acc = _covariance_product(weight, covariance, rows, columns, OUTPUTS, CHANNELS, PRECISION, BLOCK_K)
@@ -71,10 +74,13 @@ def fold_statistics_kernel(
         m = tl.load(mean + columns, columns < CHANNELS, 0.0).to(tl.float64)
         total += tl.sum(w * m[None, :], 1)
         square += tl.sum(w * acc.to(tl.float64), 1)
+        if shift is not None:
+            moved += tl.sum(w * tl.load(shift + columns, columns < CHANNELS, 0.0).to(tl.float64)[None, :], 1)
     # Selected by what is below zero: a NaN stays one.
     variance = tl.where(square < 0, 0.0, square).to(tl.float32)
     inside = rows < OUTPUTS
     tl.store(mean_y + rows, total.to(tl.float32), inside)
+    tl.store(true_mean + rows, (total + moved).to(tl.float32), inside)
     tl.store(var + rows, variance, inside)
     tl.store(invstd + rows, tl.rsqrt(variance + EPS), inside)
 
@@ -91,6 +97,7 @@ def fold_dweight_kernel(
     product,
     dweight,
     dgamma,
+    scaled,
     OUTPUTS,
     CHANNELS,
     PRECISION: tl.constexpr,
@@ -122,11 +129,12 @@ def fold_dweight_kernel(
         acc = _covariance_product(weight, covariance, rows, columns, OUTPUTS, CHANNELS, PRECISION, BLOCK_K)
         m = tl.load(mean + columns, columns < CHANNELS, 0.0)
         value = value - level[:, None] * m[None, :] - (rate * slope)[:, None] * acc
-    tl.store(
-        dweight + rows[:, None] * CHANNELS + columns[None, :],
-        _scale(gamma, rate, rows, row_inside)[:, None] * value,
-        row_inside[:, None] & (columns < CHANNELS)[None, :],
-    )
+    factor = _scale(gamma, rate, rows, row_inside)[:, None]
+    inside = row_inside[:, None] & (columns < CHANNELS)[None, :]
+    places = rows[:, None] * CHANNELS + columns[None, :]
+    tl.store(dweight + places, factor * value, inside)
+    w = _tile(weight, rows, columns, OUTPUTS, CHANNELS)
+    tl.store(scaled + places, (factor * w).to(scaled.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -184,35 +192,68 @@ def fold_matrix_kernel(
         tl.store(vector + right, total.to(tl.float32), right < CHANNELS)
 
 
+@triton.jit
+def rectified_mean_kernel(weight, bias, mean, CHANNELS, BLOCK: tl.constexpr):
+    channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = channels < CHANNELS
+    spread = tl.abs(tl.load(weight + channels, inside, 0.0))
+    level = tl.load(bias + channels, inside, 0.0)
+    # Within bounds, so that nothing overflows: far before them both terms are what they are in the limit.
+    ratio = tl.minimum(tl.maximum(level / tl.maximum(spread, 1e-30), -30.0), 30.0)
+    density = tl.exp(-0.5 * ratio * ratio) * 0.3989422804014327
+    below = 0.5 * (1.0 + tl.erf(ratio * 0.7071067811865476))
+    tl.store(mean + channels, level * below + spread * density, inside)
+
+
+def rectified_mean(weight: Tensor, bias: Tensor) -> Tensor:
+    """reference.folded.rectified_mean of two (C,), float32."""
+    mean, block = torch.empty_like(weight), 128
+    launch(
+        rectified_mean_kernel,
+        (triton.cdiv(len(weight), block),),
+        {"weight": weight, "bias": bias, "mean": mean, "CHANNELS": len(weight)},
+        {"BLOCK": block},
+        Config(warps=4, stages=1),
+    )
+    return mean
+
+
 def fold_statistics(
-    weight: Tensor, mean: Tensor, covariance: Tensor, eps: float, precision: str | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    weight: Tensor,
+    mean: Tensor,
+    covariance: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    precision: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Statistics of y = c W^T from those of c: mean_y = W mean, var = max(diag(W S W^T), 0), invstd; one launch.
 
     Args:
         weight: W, (N, K) or (N, K, 1, 1), float32, bfloat16 or float16.
         mean, covariance: (K,) and S, (K, K), float32, contiguous.
+        shift: (K,) float32, what was taken from the convolution's input to make c; None for nothing.
         precision: of W S, as tl.dot takes it; as float32 unless given.
 
     Returns:
-        mean_y, var, invstd = 1 / sqrt(var + eps), each (N,), float32.
+        mean_y, (c + shift) W^T's mean, var, invstd = 1 / sqrt(var + eps), each (N,), float32.
     """
     w = _matrix(weight)
     outputs, channels = w.shape
     config = Config(16, tile(channels, 64), tile(channels, 32))
-    mean_y, var, invstd = (mean.new_empty(outputs) for _ in range(3))
+    mean_y, true_mean, var, invstd = (mean.new_empty(outputs) for _ in range(4))
     launch(
         fold_statistics_kernel,
         (triton.cdiv(outputs, config.block_m),),
         {
-            "weight": w, "mean": mean, "covariance": covariance, "mean_y": mean_y, "var": var, "invstd": invstd,
+            "weight": w, "mean": mean, "covariance": covariance, "shift": shift,
+            "mean_y": mean_y, "true_mean": true_mean, "var": var, "invstd": invstd,
             "EPS": eps, "OUTPUTS": outputs, "CHANNELS": channels,
         },
         {"PRECISION": precision or _as_float32(w.dtype), **config.blocks()},
         config,
         flops=2 * outputs * channels * (channels + 2),
     )  # fmt: skip
-    return mean_y, var, invstd
+    return mean_y, true_mean, var, invstd
 
 
 def fold_gradients(
@@ -226,13 +267,14 @@ def fold_gradients(
     product: Tensor,
     pixels: int,
     precision: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of the parameters, and what is added to dc: c matrix^T + vector. Two launches; one if frozen.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of the parameters, and dc = dz scaled + c matrix^T + vector. Two launches; one if frozen.
 
         dgamma  = invstd (diag(W Q^T) - sum_dz mean_y)
         dweight = scale (Q - invstd dgamma (W S) - sum_dz mean^T)
         matrix  = W^T diag(scale slope) W,  slope = -invstd dgamma / P
         vector  = (scale (-sum_dz / P - slope mean_y)) W
+        scaled  = scale W
 
     Statistics are of this process's pixels alone. Where they are frozen, dweight = scale Q.
 
@@ -246,7 +288,8 @@ def fold_gradients(
             weight, while that of another is rounded anyway and made in TF32, whose range is that of float32.
 
     Returns:
-        dweight (N, K), dgamma (N,), matrix (K, K) in the weight's dtype, vector (K,); float32 but for the matrix.
+        dweight (N, K), dgamma (N,), scaled (N, K), matrix (K, K), vector (K,): float32, but scaled and matrix, which
+        are in the weight's dtype.
         matrix and vector are None where the statistics are frozen.
     """
     w = _matrix(weight)
@@ -255,20 +298,22 @@ def fold_gradients(
     frozen, exact = mean is None or covariance is None, w.dtype == torch.float32
     config = Config(32, tile(channels, 64), tile(channels, 32))
     dweight, dgamma = product.new_empty(outputs, channels), product.new_empty(outputs)
+    scaled = torch.empty_like(w)
     launch(
         fold_dweight_kernel,
         (triton.cdiv(outputs, config.block_m) * triton.cdiv(channels, config.block_n),),
         {
             "weight": w, "gamma": gamma, "mean_y": mean_y, "invstd": invstd,
             "mean": None if frozen else mean, "covariance": None if frozen else covariance, "sum_dz": sum_dz,
-            "product": product.contiguous(), "dweight": dweight, "dgamma": dgamma, **sizes,
+            "product": product.contiguous(), "dweight": dweight, "dgamma": dgamma,
+            "scaled": scaled, **sizes,
         },
         {"PRECISION": precision or _as_float32(w.dtype), **config.blocks()},
         config,
         flops=2 * outputs * channels * (2 if frozen else channels + 3),
     )  # fmt: skip
     if frozen:
-        return dweight, dgamma, None, None
+        return dweight, dgamma, scaled, None, None
     # Without tensor cores operands are held in registers: 64 at a time would spill.
     config = Config(tile(channels, 32), tile(channels, 64), tile(outputs, 32 if exact else 64))
     matrix, vector = w.new_empty(channels, channels), product.new_empty(channels)
@@ -283,7 +328,7 @@ def fold_gradients(
         config,
         flops=2 * outputs * channels * (channels + 1),
     )  # fmt: skip
-    return dweight, dgamma, matrix, vector
+    return dweight, dgamma, scaled, matrix, vector
 
 
 def _matrix(weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gradient of a folded convolution's input: da = dz matrix^T + c square^T + vector, one GEMM over [dz | c].
+"""Gradient of a folded convolution's input: da = dz scaled + c square^T + vector, one GEMM over [dz | c].
 
 dz is the gradient behind the block's ReLU, from the gradient of the output and the mask bits. The epilogue takes the
 sums that the batch norm below needs of da behind its ReLU.
@@ -29,7 +29,7 @@ from resnet_fused.reference.operands import Activation, Pair
 def folded_dgrad_kernel(
     g,
     bits,
-    matrix,
+    scaled,
     x,
     mean,
     invstd,
@@ -68,7 +68,7 @@ def folded_dgrad_kernel(
             g, bits, None, None, None, None, None, None, None, PIXELS, rows, inside, first, OUTPUTS, BLOCK_K
         )
         b = tl.load(
-            matrix + columns[None, :] * OUTPUTS + outputs[:, None],
+            scaled + outputs[:, None] * CHANNELS + columns[None, :],
             (outputs < OUTPUTS)[:, None] & column_inside[None, :],
             other=0.0,
         )
@@ -109,7 +109,7 @@ def folded_dgrad_kernel(
         )
 
 
-def configs(grad: Tensor, bits: Tensor, matrix: Tensor, source: Activation, *_: object) -> list[Config]:
+def configs(grad: Tensor, bits: Tensor, scaled: Tensor, source: Activation, *_: object) -> list[Config]:
     outputs = grad.shape[1]
     return gemm_configs(grad, grad.numel() // outputs, source.x.shape[1], outputs, epilogue=2)
 
@@ -117,7 +117,7 @@ def configs(grad: Tensor, bits: Tensor, matrix: Tensor, source: Activation, *_: 
 def folded_dgrad(
     grad: Tensor,
     bits: Tensor,
-    matrix: Tensor,
+    scaled: Tensor,
     source: Activation,
     every: Pair,
     square: Tensor | None,
@@ -135,14 +135,14 @@ def folded_dgrad(
         folded_dgrad_kernel,
         (tiles * triton.cdiv(channels, config.block_n),),
         {
-            "g": grad, "bits": bits, "matrix": row_matrix(matrix, grad.dtype), **source._asdict(),
+            "g": grad, "bits": bits, "scaled": row_matrix(scaled, grad.dtype), **source._asdict(),
             "square": None if square is None else row_matrix(square, grad.dtype), "vector": vector,
             "da": da, "sums": sums, **input_sizes(x), "OUT_HEIGHT": height, "OUT_WIDTH": width, "OUTPUTS": outputs,
             "PIXELS": pixels, **every_sizes(every),
         },
         {"POINTWISE": every == (1, 1), "PRECISION": precision(grad.dtype), **config.blocks()},
         config,
-        flops=2 * pixels * (matrix.numel() + squared),
+        flops=2 * pixels * (scaled.numel() + squared),
         touched=touched("x", x, height, width),
     )  # fmt: skip
     if sums is None or source.invstd is None:

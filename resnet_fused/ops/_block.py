@@ -11,7 +11,6 @@ from torch import Tensor
 from resnet_fused.ops._branch import Fold, FoldedGradients, Stage, folded_gradients
 from resnet_fused.ops.batch_norm_stats import Statistics
 from resnet_fused.reference.batch_norm import scale
-from resnet_fused.reference.folded import rectified_mean
 
 MaybeTensor = Tensor | None
 
@@ -51,11 +50,6 @@ class Forwarded(NamedTuple):
     folds: list[Fold]
     kept: list[MaybeTensor]
     running: list[Tensor]
-
-
-def shift_behind(p: Parameters, stage: Stage) -> MaybeTensor:
-    """What centres relu(bn(y)) for a folded convolution whose statistics are the batch's."""
-    return rectified_mean(p.gamma, p.beta) if stage.frozen is None else None
 
 
 def grouped(flat: Sequence[MaybeTensor]) -> list[Parameters]:
@@ -107,11 +101,10 @@ class Backward:
             weight = self.parameters[place].weight
             self.grads[place] = (dweight.view_as(weight).to(weight.dtype), *self.grads[place][1:])
 
-    def matrix(self, place: int, dtype: torch.dtype) -> Tensor:
-        """The transposed weight of a folded convolution times the scale of its batch norm, (K, N, 1, 1)."""
+    def scaled(self, place: int, dtype: torch.dtype) -> Tensor:
+        """The weight of a folded convolution times the scale of its batch norm, (N, K)."""
         weight, gamma, _ = self.parameters[place]
-        factor = scale(self.used[place].invstd, gamma)
-        return (weight * factor.view(-1, 1, 1, 1)).transpose(0, 1).to(dtype).contiguous()
+        return (weight.flatten(1) * scale(self.used[place].invstd, gamma)[:, None]).to(dtype)
 
     def fold_gradients(
         self, place: int, stage: Stage, fold: Fold, sum_dz: Tensor, product: Tensor

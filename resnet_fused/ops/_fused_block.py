@@ -17,11 +17,11 @@ from resnet_fused.ops._block import (
     MaybeTensor,
     Parameters,
     Plan,
-    shift_behind,
 )
-from resnet_fused.ops._branch import NO_FOLD, Fold, Measured, Stage, settle_folded, settled
+from resnet_fused.ops._branch import NO_FOLD, Fold, Measured, Stage, settled
 from resnet_fused.ops.batch_norm_stats import Statistics, check_pixels, shared_sums
 from resnet_fused.ops.bn_add_relu import backward_reduce
+from resnet_fused.ops.fold import fold_gradients, fold_statistics, rectified_mean
 from resnet_fused.ops.folded import folded_add_relu
 from resnet_fused.ops.passes import conv_stats, dgrad, expand, folded_dgrad, gram_of, wgrad
 from resnet_fused.reference.layout import statistics_dtype
@@ -54,9 +54,21 @@ def _fold(source: Activation, p: Parameters, stage: Stage) -> tuple[Measured, Fo
     x, (down, right) = source.x, stage.every
     pixels = len(x) * -(-x.shape[2] // down) * -(-x.shape[3] // right)
     check_pixels((pixels, len(p.weight), 1, 1), stage.group)
-    mean, covariance = gram_of([*source], stage.every)
-    wide = p.weight.to(x.dtype).flatten(1).to(statistics_dtype(x.dtype))
-    return settle_folded(wide, mean, covariance, pixels, source.shift, stage)
+    mean_c, covariance = gram_of([*source], stage.every)
+    weight = p.weight.to(x.dtype).flatten(1)
+    mean, true_mean, var, invstd = fold_statistics(weight, mean_c, covariance, source.shift, stage.eps)
+    measured = settled(mean, true_mean, var, invstd, pixels, stage)
+    return measured, Fold(source.shift, mean_c, covariance)
+
+
+def _shift_behind(source: Activation, stage: Stage) -> MaybeTensor:
+    """What centres relu(bn(y)) for a folded convolution whose statistics are the batch's."""
+    if stage.frozen is not None or source.mean is None:
+        return None
+    weight = torch.ones_like(source.mean) if source.weight is None else source.weight
+    bias = torch.zeros_like(source.mean) if source.bias is None else source.bias
+    shift: Tensor = rectified_mean(weight, bias)
+    return shift
 
 
 def _centre_of(x: Tensor, stage: Stage) -> MaybeTensor:
@@ -112,7 +124,7 @@ def forward(x: Tensor, plan: Plan, parameters: list[Parameters]) -> Forwarded:
         running += measured.running
         source = _behind(y, measured.used, p)
     if last.folded:
-        source = source._replace(shift=shift_behind(parameters[len(chain) - 1], last))
+        source = source._replace(shift=_shift_behind(source, last))
     ends = [_end(source, parameters[len(chain)], last)]
     if plan.downsample is not None:
         shift = _centre_of(x, plan.downsample) if plan.downsample.folded else None
@@ -179,13 +191,31 @@ class FusedBackward(Backward):
     def folded_end(
         self, grad: Tensor, source: Activation, place: int, stage: Stage, fold: Fold
     ) -> tuple[Tensor, ...]:
-        weight = self.parameters[place].weight.to(grad.dtype)
+        weight, gamma, _ = self.parameters[place]
+        weight = weight.to(grad.dtype)
         geometry = (stage.every, (0, 0), (1, 1), 1)
         product, sum_dz = wgrad([*Gradient(grad, self.mask)], [*source], weight, *geometry, True)
-        found = self.fold_gradients(place, stage, fold, sum_dz, product.flatten(1))
-        square = None if found.matrix is None else found.matrix.to(grad.dtype)[:, :, None, None]
+        if stage.group is None:
+            mean, invstd, _ = self.used[place]
+            norm = (gamma, mean, invstd, fold.mean, fold.covariance)
+            dweight, dgamma, scaled, matrix, vector = fold_gradients(
+                weight.flatten(1), *norm, sum_dz, product.flatten(1), len(self.mask)
+            )
+            self.note_weight(place, dweight)
+            self.note_norm(place, dgamma, sum_dz)
+        else:
+            found = self.fold_gradients(place, stage, fold, sum_dz, product.flatten(1))
+            scaled, matrix, vector = self.scaled(place, grad.dtype), found.matrix, found.vector
+        frozen = fold.covariance is None
+        square = None if frozen else matrix.to(grad.dtype)[:, :, None, None]
         gradients: tuple[Tensor, ...] = folded_dgrad(
-            grad, self.mask, self.matrix(place, grad.dtype), [*source], stage.every, square, found.vector
+            grad,
+            self.mask,
+            scaled[:, :, None, None],
+            [*source],
+            stage.every,
+            square,
+            None if frozen else vector,
         )
         return gradients
 

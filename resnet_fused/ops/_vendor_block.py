@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fused.ops._block import Backward, Forwarded, MaybeTensor, Parameters, Plan, shift_behind
+from resnet_fused.ops._block import Backward, Forwarded, MaybeTensor, Parameters, Plan
 from resnet_fused.ops._branch import NO_FOLD, Fold, Measured, Stage, measure, measure_folded
 from resnet_fused.ops.batch_norm_stats import Statistics, batch_norm_stats, shared_sums
 from resnet_fused.ops.bn_add_relu import backward_dy, backward_reduce
@@ -21,6 +21,7 @@ from resnet_fused.ops.bn_relu import backward_reduce as bn_relu_backward_reduce
 from resnet_fused.ops.bn_relu import forward_pass as bn_relu
 from resnet_fused.ops.folded import add_product_, conv1x1_backward, folded_add_relu, folded_backward
 from resnet_fused.ops.masked_grad import masked_grad
+from resnet_fused.reference.folded import rectified_mean
 from resnet_fused.reference.layout import dense
 
 
@@ -95,6 +96,11 @@ def _centred(x: Tensor, shift: MaybeTensor) -> Tensor:
     return x if shift is None else x - shift.to(x.dtype).view(1, -1, 1, 1)
 
 
+def _shift_behind(p: Parameters, stage: Stage) -> MaybeTensor:
+    """What centres relu(bn(y)) for a folded convolution whose statistics are the batch's."""
+    return rectified_mean(p.gamma, p.beta) if stage.frozen is None else None
+
+
 def forward(x: Tensor, plan: Plan, parameters: list[Parameters]) -> Forwarded:
     """The block's output, its mask, and what backward needs."""
     *chain, last = plan.stages
@@ -108,7 +114,7 @@ def forward(x: Tensor, plan: Plan, parameters: list[Parameters]) -> Forwarded:
         ys.append(y)
         used.append(measured.used)
         running += measured.running
-        behind = shift_behind(p, last) if len(ys) == len(chain) and last.folded else None
+        behind = _shift_behind(p, last) if len(ys) == len(chain) and last.folded else None
         a = _activated(y, measured.used, p, behind)
     p = parameters[len(chain)]
     main = _folded_branch(a, behind, p, last) if last.folded else _plain_branch(a, p, last)
@@ -159,7 +165,9 @@ class VendorBackward(Backward):
         folded = [k for k, stage in enumerate(stages) if stage.folded]
         of_folds: dict[int, tuple[Tensor, Tensor]] = {}
         if folded:
-            matrices = [self.matrix(self.place(k), grad.dtype) for k in folded]
+            matrices = [
+                self.scaled(self.place(k), grad.dtype).t().contiguous()[:, :, None, None] for k in folded
+            ]
             sum_dz, products, partial = folded_backward(
                 grad, self.mask, [inputs[k] for k in folded], matrices
             )
@@ -184,7 +192,7 @@ class VendorBackward(Backward):
     def branch_input(self, k: int, stage: Stage) -> Tensor:
         if k == 0:
             last = self.chain - 1
-            shift = shift_behind(self.parameters[last], stage) if stage.folded else None
+            shift = _shift_behind(self.parameters[last], stage) if stage.folded else None
             return self.activation(last, shift)
         return _centred(_seen(self.x, stage), self.folds[k].shift)
 

@@ -91,8 +91,11 @@ def _fastest(
         tuning = importlib.import_module("resnet_fused.kernels.tuning")
         kernels = importlib.import_module(f"resnet_fused.kernels.{family}")
         problem = tuning.Problem(family, tuple(int(size) for size in sizes), shapes.dtype_name(x.dtype))
-        choose = functools.partial(tuning.choose, problem)
-        _known[key] = getattr(kernels, launcher), kernels.configs(*arguments), choose
+        _known[key] = (
+            getattr(kernels, launcher),
+            kernels.configs(*arguments),
+            functools.partial(tuning.choose, problem),
+        )
     run, candidates, choose = _known[key]
 
     def with_config(config: Any) -> Any:
@@ -247,7 +250,7 @@ expand = primitive(
 def _folded_dgrad(
     grad: Tensor,
     bits: Tensor,
-    matrix: Tensor,
+    scaled: Tensor,
     source: Fields,
     every: list[int],
     square: MaybeTensor,
@@ -256,7 +259,8 @@ def _folded_dgrad(
     a = activation(source)
 
     def vendor() -> tuple[Tensor, ...]:
-        da = fresh(grad, None, len(matrix))
+        da = fresh(grad, None, scaled.shape[1])
+        matrix = scaled.transpose(0, 1).contiguous()
         dz = gradient_of(Gradient(grad, bits))
         rows = rows_in_piece(dz, dz.shape[1])
         for to, part in zip(pieces_of(da, rows), pieces_of(dz, rows), strict=True):
@@ -268,7 +272,7 @@ def _folded_dgrad(
     if not runs_triton(grad):
         return vendor()
     sizes = (*grad.shape, *a.x.shape, *every, *_given((*source[1:], square)))
-    arguments = (grad, bits, matrix, a, _pair(every), square, vector)
+    arguments = (grad, bits, scaled, a, _pair(every), square, vector)
     da, *sums = _fastest("folded_dgrad", grad, sizes, "folded_dgrad", arguments, vendor)
     return da, *(nothing(da, 2) if sums[0] is None else sums)
 
@@ -285,11 +289,11 @@ def _fake_sums(below: Activation) -> tuple[Tensor, ...]:
 
 
 folded_dgrad = primitive(
-    "folded_dgrad(Tensor grad, Tensor bits, Tensor matrix, Tensor?[] source, int[] every, Tensor? square,"
+    "folded_dgrad(Tensor grad, Tensor bits, Tensor scaled, Tensor?[] source, int[] every, Tensor? square,"
     " Tensor? vector) -> (Tensor da, Tensor sum_dz, Tensor sum_dz_xhat)",
     reference.folded_dgrad,
-    lambda grad, bits, matrix, source, *_: (
-        fresh_channels_last(grad, matrix.shape[0], grad.shape[2], grad.shape[3]),
+    lambda grad, bits, scaled, source, *_: (
+        fresh_channels_last(grad, scaled.shape[1], grad.shape[2], grad.shape[3]),
         *_fake_sums(activation(source)),
     ),
     _folded_dgrad,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet_fused.reference.batch_norm import affine, is_kept
+from resnet_fused.reference.batch_norm import affine, is_kept, scale
 from resnet_fused.reference.bn_add_relu import behind_relu
 from resnet_fused.reference.layout import dense, pack_mask, stored, widened
 
@@ -114,6 +114,58 @@ def conv1x1_backward(
     return stored(dx, dense(x)), _rows(widened(dy)).t() @ _rows(widened(x))
 
 
+def fold_statistics(
+    weight: Tensor, mean: Tensor, covariance: Tensor, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Statistics of y = c W^T from those of c: W mean, var = diag(W S W^T), invstd = 1 / sqrt(var + eps).
+
+    Args:
+        weight: (N, K); mean: (K,) and covariance: S, (K, K), statistics dtype.
+        shift: (K,), what was taken from the convolution's input to make c.
+
+    Returns:
+        mean_y, that of (c + shift) W^T, var, invstd: (N,) each.
+    """
+    wide = weight.to(mean.dtype)
+    mean_y = wide @ mean
+    var = (wide @ covariance * wide).sum(1).clamp_min(0)
+    true_mean = mean_y.clone() if shift is None else mean_y + wide @ shift
+    return mean_y, true_mean, var, torch.rsqrt(var + eps)
+
+
+def fold_gradients(
+    weight: Tensor,
+    gamma: Tensor | None,
+    mean_y: Tensor,
+    invstd: Tensor,
+    mean: Tensor | None,
+    covariance: Tensor | None,
+    sum_dz: Tensor,
+    product: Tensor,
+    pixels: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of a folded convolution's parameters, and what dc = dz scaled + c matrix^T + vector is made of.
+
+    Args:
+        weight: W, (N, K), in the activations' dtype; all else in the statistics dtype.
+        gamma, mean_y, invstd, sum_dz: (N,); product: Q = dz^T c, (N, K); pixels: P.
+        mean, covariance: (K,) and (K, K), of c; None where the statistics are constants.
+
+    Returns:
+        dweight: (N, K); dgamma: (N,); scaled: (N, K) and matrix: (K, K), in the weight's dtype; vector: (K,). The last
+        two are empty where the statistics are constants.
+    """
+    wide, factor = weight.to(invstd.dtype), scale(invstd, gamma)[:, None]
+    dgamma = invstd * ((wide * product).sum(1) - sum_dz * mean_y)
+    scaled = (factor * wide).to(weight.dtype)
+    if mean is None or covariance is None:
+        return factor * product, dgamma, scaled, weight.new_empty(0), invstd.new_empty(0)
+    slope, offset = -invstd * dgamma / pixels, -sum_dz / pixels
+    dweight = factor * (product + (slope * pixels)[:, None] * (wide @ covariance) - torch.outer(sum_dz, mean))
+    matrix = (wide.t() @ (factor * slope[:, None] * wide)).to(weight.dtype)
+    return dweight, dgamma, scaled, matrix, (factor[:, 0] * (offset - slope * mean_y)) @ wide
+
+
 def rectified_mean(weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
     """E[relu(bias + weight * g)], g a standard normal: what the mean behind a batch norm and a ReLU is near.
 
@@ -135,6 +187,3 @@ def _convolved(x: Tensor, conv: Tensor | None) -> Tensor:
     if conv is None:
         return dense(x)
     return torch.nn.functional.conv2d(x, conv)
-
-
-__all__ = ["add_product_", "conv1x1_backward", "folded_add_relu", "folded_backward", "gram", "rectified_mean"]

@@ -90,24 +90,24 @@ def expand(
 def folded_dgrad(
     grad: Tensor,
     bits: Tensor,
-    matrix: Tensor,
+    scaled: Tensor,
     source: Fields,
     every: list[int],
     square: MaybeTensor,
     vector: MaybeTensor,
 ) -> tuple[Tensor, ...]:
-    """da = dz matrix^T + a square^T + vector, and the sums that ``dgrad`` returns.
+    """da = dz scaled + a square^T + vector, and the sums that ``dgrad`` returns.
 
     Args:
         grad: (N, outputs, H, W), of the output of ``expand``; bits: its mask.
-        matrix: (C, outputs, 1, 1); square: (C, C, 1, 1), vector: (C,), or both None.
+        scaled: (outputs, C, 1, 1); square: (C, C, 1, 1), vector: (C,), or both None.
         source: the folded convolution's input, C channels, of whose pixels ``every`` so-manyth counts.
     """
-    da = F.conv2d(behind_relu(grad, bits, dense(grad)), widened(matrix))
+    da = F.conv2d(behind_relu(grad, bits, dense(grad)), widened(scaled).transpose(0, 1))
     a = activation(source)
     if square is not None and vector is not None:
         da = da + F.conv2d(widened(seen(a.value(), every)), widened(square)) + vector.view(1, -1, 1, 1)
-    out = fresh_like(grad, c=len(matrix)).copy_(da)
+    out = fresh_like(grad, c=scaled.shape[1]).copy_(da)
     return out, *sums_below(out, a)
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-from resnet_fused.kernels.fold import fold_gradients, fold_statistics
+from resnet_fused.kernels.fold import fold_gradients, fold_statistics, rectified_mean
 from resnet_fused.kernels.launch import Launch, observing
 from resnet_fused.ops._branch import Fold, Stage, folded_gradients, settle_folded
 from resnet_fused.ops.batch_norm_stats import Statistics
+from resnet_fused.reference import folded as reference
 from tests.accuracy import assert_as_accurate
 
 PIXELS, EPS = 500, 1e-5
@@ -41,24 +42,25 @@ class Problem:
         self.gamma = torch.randn(n)
         self.gamma[0] = 0
         self.mean, self.covariance = c.mean(0).float(), torch.cov(c.t(), correction=0).float()
+        self.shift = level * torch.randn(k)
         self.sum_dz, self.product = dz.sum(0).float(), (dz.t() @ c).float()
 
 
 def expected(problem: Problem, dtype: torch.dtype) -> list[Tensor]:
-    """mean_y, var, invstd by PyTorch in ``dtype``."""
+    """mean_y, true_mean, var, invstd by PyTorch in ``dtype``."""
     wide, mean, covariance = (
         x.to(dtype) for x in (problem.weight.flatten(1), problem.mean, problem.covariance)
     )
-    measured, _ = settle_folded(wide, mean, covariance, PIXELS, None, STAGE)
+    measured, _ = settle_folded(wide, mean, covariance, PIXELS, problem.shift.to(dtype), STAGE)
     var = measured.running[1] * ((PIXELS - 1) / PIXELS)
-    return [measured.used.mean, var, measured.used.invstd]
+    return [measured.used.mean, measured.running[0], var, measured.used.invstd]
 
 
 def expected_gradients(
     problem: Problem, affine: bool, frozen: bool, dtype: torch.dtype
 ) -> list[Tensor | None]:
-    """dweight, dgamma, matrix, vector by PyTorch in ``dtype``."""
-    mean_y, invstd = (x.to(dtype) for x in expected(problem, torch.float32)[::2])
+    """dweight, dgamma, scaled, matrix, vector by PyTorch in ``dtype``."""
+    mean_y, _, _, invstd = (x.to(dtype) for x in expected(problem, torch.float32))
     fold = Fold(None, None if frozen else problem.mean.to(dtype), problem.covariance.to(dtype))
     gradients = folded_gradients(
         problem.weight.to(dtype),
@@ -70,11 +72,13 @@ def expected_gradients(
         problem.product.to(dtype),
         PIXELS,
     )
-    return [gradients.weight, gradients.gamma, gradients.matrix, gradients.vector]
+    factor = invstd * problem.gamma if affine else invstd
+    scaled = factor[:, None] * problem.weight.to(dtype)
+    return [gradients.weight, gradients.gamma, scaled, gradients.matrix, gradients.vector]
 
 
 def found_gradients(problem: Problem, affine: bool = True, frozen: bool = False) -> list[Tensor | None]:
-    mean_y, _, invstd = expected(problem, torch.float32)
+    mean_y, _, _, invstd = expected(problem, torch.float32)
     return list(
         fold_gradients(
             problem.weight,
@@ -91,9 +95,9 @@ def found_gradients(problem: Problem, affine: bool = True, frozen: bool = False)
 
 
 def check_statistics(problem: Problem) -> list[Tensor]:
-    found = fold_statistics(problem.weight, problem.mean, problem.covariance, EPS)
+    found = fold_statistics(problem.weight, problem.mean, problem.covariance, problem.shift, EPS)
     wants = zip(expected(problem, torch.float32), expected(problem, torch.float64), strict=True)
-    for name, got, (eager, exact) in zip(("mean", "var", "invstd"), found, wants, strict=True):
+    for name, got, (eager, exact) in zip(("mean", "true mean", "var", "invstd"), found, wants, strict=True):
         assert_as_accurate(name, got, eager, exact)
     return list(found)
 
@@ -103,13 +107,13 @@ def check_gradients(problem: Problem, affine: bool = True, frozen: bool = False)
     eagers = expected_gradients(problem, affine, frozen, torch.float32)
     exacts = expected_gradients(problem, affine, frozen, torch.float64)
     for name, got, eager, exact in zip(
-        ("dweight", "dgamma", "matrix", "vector"), found, eagers, exacts, strict=True
+        ("dweight", "dgamma", "scaled", "matrix", "vector"), found, eagers, exacts, strict=True
     ):
         if got is None:
             assert frozen and eager is None, name
         else:
             assert eager is not None and exact is not None, name
-            rounded = problem.weight.dtype if name == "matrix" else torch.float32
+            rounded = problem.weight.dtype if name in ("scaled", "matrix") else torch.float32
             assert_as_accurate(name, got, eager.to(rounded), exact)
     return found
 
@@ -142,7 +146,7 @@ def test_sums_that_cancel() -> None:
 def test_constant_channel(dtype: torch.dtype) -> None:
     problem = Problem(33, 7, dtype, deaf=True)
     problem.covariance[1, :] = problem.covariance[:, 1] = 0
-    _, var, invstd = check_statistics(problem)
+    *_, var, invstd = check_statistics(problem)
     assert var[2] == 0
     torch.testing.assert_close(invstd[2], torch.tensor(EPS).rsqrt())
     check_gradients(problem)
@@ -151,14 +155,14 @@ def test_constant_channel(dtype: torch.dtype) -> None:
 def test_variance_is_not_negative() -> None:
     problem = Problem(5, 3, torch.float32)
     problem.covariance = -1e-3 * torch.eye(3)
-    _, var, invstd = check_statistics(problem)
+    *_, var, invstd = check_statistics(problem)
     assert (var == 0).all() and (invstd > 300).all()
 
 
 def test_nan_stays() -> None:
     problem = Problem(5, 3, torch.float32)
     problem.covariance[1, 1] = torch.nan
-    _, var, invstd = fold_statistics(problem.weight, problem.mean, problem.covariance, EPS)
+    *_, var, invstd = fold_statistics(problem.weight, problem.mean, problem.covariance, None, EPS)
     assert var.isnan().all() and invstd.isnan().all()
 
 
@@ -172,6 +176,15 @@ def test_weight_of_a_convolution(memory_format: torch.memory_format) -> None:
         assert got is not None and want is not None and torch.equal(got, want)
 
 
+def test_rectified_mean() -> None:
+    weight, bias = torch.randn(200), torch.randn(200)
+    weight[:3], bias[:3] = 0.0, torch.tensor([-1.0, 0.0, 2.0])
+    exact = reference.rectified_mean(weight.double(), bias.double())
+    eager = reference.rectified_mean(weight, bias)
+    assert exact is not None and eager is not None
+    assert_as_accurate("mean", rectified_mean(weight, bias), eager, exact)
+
+
 def launched(n: int, k: int, dtype: torch.dtype, frozen: bool) -> list[Launch]:
     """The launches of a step, on tensors without data."""
 
@@ -183,7 +196,7 @@ def launched(n: int, k: int, dtype: torch.dtype, frozen: bool) -> list[Launch]:
     launches: list[Launch] = []
     with observing(launches.append):
         if mean is not None and covariance is not None:
-            fold_statistics(weight, mean, covariance, EPS)
+            fold_statistics(weight, mean, covariance, None, EPS)
         fold_gradients(
             weight, None, per_output, per_output, mean, covariance, per_output, empty(n, k), PIXELS
         )

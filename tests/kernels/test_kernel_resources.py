@@ -78,7 +78,7 @@ def product(
     config: Config = Config(64, 64, 32, 4, 3),  # noqa: B008 - frozen
     precision: str = "tf32",
 ) -> Launch:
-    a, b, out = (torch.empty(size, size, dtype=dtype, device="meta") for _ in range(3))
+    a, b, out = (torch.empty(size, size, 1, 1, dtype=dtype, device="meta") for _ in range(3))
     sizes = dict.fromkeys("MNK", size)
     constants = {"PRECISION": precision, **config.blocks()}
     return Launch(product_kernel, (1,), {"a": a, "b": b, "out": out, **sizes}, constants, config)
