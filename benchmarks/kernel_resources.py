@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.kernels.launch import Launch
+from resnet_fused.kernels.launch import Config, Launch, compiler_options
 
 __all__ = ["ARCHITECTURES", "CompileError", "Resources", "Specialisation", "compile_all", "compiled", "main"]
 
@@ -182,7 +182,7 @@ def compiled(what: Specialisation, arch: int) -> Resources:
 
     divisible = {(place,): [["tt.divisibility", 16]] for place in what.divisible}
     source = ASTSource(what.function(), dict(what.signature), dict(what.constants), divisible)
-    options = {"num_warps": what.warps, "num_stages": what.stages}
+    options = compiler_options(Config(warps=what.warps, stages=what.stages), arch)
     try:
         binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except (

@@ -296,7 +296,8 @@ def fold_gradients(
     outputs, channels = w.shape
     sizes = {"OUTPUTS": outputs, "CHANNELS": channels}
     frozen, exact = mean is None or covariance is None, w.dtype == torch.float32
-    config = Config(32, tile(channels, 64), tile(channels, 32))
+    # Without tensor cores operands are held in registers, and larger tiles would spill.
+    config = Config(16 if exact else 32, tile(channels, 64), tile(channels, 32))
     dweight, dgamma = product.new_empty(outputs, channels), product.new_empty(outputs)
     scaled = torch.empty_like(w)
     launch(
@@ -314,7 +315,6 @@ def fold_gradients(
     )  # fmt: skip
     if frozen:
         return dweight, dgamma, scaled, None, None
-    # Without tensor cores operands are held in registers: 64 at a time would spill.
     config = Config(tile(channels, 32), tile(channels, 64), tile(outputs, 32 if exact else 64))
     matrix, vector = w.new_empty(channels, channels), product.new_empty(channels)
     launch(

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -79,12 +80,31 @@ class Launch:
 
     def run(self) -> None:
         """Starts the kernel; what it writes depends on nothing that it wrote before, so it may run again."""
-        self.kernel[self.grid](
-            *self.arguments.values(),
-            **self.constants,
-            num_warps=self.config.warps,
-            num_stages=self.config.stages,
-        )
+        device = next(x.device for x in self.arguments.values() if isinstance(x, Tensor))
+        options = compiler_options(self.config, architecture(device))
+        self.kernel[self.grid](*self.arguments.values(), **self.constants, **options)
+
+
+@cache
+def architecture(device: torch.device) -> int:
+    """90 for sm_90 and so on; 0 for the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def compiler_options(config: Config, arch: int) -> dict[str, Any]:
+    """What a configuration asks of Triton's compiler, for an architecture (90 is sm_90)."""
+    options: dict[str, Any] = {
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "enable_fp_fusion": True,
+    }
+    if arch not in (0, 90):
+        # ptxas would stop at 80 or 128 registers, to fit more programs, and spill some bytes; on sm_90 it does not.
+        options["maxnreg"] = 255
+    return options
 
 
 _observers: list[Callable[[Launch], None]] = []
