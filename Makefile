@@ -14,7 +14,9 @@ NATIVE := csrc tests/emulated_cuda
 demo: build
 	$(BIN)/python -m resnet_fused train --impl compare --data digits --out runs/demo --overwrite
 
+# Triton's interpreter has to be asked for before triton is imported: its tests have a process of their own.
 test: build lint
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -m interpreter
 	$(BIN)/python -m pytest
 
 # RESULTS=benchmarks/results/NAME.json keeps the figures; `make report` puts the newest ones into README.

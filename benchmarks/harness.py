@@ -18,6 +18,9 @@ import torch
 
 import resnet_fused
 
+#: Images of a batch; a GPU wants more than a CPU has time for.
+BATCH = int(os.environ.get("RESNET_FUSED_BENCH_BATCH", "16"))
+
 
 @dataclass
 class Comparison:

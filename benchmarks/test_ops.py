@@ -1,4 +1,4 @@
-"""Each fused op against the eager sequence it replaces, at the shapes of ResNet-50, batch 16, channels_last."""
+"""Each fused op against the eager sequence it replaces, at the shapes of ResNet-50, channels_last."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Comparison
+from benchmarks.harness import BATCH, Comparison
 from resnet_fused import functional as fused
 from resnet_fused.ops import Norm
 from tests.accuracy import assert_as_accurate
 
-BATCH = 16
 #: Channels and image size of every batch norm whose ReLU follows at once.
 INNER = [(64, 56), (128, 56), (128, 28), (256, 28), (256, 14), (512, 14), (512, 7)]
 #: The same at the ends of blocks.

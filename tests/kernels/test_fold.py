@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 from resnet_fused.kernels.fold import fold_gradients, fold_statistics, rectified_mean
 from resnet_fused.kernels.launch import Launch, observing
@@ -18,6 +13,7 @@ from resnet_fused.ops.batch_norm_stats import Statistics
 from resnet_fused.reference import folded as reference
 from tests.accuracy import assert_as_accurate
 
+pytestmark = pytest.mark.interpreter
 PIXELS, EPS = 500, 1e-5
 SHAPES = [(64, 16), (33, 7), (5, 3), (128, 64), (70, 130)]
 STAGE = Stage((1, 1), (1, 1), (0, 0), (1, 1), 1, EPS, None, None, folded=True)
