@@ -22,7 +22,7 @@ from resnet_fused.reference.resnet import ARCHITECTURES
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 #: Kernels that pass over activations; the other Triton kernels merge what these have left, or work on weights.
-PASSES = ("conv", "dgrad", "wgrad", "gram", "expand", "folded_dgrad")
+PASSES = ("conv", "dgrad", "wgrad", "gram", "expand", "folded_wgrad", "folded_dgrad")
 #: Native ops that start a second, small kernel, which merges the parts of a sum.
 _MERGING = ("batch_norm_stats", "backward_reduce")
 

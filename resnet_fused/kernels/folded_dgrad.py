@@ -1,10 +1,12 @@
-"""Gradient of a folded convolution's input: da = dz scaled + c square^T + vector, one GEMM over [dz | c].
+"""Gradients of the inputs of one or both folded convolutions of a block: da = dz scaled + c square^T + vector.
 
-dz is the gradient behind the block's ReLU, from the gradient of the output and the mask bits. The epilogue takes the
+For each one GEMM over [dz | c]; dz, the gradient behind the block's ReLU, is read once for both. The epilogue takes the
 sums that the batch norm below needs of da behind its ReLU.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -15,18 +17,18 @@ from resnet_fused.kernels.configs import gemm_configs
 from resnet_fused.kernels.launch import Config, launch
 from resnet_fused.kernels.problem import (
     every_sizes,
-    input_sizes,
     new_activation,
     precision,
     row_matrix,
-    touched,
+    skip_fields,
+    touched_of_both,
 )
 from resnet_fused.kernels.tiles import activation_tile, gradient_tile, pixel_of, store_tile_sums
 from resnet_fused.reference.operands import Activation, Pair
 
 
 @triton.jit
-def folded_dgrad_kernel(
+def _input_gradient(
     g,
     bits,
     scaled,
@@ -49,15 +51,16 @@ def folded_dgrad_kernel(
     PIXELS,
     EVERY_H,
     EVERY_W,
+    tile_m,
+    tiles_m,
+    tile_n,
     POINTWISE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """CHANNELS: of the convolution's input, and of da; OUTPUTS: of dz."""
-    tiles_n = tl.cdiv(CHANNELS, BLOCK_N)
-    tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+    """A tile of da. CHANNELS: of the convolution's input, and of da; OUTPUTS: of dz."""
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     inside, column_inside = rows < PIXELS, columns < CHANNELS
@@ -91,7 +94,6 @@ def folded_dgrad_kernel(
     out = acc.to(da.dtype.element_ty)
     tl.store(da + rows[:, None] * CHANNELS + columns[None, :], out, inside[:, None] & column_inside[None, :])
     if sums is not None:
-        tiles = tl.num_programs(0) // tiles_n
         store_tile_sums(
             out.to(tl.float32),
             x,
@@ -101,7 +103,7 @@ def folded_dgrad_kernel(
             bias,
             sums,
             tile_m,
-            tiles,
+            tiles_m,
             rows,
             inside,
             columns,
@@ -109,42 +111,147 @@ def folded_dgrad_kernel(
         )
 
 
-def configs(grad: Tensor, bits: Tensor, scaled: Tensor, source: Activation, *_: object) -> list[Config]:
-    outputs = grad.shape[1]
-    return gemm_configs(grad, grad.numel() // outputs, source.x.shape[1], outputs, epilogue=2)
+@triton.jit
+def folded_dgrad_kernel(
+    g,
+    bits,
+    scaled,
+    square,
+    vector,
+    x,
+    mean,
+    invstd,
+    weight,
+    bias,
+    shift,
+    da,
+    sums,
+    skip_scaled,
+    skip_square,
+    skip_vector,
+    skip,
+    skip_shift,
+    dskip,
+    HEIGHT,
+    WIDTH,
+    CHANNELS,
+    SKIP_HEIGHT,
+    SKIP_WIDTH,
+    SKIP_CHANNELS,
+    OUT_HEIGHT,
+    OUT_WIDTH,
+    OUTPUTS,
+    PIXELS,
+    EVERY_H,
+    EVERY_W,
+    SKIP_EVERY_H,
+    SKIP_EVERY_W,
+    POINTWISE: tl.constexpr,
+    SKIP_POINTWISE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Tiles of one row of tiles follow each other, those of the shortcut last: they read the same pixels.
+    tiles = tl.cdiv(CHANNELS, BLOCK_N)
+    both = tiles
+    if skip is not None:
+        both += tl.cdiv(SKIP_CHANNELS, BLOCK_N)
+    tile_m, tile_n, tiles_m = tl.program_id(0) // both, tl.program_id(0) % both, tl.num_programs(0) // both
+    if tile_n < tiles:
+        _input_gradient(
+            g, bits, scaled, x, mean, invstd, weight, bias, shift, square, vector, da, sums, HEIGHT, WIDTH, CHANNELS,
+            OUT_HEIGHT, OUT_WIDTH, OUTPUTS, PIXELS, EVERY_H, EVERY_W, tile_m, tiles_m, tile_n,
+            POINTWISE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    elif skip is not None:
+        _input_gradient(
+            g, bits, skip_scaled, skip, None, None, None, None, skip_shift, skip_square, skip_vector, dskip, None,
+            SKIP_HEIGHT, SKIP_WIDTH, SKIP_CHANNELS, OUT_HEIGHT, OUT_WIDTH, OUTPUTS, PIXELS, SKIP_EVERY_H, SKIP_EVERY_W,
+            tile_m, tiles_m, tile_n - tiles, SKIP_POINTWISE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+
+
+class Factors(NamedTuple):
+    """What the gradient of a folded convolution's input is made with.
+
+    ``scaled``: (outputs, C, 1, 1); ``square``: (C, C, 1, 1) and ``vector``: (C,) float32, or None where the statistics
+    are constants.
+    """
+
+    scaled: Tensor | None = None
+    square: Tensor | None = None
+    vector: Tensor | None = None
+
+    def arguments(self, like: Tensor, prefix: str = "") -> dict[str, Tensor | None]:
+        matrices = (m if m is None else row_matrix(m, like.dtype) for m in (self.scaled, self.square))
+        names = (f"{prefix}scaled", f"{prefix}square", f"{prefix}vector")
+        return dict(zip(names, (*matrices, self.vector), strict=True))
+
+    @property
+    def size(self) -> int:
+        return sum(m.numel() for m in (self.scaled, self.square) if m is not None)
+
+
+def configs(
+    grad: Tensor,
+    bits: Tensor,
+    factors: Factors,
+    source: Activation,
+    every: Pair,
+    skip_factors: Factors,
+    skip: Activation | None,
+    *_: object,
+) -> list[Config]:
+    outputs, channels = grad.shape[1], source.x.shape[1] + (0 if skip is None else skip.x.shape[1])
+    return gemm_configs(grad, grad.numel() // outputs, channels, outputs, epilogue=2)
 
 
 def folded_dgrad(
     grad: Tensor,
     bits: Tensor,
-    scaled: Tensor,
+    factors: Factors,
     source: Activation,
     every: Pair,
-    square: Tensor | None,
-    vector: Tensor | None,
+    skip_factors: Factors,
+    skip: Activation | None,
+    skip_every: Pair,
     config: Config,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """da at every so-manyth pixel of ``source``, and sums if that has statistics; arguments as in reference.passes."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """da of ``source``, that of ``skip``, and sum_dz and sum_dz_xhat, (C,) float32, where ``source`` has statistics.
+
+    Args:
+        grad: (N, outputs, H, W), channels_last; bits: the mask of what it is the gradient of.
+        source, skip: inputs of folded convolutions, channels_last; of their pixels one in so many counts, down and
+            across, and da is that of these alone. ``skip`` has no statistics.
+    """
     x, (images, outputs, height, width) = source.x, grad.shape
-    channels, pixels = x.shape[1], images * height * width
+    channels, others = x.shape[1], 0 if skip is None else skip.x.shape[1]
+    pixels = images * height * width
     da = new_activation(x, channels, height, width)
+    dskip = None if skip is None else new_activation(x, others, height, width)
     tiles = triton.cdiv(pixels, config.block_m)
     sums = None if source.mean is None else reductions.tile_sums(x, tiles, channels)
-    squared = 0 if square is None else square.numel()
     launch(
         folded_dgrad_kernel,
-        (tiles * triton.cdiv(channels, config.block_n),),
+        (tiles * (triton.cdiv(channels, config.block_n) + triton.cdiv(others, config.block_n)),),
         {
-            "g": grad, "bits": bits, "scaled": row_matrix(scaled, grad.dtype), **source._asdict(),
-            "square": None if square is None else row_matrix(square, grad.dtype), "vector": vector,
-            "da": da, "sums": sums, **input_sizes(x), "OUT_HEIGHT": height, "OUT_WIDTH": width, "OUTPUTS": outputs,
-            "PIXELS": pixels, **every_sizes(every),
+            "g": grad, "bits": bits, **factors.arguments(grad), **source._asdict(), "da": da, "sums": sums,
+            **skip_factors.arguments(grad, "skip_"), **skip_fields(skip), "dskip": dskip,
+            "HEIGHT": x.shape[2], "WIDTH": x.shape[3], "CHANNELS": channels,
+            "SKIP_HEIGHT": 0 if skip is None else skip.x.shape[2], "SKIP_WIDTH": 0 if skip is None else skip.x.shape[3],
+            "SKIP_CHANNELS": others, "OUT_HEIGHT": height, "OUT_WIDTH": width, "OUTPUTS": outputs, "PIXELS": pixels,
+            **every_sizes(every), **every_sizes(skip_every, "SKIP_"),
         },
-        {"POINTWISE": every == (1, 1), "PRECISION": precision(grad.dtype), **config.blocks()},
+        {
+            "POINTWISE": every == (1, 1), "SKIP_POINTWISE": skip_every == (1, 1), "PRECISION": precision(grad.dtype),
+            **config.blocks(),
+        },
         config,
-        flops=2 * pixels * (scaled.numel() + squared),
-        touched=touched("x", x, height, width),
+        flops=2 * pixels * (factors.size + skip_factors.size),
+        touched=touched_of_both(source, skip, height, width),
     )  # fmt: skip
     if sums is None or source.invstd is None:
-        return da, None, None
-    return da, *reductions.sum_tiles(sums, source.invstd)
+        return da, dskip, None, None
+    return da, dskip, *reductions.sum_tiles(sums, source.invstd)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.reference.layout import statistics_dtype
-from resnet_fused.reference.operands import Pair, Window
+from resnet_fused.reference.operands import Activation, Pair, Window
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -58,8 +58,18 @@ def window_sizes(window: Window) -> dict[str, int]:
     }  # fmt: skip
 
 
-def every_sizes(every: Pair) -> dict[str, int]:
-    return {"EVERY_H": every[0], "EVERY_W": every[1]}
+def every_sizes(every: Pair, prefix: str = "") -> dict[str, int]:
+    return {f"{prefix}EVERY_H": every[0], f"{prefix}EVERY_W": every[1]}
+
+
+def skip_fields(skip: Activation | None) -> dict[str, Tensor | None]:
+    """The input of a folded shortcut, which has no statistics, as arguments of a kernel."""
+    return {"skip": None if skip is None else skip.x, "skip_shift": None if skip is None else skip.shift}
+
+
+def touched_of_both(source: Activation, skip: Activation | None, height: int, width: int) -> dict[str, int]:
+    found = touched("x", source.x, height, width) or {}
+    return found | (touched("skip", skip.x, height, width) or {} if skip is not None else {})
 
 
 def size_at(x: Tensor, every: Pair) -> Pair:

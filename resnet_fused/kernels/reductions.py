@@ -112,28 +112,33 @@ def sum_tiles(tiles: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def sum_splits_kernel(parts, out, sums, SPLITS, SIZE, SUMS, BLOCK: tl.constexpr):
+def sum_splits_kernel(parts, out, more, last, SPLITS, SIZE, MORE, LAST, BLOCK: tl.constexpr):
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < SIZE + SUMS
+    whole = SIZE + MORE + LAST
     total = tl.zeros((BLOCK,), tl.float32)
     for split in range(SPLITS):
-        total += tl.load(parts + split * (SIZE + SUMS) + places, inside, other=0.0)
+        total += tl.load(parts + split * whole + places, places < whole, other=0.0)
     tl.store(out + places, total, places < SIZE)
-    if sums is not None:
-        tl.store(sums + places - SIZE, total, (places >= SIZE) & inside)
+    if more is not None:
+        tl.store(more + places - SIZE, total, (places >= SIZE) & (places < SIZE + MORE))
+    if last is not None:
+        tl.store(last + places - SIZE - MORE, total, (places >= SIZE + MORE) & (places < whole))
 
 
-def sum_splits(parts: Tensor, out: Tensor, sums: Tensor | None) -> None:
-    """out = the sum over the first dimension of ``parts``, (splits, sizes of out and sums); at its end ``sums``."""
+def sum_splits(parts: Tensor, out: Tensor, more: Tensor | None = None, last: Tensor | None = None) -> None:
+    """out, more and last, one behind the other, are the sum over the first dimension of ``parts``."""
     block = 1024
-    extra = 0 if sums is None else sums.numel()
+    size, more_size, last_size = (0 if x is None else x.numel() for x in (out, more, last))
     launch(
         sum_splits_kernel,
-        (triton.cdiv(out.numel() + extra, block),),
-        {"parts": parts, "out": out, "sums": sums, "SPLITS": len(parts), "SIZE": out.numel(), "SUMS": extra},
+        (triton.cdiv(size + more_size + last_size, block),),
+        {
+            "parts": parts, "out": out, "more": more, "last": last,
+            "SPLITS": len(parts), "SIZE": size, "MORE": more_size, "LAST": last_size,
+        },
         {"BLOCK": block},
         _CONFIG,
-    )
+    )  # fmt: skip
 
 
 @triton.jit

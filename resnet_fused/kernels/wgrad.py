@@ -1,7 +1,7 @@
 """Sums over the pixels of products of channels: the gradient of a convolution's weight, dy^T a.
 
 A program makes BLOCK_N outputs x BLOCK_K input channels at one tap of the kernel, of one split of the pixels. What the
-splits have found goes to memory and is summed in a fixed order. With ``SUMS`` the sums of dy come along.
+splits have found goes to memory and is summed in a fixed order.
 """
 
 from __future__ import annotations
@@ -50,7 +50,6 @@ def wgrad_kernel(
     OUT_WIDTH,
     OUTPUTS,
     PIXELS,
-    PART,
     STRIDE_H,
     STRIDE_W,
     PAD_H,
@@ -59,13 +58,12 @@ def wgrad_kernel(
     DILATION_W,
     KERNEL_W,
     POINTWISE: tl.constexpr,
-    SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """BLOCK_M pixels at a time; PART: what a split writes, in elements."""
+    """BLOCK_M pixels at a time."""
     tiles_k = tl.cdiv(CHANNELS, BLOCK_K)
     tap, tile_k = tl.program_id(0) // tiles_k, tl.program_id(0) % tiles_k
     first = tl.program_id(1) * BLOCK_N
@@ -74,7 +72,6 @@ def wgrad_kernel(
     per_split = tl.cdiv(tl.cdiv(PIXELS, BLOCK_M), tl.num_programs(2))
     start = tl.program_id(2) * per_split * BLOCK_M
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    total = tl.zeros((BLOCK_N,), tl.float32)
     for step in range(per_split):
         rows = start + step * BLOCK_M + tl.arange(0, BLOCK_M)
         row_inside = rows < PIXELS
@@ -93,16 +90,11 @@ def wgrad_kernel(
         a = activation_tile(
             x, x_mean, x_invstd, x_weight, x_bias, x_shift, source, inside, channels, CHANNELS
         )
-        if SUMS:
-            total += tl.sum(dy.to(tl.float32), 0)
         acc = tl.dot(tl.trans(dy), a, acc, input_precision=PRECISION)
-    part = parts + tl.program_id(2) * PART
     columns = tl.num_programs(0) // tiles_k * CHANNELS
+    part = parts + tl.program_id(2) * OUTPUTS * columns
     inside = (outputs < OUTPUTS)[:, None] & (channels < CHANNELS)[None, :]
     tl.store(part + outputs[:, None] * columns + tap * CHANNELS + channels[None, :], acc, inside)
-    if SUMS:
-        here = (outputs < OUTPUTS) & (tl.program_id(0) == 0)
-        tl.store(part + OUTPUTS * columns + outputs, total, here)
 
 
 def configs(gradient: Gradient, source: Activation, conv: Tensor, window: Window, *_: object) -> list[Config]:
@@ -111,10 +103,8 @@ def configs(gradient: Gradient, source: Activation, conv: Tensor, window: Window
     return sum_configs(source.x, pixels, outputs, channels, taps=kernel[0] * kernel[1], loaded=loaded)
 
 
-def wgrad(
-    gradient: Gradient, source: Activation, conv: Tensor, window: Window, sums: bool, config: Config
-) -> tuple[Tensor, Tensor | None]:
-    """dconv (outputs, C, kh, kw), float32, channels_last; and with ``sums`` those of dy over the pixels, (outputs,).
+def wgrad(gradient: Gradient, source: Activation, conv: Tensor, window: Window, config: Config) -> Tensor:
+    """dconv (outputs, C, kh, kw), float32, channels_last.
 
     Args:
         gradient: (N, outputs, OH, OW), channels_last.
@@ -123,9 +113,8 @@ def wgrad(
     """
     x, g = source.x, gradient.g
     outputs, channels, kernel_h, kernel_w = conv.shape
-    pixels, columns = g.numel() // outputs, kernel_h * kernel_w * channels
-    part = outputs * columns + (outputs if sums else 0)
-    parts = new_float(x, config.splits, part)
+    pixels = g.numel() // outputs
+    parts = new_float(x, config.splits, outputs, kernel_h, kernel_w, channels)
     launch(
         wgrad_kernel,
         (
@@ -137,18 +126,15 @@ def wgrad(
             **gradient._asdict(), **{("x" if name == "x" else f"x_{name}"): v for name, v in source._asdict().items()},
             "parts": parts,
             **input_sizes(x), "OUT_HEIGHT": g.shape[2], "OUT_WIDTH": g.shape[3], "OUTPUTS": outputs, "PIXELS": pixels,
-            "PART": part, **window_sizes(window), "KERNEL_W": kernel_w,
+            **window_sizes(window), "KERNEL_W": kernel_w,
         },
-        {
-            "POINTWISE": is_pointwise(conv, window), "SUMS": sums, "PRECISION": precision(x.dtype), **config.blocks(),
-        },
+        {"POINTWISE": is_pointwise(conv, window), "PRECISION": precision(x.dtype), **config.blocks()},
         config,
         flops=2 * pixels * conv.numel(),
         touched=touched("x", x, g.shape[2], g.shape[3]) if (kernel_h, kernel_w) == (1, 1) else None,
     )  # fmt: skip
-    if config.splits == 1 and not sums:
-        return parts.view(outputs, kernel_h, kernel_w, channels).permute(0, 3, 1, 2), None
-    found = new_float(x, outputs, kernel_h, kernel_w, channels)
-    total = new_float(x, outputs) if sums else None
-    reductions.sum_splits(parts, found, total)
-    return found.permute(0, 3, 1, 2), total
+    found = parts[0]
+    if config.splits > 1:
+        found = new_float(x, *parts.shape[1:])
+        reductions.sum_splits(parts, found)
+    return found.permute(0, 3, 1, 2)

@@ -6,7 +6,7 @@ of a block its batch norms, the shortcut, the ReLU and its bits. See docs/launch
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from resnet_fused.ops.batch_norm_stats import Statistics, check_pixels, shared_s
 from resnet_fused.ops.bn_add_relu import backward_reduce
 from resnet_fused.ops.fold import fold_gradients, fold_statistics, rectified_mean
 from resnet_fused.ops.folded import folded_add_relu
-from resnet_fused.ops.passes import conv_stats, dgrad, expand, folded_dgrad, gram_of, wgrad
+from resnet_fused.ops.passes import conv_stats, dgrad, expand, folded_dgrad, folded_wgrad, gram_of, wgrad
 from resnet_fused.reference.layout import statistics_dtype
 from resnet_fused.reference.operands import Activation, Gradient, Pair
 
@@ -151,12 +151,9 @@ class FusedBackward(Backward):
 
     def run(self, grad: Tensor) -> MaybeTensor:
         grad = grad.contiguous(memory_format=torch.channels_last)
-        da, *sums = self.end(grad, 0)
-        residual: Tensor = grad
-        bits: MaybeTensor = self.mask
-        every: Pair = (1, 1)
-        if self.plan.downsample is not None:
-            residual, bits, every = self.end(grad, 1)[0], None, self.plan.downsample.every
+        (da, *sums), dskip = self.ends(grad)
+        residual, bits = (grad, self.mask) if dskip is None else (dskip, None)
+        every = (1, 1) if self.plan.downsample is None else self.plan.downsample.every
         for i in reversed(range(1, self.chain)):
             da, *sums = self.through(self.dy(da, i, sums), i, self.plan.stages[i], self.source(i - 1))
         dy, stage, source = self.dy(da, 0, sums), self.plan.stages[0], Activation(self.x)
@@ -171,53 +168,69 @@ class FusedBackward(Backward):
         """The input of the convolution behind the i-th of the chain."""
         return _behind(self.ys[i], self.used[i], self.parameters[i], shift)
 
-    def end(self, grad: Tensor, k: int) -> tuple[Tensor, ...]:
-        """The gradient of the input of an end of the block, and its sums for the batch norm below."""
-        stage, place = self.plan.ends[k], self.place(k)
-        shift = self.folds[k].shift
-        source = self.source(self.chain - 1, shift) if k == 0 else Activation(self.x, shift=shift)
-        if stage.folded:
-            return self.folded_end(grad, source, place, stage, self.folds[k])
+    def ends(self, grad: Tensor) -> tuple[tuple[Tensor, ...], MaybeTensor]:
+        """Of the main path the gradient of its last input and its sums for the batch norm below; of the shortcut too.
+
+        In the order of the ends, whichever are folded: processes that share sums may differ in that.
+        """
+        stages = self.plan.ends
+        sources = [self.source(self.chain - 1, self.folds[0].shift)]
+        if len(stages) > 1:
+            sources.append(Activation(self.x, shift=self.folds[1].shift))
+        folded = [k for k, stage in enumerate(stages) if stage.folded]
+        operands: list[Any] = []
+        products: dict[int, Tensor] = {}
+        if folded:
+            for k in folded:
+                operands += [[*sources[k]], stages[k].every]
+            operands += [[], (1, 1)] * (2 - len(folded))
+            *found, sum_dz = folded_wgrad(grad, self.mask, *operands)
+            products = dict(zip(folded, found, strict=False))
+        factors: list[list[MaybeTensor]] = []
+        gradients: dict[int, tuple[Tensor, ...]] = {}
+        for k, stage in enumerate(stages):
+            if k in products:
+                factors.append(self.factors(k, stage, sum_dz, products[k]))
+            else:
+                gradients[k] = self.plain_end(grad, k, stage, sources[k])
+        if folded:
+            factors += [[]] * (2 - len(folded))
+            da, dskip, *sums = folded_dgrad(
+                grad, self.mask, factors[0], *operands[:2], factors[1], *operands[2:]
+            )
+            gradients[folded[0]] = (da, *sums)
+            if len(folded) > 1:
+                gradients[1] = (dskip,)
+        return gradients[0], gradients[1][0] if 1 in gradients else None
+
+    def factors(self, k: int, stage: Stage, sum_dz: Tensor, product: Tensor) -> list[MaybeTensor]:
+        """What the gradient of a folded convolution's input is made with; those of its parameters are noted."""
+        place, fold, dtype = self.place(k), self.folds[k], self.x.dtype
+        weight, gamma, _ = self.parameters[place]
+        if stage.group is None:
+            mean, invstd, _ = self.used[place]
+            norm = (gamma, mean, invstd, fold.mean, fold.covariance)
+            dweight, dgamma, scaled, matrix, vector = fold_gradients(
+                weight.to(dtype).flatten(1), *norm, sum_dz, product, len(self.mask)
+            )
+            self.note_weight(place, dweight)
+            self.note_norm(place, dgamma, sum_dz)
+        else:
+            found = self.fold_gradients(place, stage, fold, sum_dz, product)
+            scaled, matrix, vector = self.scaled(place, dtype), found.matrix, found.vector
+        scaled = scaled[:, :, None, None]
+        return [scaled, None, None] if stage.frozen else [scaled, matrix.to(dtype)[:, :, None, None], vector]
+
+    def plain_end(self, grad: Tensor, k: int, stage: Stage, source: Activation) -> tuple[Tensor, ...]:
+        """As ``through``, of an end of the block that is not folded."""
+        place = self.place(k)
         y, (mean, invstd, share), (_, gamma, beta) = self.kept[k], self.used[place], self.parameters[place]
         assert y is not None
         dbeta, dgamma = backward_reduce(grad, self.mask, y, mean, invstd)
         self.note_norm(place, dgamma, dbeta)
         sums = shared_sums((dbeta, dgamma), stage.group, share) if stage.frozen is None else [None, None]
         dy = Gradient(grad, self.mask, y, mean, invstd, gamma, beta, *sums)
-        if k == 0:
-            return self.through(dy, place, stage, source)
-        return self.through_shortcut(dy, place, stage)
-
-    def folded_end(
-        self, grad: Tensor, source: Activation, place: int, stage: Stage, fold: Fold
-    ) -> tuple[Tensor, ...]:
-        weight, gamma, _ = self.parameters[place]
-        weight = weight.to(grad.dtype)
-        geometry = (stage.every, (0, 0), (1, 1), 1)
-        product, sum_dz = wgrad([*Gradient(grad, self.mask)], [*source], weight, *geometry, True)
-        if stage.group is None:
-            mean, invstd, _ = self.used[place]
-            norm = (gamma, mean, invstd, fold.mean, fold.covariance)
-            dweight, dgamma, scaled, matrix, vector = fold_gradients(
-                weight.flatten(1), *norm, sum_dz, product.flatten(1), len(self.mask)
-            )
-            self.note_weight(place, dweight)
-            self.note_norm(place, dgamma, sum_dz)
-        else:
-            found = self.fold_gradients(place, stage, fold, sum_dz, product.flatten(1))
-            scaled, matrix, vector = self.scaled(place, grad.dtype), found.matrix, found.vector
-        frozen = fold.covariance is None
-        square = None if frozen else matrix.to(grad.dtype)[:, :, None, None]
-        gradients: tuple[Tensor, ...] = folded_dgrad(
-            grad,
-            self.mask,
-            scaled[:, :, None, None],
-            [*source],
-            stage.every,
-            square,
-            None if frozen else vector,
-        )
-        return gradients
+        return self.through(dy, place, stage, source) if k == 0 else self.through_shortcut(dy, place, stage)
 
     def through_shortcut(self, dy: Gradient, place: int, stage: Stage) -> tuple[Tensor, ...]:
         """As through, at those pixels alone that a shortcut sees."""
@@ -258,5 +271,4 @@ class FusedBackward(Backward):
         if self.needs[2 + 3 * place]:
             weight = self.parameters[place].weight
             geometry = (stage.stride, stage.padding, stage.dilation, stage.groups)
-            found, _ = wgrad([*dy], [*source], weight.to(source.x.dtype), *geometry, False)
-            self.note_weight(place, found)
+            self.note_weight(place, wgrad([*dy], [*source], weight.to(source.x.dtype), *geometry))

@@ -247,34 +247,96 @@ expand = primitive(
 )
 
 
+def _folded_wgrad(
+    grad: Tensor, bits: Tensor, source: Fields, every: list[int], skip: Fields, skip_every: list[int]
+) -> tuple[Tensor, ...]:
+    a, other = activation(source), activation(skip) if skip else None
+
+    def vendor() -> tuple[Tensor, ...]:
+        dz = gradient_of(Gradient(grad, bits))
+
+        def product(c: Activation, every: list[int]) -> Tensor:
+            return sum_of_inner(dz, value_of(c._replace(x=seen(c.x, every))))
+
+        sums = dz.sum((0, 2, 3), dtype=statistics_dtype(dz.dtype))
+        second = nothing(grad, 1)[0] if other is None else product(other, skip_every)
+        return product(a, every), second, sums
+
+    if not runs_triton(grad) or not runs_triton(a.x):
+        return vendor()
+    sizes = (
+        *grad.shape,
+        *a.x.shape,
+        *every,
+        *_given(source[1:]),
+        *([] if other is None else other.x.shape),
+        *skip_every,
+    )
+    arguments = (grad, bits, a, _pair(every), other, _pair(skip_every))
+    product, second, sums = _fastest("folded_wgrad", grad, sizes, "folded_wgrad", arguments, vendor)
+    return product, nothing(grad, 1)[0] if second is None else second, sums
+
+
+def _fake_folded_wgrad(
+    grad: Tensor, bits: Tensor, source: Fields, every: list[int], skip: Fields, skip_every: list[int]
+) -> tuple[Tensor, ...]:
+    outputs, dtype = grad.shape[1], statistics_dtype(grad.dtype)
+    products = [grad.new_empty(outputs, activation(x).x.shape[1], dtype=dtype) for x in (source, skip) if x]
+    return products[0], products[1] if skip else nothing(grad, 1)[0], _vectors(grad, outputs, 1)[0]
+
+
+folded_wgrad = primitive(
+    "folded_wgrad(Tensor grad, Tensor bits, Tensor?[] source, int[] every, Tensor?[] skip, int[] skip_every)"
+    " -> (Tensor product, Tensor skip_product, Tensor sum_dz)",
+    reference.folded_wgrad,
+    _fake_folded_wgrad,
+    _folded_wgrad,
+    triton=True,
+)
+
+
 def _folded_dgrad(
     grad: Tensor,
     bits: Tensor,
-    scaled: Tensor,
+    factors: Fields,
     source: Fields,
     every: list[int],
-    square: MaybeTensor,
-    vector: MaybeTensor,
+    skip_factors: Fields,
+    skip: Fields,
+    skip_every: list[int],
 ) -> tuple[Tensor, ...]:
-    a = activation(source)
+    a, other = activation(source), activation(skip) if skip else None
 
     def vendor() -> tuple[Tensor, ...]:
-        da = fresh(grad, None, scaled.shape[1])
-        matrix = scaled.transpose(0, 1).contiguous()
         dz = gradient_of(Gradient(grad, bits))
-        rows = rows_in_piece(dz, dz.shape[1])
-        for to, part in zip(pieces_of(da, rows), pieces_of(dz, rows), strict=True):
-            times_into(to, part, matrix)
-        if square is not None:
-            folded.add_product_(da, value_of(a._replace(x=seen(a.x, every))), square, vector)
-        return da, *_sums_below(da, a)
+        da = _vendor_input_gradient(dz, a, every, *factors)
+        dskip = grad.new_empty(0)
+        if other is not None:
+            dskip = _vendor_input_gradient(dz, other, skip_every, *skip_factors)
+        return da, dskip, *_sums_below(da, a)
 
-    if not runs_triton(grad):
+    if not runs_triton(grad) or not runs_triton(a.x):
         return vendor()
-    sizes = (*grad.shape, *a.x.shape, *every, *_given((*source[1:], square)))
-    arguments = (grad, bits, scaled, a, _pair(every), square, vector)
-    da, *sums = _fastest("folded_dgrad", grad, sizes, "folded_dgrad", arguments, vendor)
-    return da, *(nothing(da, 2) if sums[0] is None else sums)
+    kernels = importlib.import_module("resnet_fused.kernels.folded_dgrad")
+    flags = _given((*source[1:], *factors, *skip_factors))
+    sizes = (*grad.shape, *a.x.shape, *every, *flags, *([] if other is None else other.x.shape), *skip_every)
+    both = kernels.Factors(*factors), kernels.Factors(*skip_factors)
+    arguments = (grad, bits, both[0], a, _pair(every), both[1], other, _pair(skip_every))
+    da, dskip, *sums = _fastest("folded_dgrad", grad, sizes, "folded_dgrad", arguments, vendor)
+    return da, grad.new_empty(0) if dskip is None else dskip, *(nothing(da, 2) if sums[0] is None else sums)
+
+
+def _vendor_input_gradient(
+    dz: Tensor, a: Activation, every: list[int], scaled: MaybeTensor, square: MaybeTensor, vector: MaybeTensor
+) -> Tensor:
+    assert scaled is not None
+    da: Tensor = fresh(dz, None, scaled.shape[1])
+    rows, matrix = rows_in_piece(dz, dz.shape[1]), scaled.transpose(0, 1).contiguous()
+    for to, part in zip(pieces_of(da, rows), pieces_of(dz, rows), strict=True):
+        times_into(to, part, matrix)
+    if square is not None:
+        folded.add_product_(da, value_of(a._replace(x=seen(a.x, every))), square, vector)
+    return da
 
 
 def _sums_below(da: Tensor, below: Activation) -> tuple[Tensor, ...]:
@@ -288,14 +350,25 @@ def _fake_sums(below: Activation) -> tuple[Tensor, ...]:
     return nothing(below.x, 2) if below.mean is None else _vectors(below.x, below.x.shape[1], 2)
 
 
+def _fake_folded_dgrad(
+    grad: Tensor,
+    bits: Tensor,
+    factors: Fields,
+    source: Fields,
+    every: list[int],
+    skip_factors: Fields,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    scaled = [m[0] for m in (factors, skip_factors) if m and m[0] is not None]
+    found = [fresh_channels_last(grad, m.shape[1], grad.shape[2], grad.shape[3]) for m in scaled]
+    return found[0], found[1] if len(found) > 1 else grad.new_empty(0), *_fake_sums(activation(source))
+
+
 folded_dgrad = primitive(
-    "folded_dgrad(Tensor grad, Tensor bits, Tensor scaled, Tensor?[] source, int[] every, Tensor? square,"
-    " Tensor? vector) -> (Tensor da, Tensor sum_dz, Tensor sum_dz_xhat)",
+    "folded_dgrad(Tensor grad, Tensor bits, Tensor?[] factors, Tensor?[] source, int[] every, Tensor?[] skip_factors,"
+    " Tensor?[] skip, int[] skip_every) -> (Tensor da, Tensor dskip, Tensor sum_dz, Tensor sum_dz_xhat)",
     reference.folded_dgrad,
-    lambda grad, bits, scaled, source, *_: (
-        fresh_channels_last(grad, scaled.shape[1], grad.shape[2], grad.shape[3]),
-        *_fake_sums(activation(source)),
-    ),
+    _fake_folded_dgrad,
     _folded_dgrad,
     triton=True,
 )
@@ -363,50 +436,35 @@ def _wgrad(
     padding: list[int],
     dilation: list[int],
     groups: int,
-    sums: bool,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     given, a, geometry = gradient(dy), activation(source), window(stride, padding, dilation, groups)
 
-    def vendor() -> tuple[Tensor, Tensor]:
+    def vendor() -> Tensor:
         g = gradient_of(given)
         if conv.shape[2:] == (1, 1) and geometry.padding == (0, 0) and groups == 1:
             product = sum_of_inner(g, value_of(a._replace(x=seen(a.x, stride))))
-            found = product[:, None, None].permute(0, 3, 1, 2)
-        else:
-            _, found, _ = torch.ops.aten.convolution_backward.default(
-                g,
-                value_of(a),
-                conv,
-                None,
-                stride,
-                padding,
-                dilation,
-                False,
-                [0, 0],
-                groups,
-                [False, True, False],
-            )
-        wide = statistics_dtype(g.dtype)
-        total = g.sum((0, 2, 3), dtype=wide) if sums else nothing(g, 1)[0]
-        return found.to(wide).contiguous(memory_format=torch.channels_last), total
+            return product[:, None, None].permute(0, 3, 1, 2)
+        _, found, _ = torch.ops.aten.convolution_backward.default(
+            g, value_of(a), conv, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
+        )
+        return found.to(statistics_dtype(g.dtype)).contiguous(memory_format=torch.channels_last)
 
     if not runs_triton(a.x, groups) or not runs_triton(given.g):
         return vendor()
-    sizes = (*a.x.shape, *conv.shape, *stride, *padding, *dilation, *_given((*dy[1:], *source[1:])), sums)
-    found, total = _fastest("wgrad", a.x, sizes, "wgrad", (given, a, conv, geometry, sums), vendor)
-    return found, nothing(a.x, 1)[0] if total is None else total
+    sizes = (*a.x.shape, *conv.shape, *stride, *padding, *dilation, *_given((*dy[1:], *source[1:])))
+    found: Tensor = _fastest("wgrad", a.x, sizes, "wgrad", (given, a, conv, geometry), vendor)
+    return found
 
 
-def _fake_wgrad(dy: Fields, source: Fields, conv: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    x, sums = activation(source).x, arguments[-1]
-    found = torch.empty(
+def _fake_wgrad(dy: Fields, source: Fields, conv: Tensor, *_: Any) -> Tensor:
+    x = activation(source).x
+    return torch.empty(
         conv.shape, dtype=statistics_dtype(x.dtype), device=x.device, memory_format=torch.channels_last
     )
-    return found, _vectors(x, conv.shape[0], 1)[0] if sums else nothing(x, 1)[0]
 
 
 wgrad = primitive(
-    f"wgrad(Tensor?[] dy, Tensor?[] source, Tensor conv, {_GEOMETRY}, bool sums) -> (Tensor dconv, Tensor sum_dy)",
+    f"wgrad(Tensor?[] dy, Tensor?[] source, Tensor conv, {_GEOMETRY}) -> Tensor",
     reference.wgrad,
     _fake_wgrad,
     _wgrad,

@@ -87,28 +87,63 @@ def expand(
     return folded.folded_add_relu(a, conv, mean, invstd, weight, bias, *shortcut)  # type: ignore[arg-type]
 
 
-def folded_dgrad(
-    grad: Tensor,
-    bits: Tensor,
-    scaled: Tensor,
-    source: Fields,
-    every: list[int],
-    square: MaybeTensor,
-    vector: MaybeTensor,
+def folded_wgrad(
+    grad: Tensor, bits: Tensor, source: Fields, every: list[int], skip: Fields, skip_every: list[int]
 ) -> tuple[Tensor, ...]:
-    """da = dz scaled + a square^T + vector, and the sums that ``dgrad`` returns.
+    """What backward takes from dz, the gradient behind the ReLU of ``expand``, for one or two folded convolutions.
 
     Args:
         grad: (N, outputs, H, W), of the output of ``expand``; bits: its mask.
-        scaled: (outputs, C, 1, 1); square: (C, C, 1, 1), vector: (C,), or both None.
-        source: the folded convolution's input, C channels, of whose pixels ``every`` so-manyth counts.
+        source, skip: the inputs of the convolutions, C and K channels; ``skip`` has no statistics, or no fields at all.
+
+    Returns:
+        Q = dz^T a of source: (outputs, C), and of skip: (outputs, K), or empty; dz summed over the pixels: (outputs,).
     """
-    da = F.conv2d(behind_relu(grad, bits, dense(grad)), widened(scaled).transpose(0, 1))
+    dz = behind_relu(grad, bits, dense(grad))
+    rows = dz.permute(0, 2, 3, 1).flatten(0, 2)
+
+    def product(a: Activation, every: list[int]) -> Tensor:
+        return rows.t() @ widened(seen(a.value(), every)).permute(0, 2, 3, 1).flatten(0, 2)
+
+    other = product(activation(skip), skip_every) if skip else nothing(grad, 1)[0]
+    return product(activation(source), every), other, dz.sum((0, 2, 3), dtype=torch.float64).to(dz.dtype)
+
+
+def folded_dgrad(
+    grad: Tensor,
+    bits: Tensor,
+    factors: Fields,
+    source: Fields,
+    every: list[int],
+    skip_factors: Fields,
+    skip: Fields,
+    skip_every: list[int],
+) -> tuple[Tensor, ...]:
+    """da = dz scaled + a square^T + vector of one or two folded convolutions, and the sums that ``dgrad`` returns.
+
+    Args:
+        grad, bits, source, skip: as for ``folded_wgrad``.
+        factors, skip_factors: scaled: (outputs, C, 1, 1); square: (C, C, 1, 1) and vector: (C,), or both None.
+
+    Returns:
+        da: (N, C, H, W) of source; that of skip, or empty; sum_dz and sum_dz_xhat of the first.
+    """
+    dz = behind_relu(grad, bits, dense(grad))
+
+    def input_gradient(a: Activation, every: list[int], factors: Fields) -> Tensor:
+        scaled, square, vector = factors
+        assert scaled is not None
+        da = F.conv2d(dz, widened(scaled).transpose(0, 1))
+        if square is not None and vector is not None:
+            da = da + F.conv2d(widened(seen(a.value(), every)), widened(square)) + vector.view(1, -1, 1, 1)
+        return fresh_like(grad, c=scaled.shape[1]).copy_(da)
+
     a = activation(source)
-    if square is not None and vector is not None:
-        da = da + F.conv2d(widened(seen(a.value(), every)), widened(square)) + vector.view(1, -1, 1, 1)
-    out = fresh_like(grad, c=scaled.shape[1]).copy_(da)
-    return out, *sums_below(out, a)
+    da = input_gradient(a, every, factors)
+    dskip = grad.new_empty(0)
+    if skip:
+        dskip = input_gradient(activation(skip), skip_every, skip_factors)
+    return da, dskip, *sums_below(da, a)
 
 
 def dgrad(
@@ -152,17 +187,12 @@ def wgrad(
     padding: list[int],
     dilation: list[int],
     groups: int,
-    sums: bool,
-) -> tuple[Tensor, Tensor]:
-    """The gradient of ``conv`` (given for its shape), channels_last, and with ``sums`` dy summed over the pixels.
-
-    Both in the statistics dtype; without ``sums`` the second is empty.
-    """
+) -> Tensor:
+    """The gradient of ``conv`` (given for its shape), channels_last, in the statistics dtype."""
     g, a = widened(gradient(dy).value()), widened(activation(source).value())
     geometry = (stride, padding, dilation, groups)
-    found = conv2d_weight(a, conv.shape, g, *geometry)
-    total = g.sum((0, 2, 3), dtype=torch.float64).to(g.dtype) if sums else nothing(a, 1)[0]
-    return found.contiguous(memory_format=torch.channels_last), total
+    found: Tensor = conv2d_weight(a, conv.shape, g, *geometry)
+    return found.contiguous(memory_format=torch.channels_last)
 
 
 def sums_below(da: Tensor, below: Activation) -> tuple[Tensor, ...]:

@@ -70,7 +70,8 @@ def check(name: str, dtype: torch.dtype, *arguments: Any) -> None:
         expected = getattr(passes, name)(*arguments)
     oracle = {"gram_of": "gram"}.get(name, name)
     exact = getattr(reference, oracle)(*exactly(list(arguments)))
-    for i, (ours, theirs, truth) in enumerate(zip(found, expected, exact, strict=True)):
+    results = ([x] if isinstance(x, Tensor) else x for x in (found, expected, exact))
+    for i, (ours, theirs, truth) in enumerate(zip(*results, strict=True)):
         assert ours.shape == theirs.shape == truth.shape and ours.stride() == theirs.stride(), (name, i)
         if ours.dtype == torch.uint8:
             different = (ours ^ truth).to(torch.int64)
@@ -152,9 +153,9 @@ def test_wgrad(name: str, make: Callable[[str], Maker], device: str) -> None:
     conv = weight_of(m, name)
     found = sources(m, inputs, height, width)
     size = window.out_size(found["plain"].x, conv)
-    kinds = zip(gradients(m, len(conv), *size).items(), itertools.cycle(found.values()))
-    for (kind, dy), source in kinds:
-        check("wgrad", m.dtype, [*dy], [*source], conv, *window, kind == "masked")
+    kinds = zip(gradients(m, len(conv), *size).values(), itertools.cycle(found.values()))
+    for dy, source in kinds:
+        check("wgrad", m.dtype, [*dy], [*source], conv, *window)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -206,20 +207,48 @@ def test_expand(
     check("expand", m.dtype, [*source], conv, [*m.norm(outputs)], *rest)
 
 
+def folded_ends(
+    m: Maker, kind: str
+) -> tuple[Tensor, Activation, tuple[int, int], list[Tensor | None], tuple[int, int]]:
+    """A gradient of a block's output, the input of its folded convolution, and of that of the shortcut, if any."""
+    channels, outputs, others, height, width = 19, 40, 13, 5, 4
+    every = (2, 3) if kind in ("shifted", "plain") else (1, 1)
+    size = height * every[0] - every[0] // 2, width * every[1] - every[1] // 2
+    source = sources(m, channels, *size)["folded" if kind.startswith("both") else kind]
+    skip: list[Tensor | None] = []
+    skip_every = (1, 2) if kind == "both strided" else (1, 1)
+    if kind.startswith("both"):
+        shift = None if kind == "both frozen" else m.vector(others)
+        skip = [
+            *Activation(m.activation(others, height, width * skip_every[1] - skip_every[1] // 2), shift=shift)
+        ]
+    return m.activation(outputs, height, width), source, every, skip, skip_every
+
+
+KINDS = ["normed", "folded", "shifted", "plain", "both", "both strided", "both frozen"]
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", ["normed", "folded", "shifted", "plain", "frozen"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_folded_wgrad(kind: str, make: Callable[[str], Maker], device: str) -> None:
+    m = make(device)
+    grad, source, every, skip, skip_every = folded_ends(m, kind)
+    check("folded_wgrad", m.dtype, grad, m.bits(grad), [*source], every, skip, skip_every)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_folded_dgrad(kind: str, make: Callable[[str], Maker], device: str) -> None:
     m = make(device)
-    channels, outputs, height, width = 19, 40, 5, 4
-    every = (2, 3) if kind in ("shifted", "plain") else (1, 1)
-    source = sources(m, channels, height * every[0] - 1, width * every[1] - 1)[
-        "normed" if kind == "frozen" else kind
-    ]
-    size = source.x[:, :, :: every[0], :: every[1]].shape[2:]
-    grad = m.activation(outputs, *size)
-    square, vector = (None, None) if kind == "frozen" else (m.conv(channels, channels), m.vector(channels))
-    scaled = m.conv(outputs, channels)
-    check("folded_dgrad", m.dtype, grad, m.bits(grad), scaled, [*source], every, square, vector)
+    grad, source, every, skip, skip_every = folded_ends(m, kind)
+
+    def factors(channels: int) -> list[Tensor | None]:
+        rest = [None, None] if kind == "both frozen" else [m.conv(channels, channels), m.vector(channels)]
+        return [m.conv(grad.shape[1], channels), *rest]
+
+    skip_factors = factors(skip[0].shape[1]) if skip and skip[0] is not None else []
+    arguments = [*source], every, skip_factors, skip, skip_every
+    check("folded_dgrad", m.dtype, grad, m.bits(grad), factors(source.x.shape[1]), *arguments)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -231,6 +260,9 @@ def test_what_a_relu_held_back_may_be_nan(device: str) -> None:
     g = torch.where(kept > 0, g, torch.nan)
     x, conv = Activation(m.activation(8, 4, 4)), m.conv(16, 8)
     with resnet_fused.backend("triton"):
-        dconv, total = passes.wgrad([*Gradient(g, bits)], [*x], conv, *Window(), True)
-        da, *_ = passes.dgrad([*Gradient(g, bits)], conv, *Window(), [*x], None, None, (1, 1))
-    assert not any(t.isnan().any() for t in (dconv, total, da))
+        found = [
+            passes.wgrad([*Gradient(g, bits)], [*x], conv, *Window()),
+            *passes.folded_wgrad(g, bits, [*x], (1, 1), [], (1, 1)),
+            *passes.dgrad([*Gradient(g, bits)], conv, *Window(), [*x], None, None, (1, 1)),
+        ]
+    assert not any(t.isnan().any() for t in found)
