@@ -16,7 +16,7 @@ demo: build
 
 # Triton's interpreter has to be asked for before triton is imported: its tests have a process of their own.
 test: build lint
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -m interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/test_plan.py -m interpreter
 	$(BIN)/python -m pytest
 
 # RESULTS=benchmarks/results/NAME.json keeps the figures; `make report` puts the newest ones into README.

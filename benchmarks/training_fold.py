@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.page import show
 from resnet_fused import reference
 from resnet_fused.ops import ConvNorm, Norm
 from resnet_fused.ops._branch import Stage, folded_gradients, folds, measure_folded
@@ -127,27 +128,8 @@ def folded_table(batch: int = 16, size: int = 224) -> str:
 TABLES = {"accuracy": accuracy_table, "folded": folded_table}
 
 
-def with_tables(page: str, tables: dict[str, str]) -> str:
-    """The page with each table between its markers.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    for name, table in tables.items():
-        start, end = f"<!-- {name}: start -->", f"<!-- {name}: end -->"
-        if start not in page or end not in page:
-            raise ValueError(f"{PAGE} must hold the markers {start} and {end}")
-        before, _, rest = page.partition(start)
-        page = f"{before}{start}\n{table}\n{end}{rest.partition(end)[2]}"
-    return page
-
-
 def main(arguments: list[str]) -> int:
-    tables = {name: make() for name, make in TABLES.items()}
-    print("\n\n".join(tables.values()))
-    if "--write" in arguments:
-        PAGE.write_text(with_tables(PAGE.read_text(), tables))
-    return 0
+    return show({name: make() for name, make in TABLES.items()}, PAGE, "--write" in arguments)
 
 
 if __name__ == "__main__":

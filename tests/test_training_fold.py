@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import training_fold
+from benchmarks.page import with_tables
 
 
 def figures(line: str) -> list[float]:
@@ -31,7 +32,7 @@ def test_the_page_shows_what_the_script_prints(tables: dict[str, str]) -> None:
     Those above 0.1 are of results without a correct digit, and may be anything.
     """
     page = training_fold.PAGE.read_text()
-    assert training_fold.with_tables(page, {"folded": tables["folded"]}) == page
+    assert with_tables(page, {"folded": tables["folded"]}) == page
     shown = page.partition("<!-- accuracy: start -->")[2].partition("<!-- accuracy: end -->")[0].strip()
     for ours, theirs in zip_longest(tables["accuracy"].splitlines(), shown.splitlines(), fillvalue=""):
         assert re.sub(r"\d+e-?\d+", "", ours) == re.sub(r"\d+e-?\d+", "", theirs)
@@ -49,4 +50,4 @@ def test_folded_is_as_accurate_as_rounding_allows(tables: dict[str, str]) -> Non
 
 def test_missing_markers_are_an_error() -> None:
     with pytest.raises(ValueError, match="must hold the markers"):
-        training_fold.with_tables("no markers", {"folded": "table"})
+        with_tables("no markers", {"folded": "table"})

@@ -34,6 +34,16 @@ def test_info_says_why_native_is_missing(cli: Cli, monkeypatch: pytest.MonkeyPat
     )
 
 
+def test_plan_of_a_step(cli: Cli) -> None:
+    result = cli("info", "--plan", "resnet50", "--batch", "256")
+    assert result.code == 0 and "resnet50, batch 256, 224x224, bf16" in result.out
+    assert "passes over activations:" in result.out and "folded_dgrad" in result.out
+    assert cli("info", "--plan", "resnet51").code == 2
+    assert "add --plan" in cli("info", "--batch", "8").err
+    missing = cli("info", "--plan", "resnet18", "--precision", "int8")
+    assert missing.code == 2 and "choose one of bf16" in missing.err
+
+
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     from resnet_fused.cli.main import main
 
