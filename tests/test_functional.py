@@ -78,7 +78,7 @@ def test_backend_choice_is_checked() -> None:
     import resnet_fused
 
     with (
-        pytest.raises(ValueError, match="backend must be one of auto, reference, got 'fast'"),
+        pytest.raises(ValueError, match="backend must be one of auto, triton, vendor, reference, got 'fast'"),
         resnet_fused.backend("fast"),
     ):
         pass

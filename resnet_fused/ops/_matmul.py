@@ -91,6 +91,8 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(
             rows_of(a).t(), rows_of(b), out_dtype=torch.float32
         )  # one piece: nothing averages rounding
+    if a.dtype == torch.float16:
+        return inner(a.float(), b.float())  # a sum over many pixels is soon above 65504
     if not _by_convolution(a):
         return rows_of(a).t() @ rows_of(b)
     if n < k:  # oneDNN is up to twice as fast with more outputs than inputs
