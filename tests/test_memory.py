@@ -180,7 +180,7 @@ def test_held_by_the_process(arch: str, limit: float, dtype: str) -> None:
 @on_linux
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_peak_of_the_first_step(dtype: str) -> None:
-    """The smallest of up to six: where the heap has its holes is luck (0.52 to 0.61 was seen of the same live tensors)."""
+    """The smallest of up to six: the holes of the heap are luck (0.52 to 0.61 was seen of the same live tensors)."""
     fused, reference = [], []
     for again in range(6):
         found = measured("resnet50", dtype, again=again)

@@ -1,0 +1,200 @@
+"""Blocks of Triton kernels are still the modules that they stand for: compiled, shared, frozen, used in odd ways."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import resnet_fused
+from resnet_fused import models, reference
+from resnet_fused.kernels.launch import Launch, observing
+
+pytestmark = pytest.mark.interpreter
+SHARES = (3, 2)
+SIZE = 8
+
+
+@pytest.fixture(autouse=True)
+def _by_triton() -> Iterator[None]:
+    with resnet_fused.backend("triton"):
+        yield
+
+
+def made(library: Any = models, norm: Callable[..., nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
+    """A bottleneck with a folded shortcut, one without, and a basic block with a stride."""
+    torch.manual_seed(0)
+
+    def shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs))
+
+    blocks = [
+        library.Bottleneck(8, 4, stride=2, downsample=shortcut(8, 16, 2), norm_layer=norm),
+        library.Bottleneck(16, 4, norm_layer=norm),
+        library.BasicBlock(16, 24, downsample=shortcut(16, 24, 1), norm_layer=norm),
+    ]
+    return nn.Sequential(*blocks).to(memory_format=torch.channels_last)
+
+
+def images(count: int = sum(SHARES)) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(count, 8, SIZE, SIZE).to(memory_format=torch.channels_last)
+
+
+def trained(model: nn.Module, x: Tensor, step: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+    """Output, gradients and buffers of a step."""
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    out = (step or model)(x)
+    out.square().sum().backward()
+    found = {"output": out.detach(), "input gradient": x.grad}
+    found |= {f"{name} gradient": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return found | {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """To what a few sums of float32 in another order make of it, relative to each tensor's largest element."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name],
+            value,
+            rtol=1e-3,
+            atol=1e-4 * float(value.abs().max()),
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
+
+
+def launched(run: Callable[[], Any]) -> list[Launch]:
+    seen: list[Launch] = []
+    with observing(seen.append):
+        run()
+    return seen
+
+
+def test_a_step_is_that_of_plain_modules() -> None:
+    found: dict[str, Tensor] = {}
+    seen = launched(lambda: found.update(trained(made(), images())))
+    assert {"conv", "gram", "expand", "folded_wgrad", "folded_dgrad", "wgrad", "dgrad"} <= {
+        x.name for x in seen
+    }
+    assert_same(found, trained(made(reference), images()))
+
+
+def test_compiled_without_a_break() -> None:
+    torch._dynamo.reset()
+    model, found = made(), {}
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    seen = launched(lambda: found.update(trained(model, images(), compiled)))
+    assert any(launch.name == "folded_dgrad" for launch in seen)
+    assert_same(found, trained(made(), images()))
+
+
+def test_exported() -> None:
+    model = made().eval()
+    program = torch.export.export(model, (images(),))
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert {"resnet_fused.conv_stats.default", "resnet_fused.expand.default"} <= called
+    torch.testing.assert_close(program.module()(images()), model(images()))
+
+
+def test_frozen_statistics() -> None:
+    ours, theirs = made(), made(reference)
+    for model in (ours, theirs):
+        model(images())  # statistics that are not the initial ones
+        model.eval()
+    assert_same(trained(ours, images()), trained(theirs, images()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"affine": False}, {"momentum": None}, {"track_running_stats": False}, {"eps": 0.1, "momentum": 0.5}],
+    ids=str,
+)
+def test_batch_norms_of_all_kinds(options: dict[str, Any]) -> None:
+    def norm(channels: int) -> nn.Module:
+        return nn.BatchNorm2d(channels, **options)
+
+    assert_same(trained(made(norm=norm), images()), trained(made(reference, norm), images()))
+
+
+def test_what_needs_no_gradient_gets_none() -> None:
+    model, other = made(), made(reference)
+    for m in (model, other):
+        m[0].conv2.weight.requires_grad_(False)
+        m[1].bn3.weight.requires_grad_(False)
+    assert_same(trained(model, images()), trained(other, images()))
+    model(images()).sum().backward()  # nor does the input need one
+
+
+def test_called_twice_before_backward() -> None:
+    def twice(model: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: model(x) + model(x.flip(0)).flip(0)
+
+    ours, theirs = made(), made(reference)
+    assert_same(trained(ours, images(), twice(ours)), trained(theirs, images(), twice(theirs)))
+
+
+def test_recomputed_under_checkpointing() -> None:
+    model = made()
+    found = trained(model, images(), lambda x: checkpoint(model, x, use_reentrant=False))
+    assert_same(found, trained(made(), images()))  # running statistics once
+
+
+def test_double_backward() -> None:
+    def penalty(model: nn.Module) -> list[Tensor]:
+        x = images().requires_grad_()
+        (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        return list(torch.autograd.grad(grad.square().sum(), list(model.parameters())))
+
+    ours, theirs = penalty(made()), penalty(made(reference))
+    for found, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_other_inputs() -> None:
+    contiguous = trained(made(), images().contiguous())
+    assert_same(contiguous, trained(made(reference), images().contiguous()))
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        made()(torch.randn(1, 8, 1, 1).to(memory_format=torch.channels_last))
+    copied = copy.deepcopy(made())
+    assert_same(trained(copied, images()), trained(made(), images()))
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(SHARES))
+    try:
+        synced = nn.SyncBatchNorm.convert_sync_batchnorm(made())
+        mine = slice(sum(SHARES[:rank]), sum(SHARES[: rank + 1]))
+        with resnet_fused.backend("triton"):
+            found: dict[str, Tensor] = {}
+            seen = launched(lambda: found.update(trained(synced, images()[mine])))
+        assert any(launch.name == "folded_wgrad" for launch in seen)
+        torch.save(found, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_statistics_shared_by_two_processes(tmp_path: Path) -> None:
+    mp.spawn(work, (str(tmp_path),), nprocs=len(SHARES))
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    whole = trained(made(), images())
+    joined = {}
+    for name, value in whole.items():
+        found = [part[name] for part in parts]
+        if name in ("output", "input gradient"):
+            joined[name] = torch.cat(found)
+        elif name.endswith("gradient"):
+            joined[name] = found[0] + found[1]
+        else:
+            assert torch.equal(*found), name
+            joined[name] = found[0].to(value.dtype)
+    assert_same(joined, whole)
