@@ -13,6 +13,7 @@ CPU, CUDA on the GPU) or one of vendor products and native ops. What is GEMM-sha
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -82,13 +83,18 @@ def interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
+def _finds_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def why_not_triton(device_type: str) -> str | None:
     """Why Triton kernels do not serve a device type; None when they do, if only where they are the fastest."""
     if _choice in ("vendor", "reference"):
         return "switched off by the backend setting"
     if device_type == "cpu" and not (interprets() and _choice == "triton"):
         return "Triton has no CPU"
-    if importlib.util.find_spec("triton") is None:
+    if not _finds_triton():
         return "triton is not installed: a CUDA build of torch brings the one that fits"
     if device_type == "cuda" and torch.cuda.get_device_capability() < OLDEST_GPU:
         return f"the GPU is older than sm_{OLDEST_GPU[0]}{OLDEST_GPU[1]}"

@@ -30,6 +30,8 @@ from resnet_fused.reference.layout import mask_shape, statistics_dtype
 from resnet_fused.reference.operands import Activation, Gradient, MaybeTensor
 from resnet_fused.reference.passes import Fields, activation, gradient, nothing, seen, window
 
+#: Elements of a tensor that Triton kernels can address: they count in 32 bits.
+COUNTABLE = 2**31
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
 
 
@@ -57,12 +59,12 @@ def gradient_of(dy: Gradient) -> Tensor:
 
 
 def runs_triton(x: Tensor, groups: int = 1) -> bool:
-    """Whether Triton kernels serve an activation: they count elements in 32 bits and know no groups."""
+    """Whether Triton kernels serve an activation; they know no groups."""
     return (
         why_not_triton(x.device.type) is None
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and groups == 1
-        and x.numel() < 2**31
+        and x.numel() < COUNTABLE
     )
 
 
@@ -128,7 +130,8 @@ def _conv_stats(
         y = y.contiguous(memory_format=torch.channels_last)
         return y, *(batch_norm_stats(y, eps) if measure else nothing(y, 3))
 
-    if not runs_triton(a.x, groups):
+    height, width = geometry.out_size(a.x, conv)
+    if not runs_triton(a.x, groups) or len(a.x) * height * width * len(conv) >= COUNTABLE:
         return vendor()
     sizes = (*a.x.shape, *conv.shape, *stride, *padding, *dilation, *_given(source[1:]), measure)
     found: tuple[Tensor, Tensor, Tensor, Tensor]
@@ -217,7 +220,7 @@ def _expand(
         return found
 
     outputs = a.x.shape[1] if conv is None else len(conv)
-    if not runs_triton(a.x) or not a.x.numel() // a.x.shape[1] * outputs < 2**31:
+    if not runs_triton(a.x) or a.x.numel() // a.x.shape[1] * outputs >= COUNTABLE:
         return vendor()
     sizes = (
         *a.x.shape,

@@ -108,6 +108,15 @@ def test_who_is_served(device: str) -> None:
         assert not serves(torch.float32)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_large_tensors_are_left_to_the_vendor(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resnet_fused.ops.passes.COUNTABLE", 1000)
+    results, seen = step(device, "triton")
+    assert not [launch.name for launch in seen if launch.name in PASSES]
+    for name, value in step(device, "vendor")[0].items():
+        torch.testing.assert_close(results[name], value, rtol=1e-3, atol=1e-4 * float(value.abs().max()))
+
+
 @pytest.mark.gpu
 def test_replay_of_a_captured_step() -> None:
     model = resnet_fused.resnet18(num_classes=10).cuda().to(memory_format=torch.channels_last)
