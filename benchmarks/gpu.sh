@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Everything that a machine with a GPU should run, without a network: benchmarks/gpu.sh OUT [STAGE ...]
 #
-# Stages, in order: build tests ops sanitize tune kernels blocks models train. Without any: all. Each is bounded so that it
-# can be run alone in under 9 minutes; one that fails does not keep the next from running. Results and logs go to the
-# folder OUT, which afterwards holds at most 8 files; OUT/summary.txt says what passed and how long it took.
+# Stages, in order: build tests ops capture sanitize tune kernels blocks models train. Without any: all. Each is bounded
+# so that it can be run alone in under 9 minutes; one that fails does not keep the next from running. Results and logs go
+# to the folder OUT, which afterwards holds at most 8 files; OUT/summary.txt says what passed and how long it took.
 # PYTHON chooses the interpreter, whose torch must be a CUDA build (default: python3).
+# Exit status: 0 all passed, 1 a stage failed, 2 misuse, 3 no GPU.
 set -uo pipefail
 
-readonly STAGES="build tests ops sanitize tune kernels blocks models train"
+readonly STAGES="build tests ops capture sanitize tune kernels blocks models train"
 if [ $# -lt 1 ]; then
   echo "usage: benchmarks/gpu.sh OUT [STAGE ...]; stages: $STAGES" >&2
   exit 2
@@ -24,13 +25,20 @@ for stage in "$@"; do
     *) echo "unknown stage $stage: choose some of $STAGES" >&2; exit 2 ;;
   esac
 done
+read -ra chosen <<<"${*:-$STAGES}"
+printf '%-10s %-8s %8s\n' stage status seconds >"$OUT/summary.txt"
 if ! "$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
   echo "benchmarks/gpu.sh needs a GPU that torch sees: $PYTHON sees none" >&2
+  printf '%-10s no-gpu          0\n' "${chosen[@]}" >>"$OUT/summary.txt"
+  cat "$OUT/summary.txt"
   exit 3
 fi
 mkdir -p "$LOGS"
-export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD XDG_CACHE_HOME=$OUT/cache
+# In build/, not in OUT: what one call has tuned need not be tuned again by the next.
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD XDG_CACHE_HOME=${XDG_CACHE_HOME:-$PWD/build/cache}
+export PATH=$PATH:/usr/local/cuda/bin
 export RESNET_FUSED_BENCH_BATCH=${RESNET_FUSED_BENCH_BATCH:-256}
+export PYTHON OUT LOGS
 
 environment() {
   nvidia-smi
@@ -50,20 +58,43 @@ build() {
     "$PYTHON" -m resnet_fused info
 }
 
+# Most of the time of a test on a GPU is compiling on the CPU: several workers, where pytest-xdist is there.
+gpu_tests() {
+  local name=$1 workers=()
+  shift
+  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 6)
+  "$PYTHON" -m pytest "$@" "${workers[@]}" -q -m gpu --maxfail=50 -p no:cacheprovider --junitxml="$LOGS/$name.xml"
+}
+export -f gpu_tests
+
 tests() {
-  "$PYTHON" -m pytest tests --ignore tests/ops -q -m gpu --maxfail=50 -p no:cacheprovider --junitxml="$LOGS/tests.xml"
+  gpu_tests tests tests --ignore tests/ops
 }
 
 ops() {
-  "$PYTHON" -m pytest tests/ops -q -m gpu --maxfail=50 -p no:cacheprovider --junitxml="$LOGS/ops.xml"
+  gpu_tests ops tests/ops
+}
+
+# A training step as a CUDA graph, replayed on other images.
+capture() {
+  "$PYTHON" -m pytest tests/kernels -q -m gpu -k captured -p no:cacheprovider
 }
 
 sanitize() {
-  local tool status=0
+  local tool log status=0
+  # Without a tool first: what Triton compiles now, the tools find in its cache.
+  timeout 130 "$PYTHON" -m tests.gpu_small || return 1
   for tool in memcheck racecheck initcheck; do
-    echo "== $tool"
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 170 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      "$PYTHON" -m tests.gpu_small || status=1
+    log=$LOGS/sanitize-$tool.log
+    if PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --kill-after=5 125 compute-sanitizer --tool "$tool" --print-limit 50 \
+      --error-exitcode 1 "$PYTHON" -m tests.gpu_small >"$log" 2>&1; then
+      echo "$tool: passed"
+    else
+      echo "$tool: failed with status $? (124: out of time); the first report and the end of it:"
+      grep -m 1 -A 15 '^========= [A-Z]' "$log"
+      tail -n 8 "$log"
+      status=1
+    fi
   done
   return $status
 }
@@ -87,8 +118,11 @@ PY
 }
 
 kernels() {
-  "$PYTHON" -m benchmarks.kernel_times --arch resnet50 --json "$OUT/kernels.json" &&
-    "$PYTHON" -m benchmarks.kernel_times --arch resnet18
+  local arch status=0
+  for arch in resnet50 resnet18; do
+    "$PYTHON" -m benchmarks.kernel_times --arch $arch --json "$OUT/kernels-$arch.json" || status=1
+  done
+  return $status
 }
 
 blocks() {
@@ -105,25 +139,35 @@ train() {
   "$PYTHON" -m resnet_fused train --impl compare --data digits --precision bf16 --out "$LOGS/train" --overwrite
 }
 
+seconds_of() {
+  case $1 in
+    capture) echo 180 ;;
+    train) echo 300 ;;
+    *) echo 520 ;;
+  esac
+}
+
 started=$(date +%s)
 environment >"$OUT/environment.txt" 2>&1
-printf '%-10s %-8s %8s\n' stage status seconds >"$OUT/summary.txt"
 failed=0
-for stage in ${*:-$STAGES}; do
+for stage in "${chosen[@]}"; do
   begin=$(date +%s)
-  echo "== $stage, $((begin - started)) s after the start"
-  # A function in a shell of its own, so that timeout can end it with all that it started.
+  echo "== $stage, $((begin - started)) s after the start, at most $(seconds_of "$stage") s"
+  # A function in a shell of its own, so that timeout can end it with all that it started. An interrupt lets pytest
+  # write what it has measured so far.
   export -f "${stage?}"
-  export PYTHON OUT LOGS
-  timeout --kill-after=10 530 bash -uo pipefail -c "$stage" 2>&1 | tee "$LOGS/$stage.log"
+  timeout --signal=INT --kill-after=15 "$(seconds_of "$stage")" bash -uo pipefail -c "$stage" 2>&1 |
+    tee "$LOGS/$stage.log"
   status=${PIPESTATUS[0]}
-  word=passed
-  if [ "$status" -ne 0 ]; then
-    failed=1
-    word=$([ "$status" -eq 124 ] && echo timeout || echo "failed")
-  fi
+  case $status in
+    0) word=passed ;;
+    124 | 137) word=timeout failed=1 ;;
+    *) word=failed failed=1 ;;
+  esac
   printf '%-10s %-8s %8d\n' "$stage" "$word" $(($(date +%s) - begin)) >>"$OUT/summary.txt"
 done
-tar -C "$OUT" -czf "$OUT/logs.tar.gz" logs && rm -rf "$LOGS" "$OUT/cache"
+# Checkpoints are large, and of no use once their run is compared.
+find "$LOGS" -name '*.pt' -delete
+tar -C "$OUT" -czf "$OUT/logs.tar.gz" logs && rm -rf "$LOGS"
 cat "$OUT/summary.txt"
 exit $failed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -98,9 +99,12 @@ def header(device: torch.device) -> dict[str, Any]:
     """What a results file says about where its rows come from."""
 
     def git(*arguments: str) -> str:
+        if shutil.which("git") is None:
+            return ""
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
+    commit = git("rev-parse", "HEAD")
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -108,8 +112,9 @@ def header(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "resnet_fused": resnet_fused.__version__,
-        "commit": git("rev-parse", "HEAD"),
-        "clean": not git("status", "--porcelain", "--untracked-files=no"),
+        "commit": commit,
+        # Outside a repository git says nothing of changes either.
+        "clean": commit != "" and not git("status", "--porcelain", "--untracked-files=no"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

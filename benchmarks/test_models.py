@@ -122,6 +122,7 @@ def test_first_step(device: torch.device, compare: Compare) -> None:
     """Of fresh processes; what is timed by ``compare`` is read from what they print."""
 
     def seconds(which: str) -> float:
+        torch.cuda.empty_cache()  # the process that is timed needs the GPU's memory
         arguments = [sys.executable, "-c", FIRST_STEP, which, str(torch.get_num_threads()), str(device)]
         done = subprocess.run(arguments, capture_output=True, text=True, check=True)
         return float(done.stdout)

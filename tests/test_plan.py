@@ -36,6 +36,15 @@ def test_the_page_shows_what_the_script_prints() -> None:
     assert with_tables(page, {name: make() for name, make in launch_plan.TABLES.items()}) == page
 
 
+def test_readme_says_the_same() -> None:
+    passes = [p for p in plan("resnet50", 256, "bf16") if p.is_pass]
+    eager = step("resnet50", 256, 224, "bf16", "eager")
+    ours, theirs = (f"{sum(x.bytes for x in xs) / 256e6:.0f}" for xs in (passes, eager))
+    text = " ".join((launch_plan.PAGE.parents[1] / "README.md").read_text().split())
+    assert f"{len(passes)} passes over activations that move {ours} MB an image in bf16" in text
+    assert f"where eager PyTorch has {len(eager)} and {theirs} MB" in text
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "tf32"])
 @pytest.mark.parametrize("arch", BLOCKS)
 def test_all_blocks_are_planned(arch: str, dtype: str) -> None:
