@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import statistics
 import threading
 import warnings
@@ -32,7 +33,7 @@ _Key = tuple[str, Problem, bool]
 
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}
 #: Candidates that are compiled for a problem; compiling is what takes long.
-MOST = 12
+MOST = 8
 ROUNDS = 3
 #: For all rounds of one candidate.
 MILLISECONDS = 5.0
@@ -40,6 +41,7 @@ MOST_REPETITIONS = 20
 #: About a millisecond, in which the processor gets ahead of the GPU: then launches cost no time that is measured.
 _HEAD_START = 2_000_000
 
+_log = logging.getLogger("resnet_fused")
 _lock = threading.RLock()
 _alone: dict[_Key, Times] = {}
 #: By process group: what was remembered before there was one could differ between its ranks.
@@ -169,6 +171,17 @@ def _pruned(problem: Problem, candidates: Sequence[Config], device: torch.device
     return fitting[:MOST] or [min(candidates, key=shared)]
 
 
+@functools.cache
+def _announce(device: str) -> None:
+    """Once in a process: why a first step takes minutes."""
+    _log.warning(
+        "choosing kernels for %s: the first step compiles and measures them, which takes minutes; what it finds is"
+        " kept in %s for the next time (RESNET_FUSED_BACKEND=triton or vendor does without)",
+        device,
+        tuning_files.cache_folder(),
+    )
+
+
 def _times(
     problem: Problem,
     candidates: Sequence[Config],
@@ -177,6 +190,8 @@ def _times(
     device: torch.device,
 ) -> Times:
     """Of every candidate that compiles and of the vendor, interleaved so that a changing clock is fair to all."""
+    _announce(torch.cuda.get_device_name(device))
+    _log.info("measuring %s", problem)
     runs: dict[Config | None, Callable[[], Any]] = {}
     refused: Exception | None = None
     for config in _pruned(problem, candidates, device):

@@ -125,9 +125,12 @@ def header(device: torch.device) -> dict[str, str]:
     }
 
 
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "resnet_fused")
+
+
 def _cache_path(header: Mapping[str, str]) -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(root, "resnet_fused", _in_file_name("-".join(header.values())) + ".json")
+    return cache_folder() / (_in_file_name("-".join(header.values())) + ".json")
 
 
 def keep(device: torch.device, problem: Problem, times: Times) -> None:

@@ -174,10 +174,18 @@ def test_where_all_seem_too_large_the_smallest_is_tried(bench: Bench) -> None:
     assert set(bench.measured) == {large, VENDOR}
 
 
-def test_at_most_a_dozen_are_compiled(bench: Bench) -> None:
+def test_at_most_eight_are_compiled(bench: Bench) -> None:
     many = [Config(16, 16, 16, splits=i + 1) for i in range(30)]
     bench.times |= {config: 9.0 - i / 10 for i, config in enumerate(many)}
-    assert bench.choose(candidates=many, vendor=False) == many[11]
+    assert bench.choose(candidates=many, vendor=False) == many[7]
+
+
+def test_a_slow_first_step_is_announced_once(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    tuning._announce.cache_clear()
+    bench.choose(CONV)
+    bench.choose(DGRAD)
+    (record,) = caplog.records
+    assert "choosing kernels for NVIDIA H100" in record.message and str(cache_file().parent) in record.message
 
 
 def refusals() -> list[Exception]:
