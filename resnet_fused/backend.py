@@ -83,9 +83,16 @@ def interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+# Constants to torch.compile, which cannot trace what they ask.
+@torch.compiler.assume_constant_result
 @functools.cache
 def _finds_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def _is_old_gpu() -> bool:
+    return torch.cuda.get_device_capability() < OLDEST_GPU
 
 
 def why_not_triton(device_type: str) -> str | None:
@@ -96,7 +103,7 @@ def why_not_triton(device_type: str) -> str | None:
         return "Triton has no CPU"
     if not _finds_triton():
         return "triton is not installed: a CUDA build of torch brings the one that fits"
-    if device_type == "cuda" and torch.cuda.get_device_capability() < OLDEST_GPU:
+    if device_type == "cuda" and _is_old_gpu():
         return f"the GPU is older than sm_{OLDEST_GPU[0]}{OLDEST_GPU[1]}"
     return (
         None if device_type in ("cpu", "cuda", "meta") else f"there are no kernels for {device_type} devices"
