@@ -13,7 +13,6 @@ CPU, CUDA on the GPU) or one of vendor products and native ops. What is GEMM-sha
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -85,7 +84,6 @@ def interprets() -> bool:
 
 # Constants to torch.compile, which cannot trace what they ask.
 @torch.compiler.assume_constant_result
-@functools.cache
 def _finds_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
