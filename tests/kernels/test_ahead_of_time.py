@@ -23,10 +23,13 @@ from resnet_fused.kernels.launch import Config, Launch
 
 pytest.importorskip("triton")
 
-#: The architectures a dtype is compiled for. bf16 is what is trained in; of the others those that differ most, to save
-#: time: sm_80 has the instructions of all that have no wgmma.
-BUILDS = {"bf16": tuple(ARCHITECTURES), "fp16": (80, 90), "tf32": (80, 90, 100)}
-MODELS = ("resnet50", "resnet18")
+#: Models, dtypes and architectures. bf16 is what is trained in; of the rest, to save time, what differs most: sm_80 has
+#: the instructions of all that have no wgmma. `python -m benchmarks.kernel_resources` compiles everything.
+BUILDS = (
+    (("resnet50", "resnet18"), "bf16", tuple(ARCHITECTURES)),
+    (("resnet50",), "fp16", (90,)),
+    (("resnet50",), "tf32", (80, 90)),
+)
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,8 @@ def steps() -> list[Built]:
     plan = importlib.import_module("resnet_fused.plan")
     launches = [
         (launch, archs)
-        for dtype, archs in BUILDS.items()
-        for model in MODELS
+        for models, dtype, archs in BUILDS
+        for model in models
         for launch in plan.launches(model, 256, dtype)
     ]
     assert any(multiplies(launch) for launch, _ in launches)
