@@ -103,6 +103,16 @@ def _stage(part: ConvNorm, dtype: torch.dtype, folded: bool = False, shortcut: b
     return Stage(*geometry, part.padding, part.dilation, part.groups, norm.eps, norm.group, frozen, folded)
 
 
+def _check_norms(parts: Sequence[ConvNorm]) -> None:
+    """As F.batch_norm does: kernels read as many elements as there are channels, and look no further."""
+    for part in parts:
+        channels = len(part.weight)
+        for name in ("running_mean", "running_var", "weight", "bias"):
+            vector = getattr(part.norm, name)
+            if vector is not None and vector.numel() != channels:
+                raise RuntimeError(f"{name} should contain {channels} elements not {vector.numel()}")
+
+
 def residual_block(x: Tensor, parts: Sequence[ConvNorm], downsample: ConvNorm | None) -> Tensor:
     """relu(bn(conv(...relu(bn(conv(x)))...)) + shortcut), for ``x`` (N, C, H, W), dense in channels_last.
 
@@ -114,6 +124,7 @@ def residual_block(x: Tensor, parts: Sequence[ConvNorm], downsample: ConvNorm | 
 
     Raises:
         ValueError: ``x`` is contiguous, the convolutions do not fit each other, or a batch has one value per channel.
+        RuntimeError: a batch norm has another number of channels than its convolution makes.
     """
     device = x.device.type
     dtype = autocast_dtype(device) or x.dtype
@@ -128,6 +139,7 @@ def residual_block(x: Tensor, parts: Sequence[ConvNorm], downsample: ConvNorm | 
         raise ValueError(f"the convolutions do not fit each other or an input of shape {tuple(x.shape)}")
     pixels = shape[0] * shape[2] * shape[3]
     every = [*parts, *([] if downsample is None else [downsample])]
+    _check_norms(every)
     fused = runs_triton(x)
     with without_autocast(device):
         stages = tuple(
