@@ -25,6 +25,8 @@ from resnet_fused import native
 CHOICES = ("auto", "triton", "vendor", "reference")
 #: What Triton's tensor-core instructions and asynchronous copies ask for.
 OLDEST_GPU = (8, 0)
+#: Whether triton is installed; it is not loaded before a kernel runs.
+FINDS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def _checked(choice: str, source: str) -> str:
@@ -82,26 +84,17 @@ def interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-# Constants to torch.compile, which cannot trace what they ask.
-@torch.compiler.assume_constant_result
-def _finds_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@torch.compiler.assume_constant_result
-def _is_old_gpu() -> bool:
-    return torch.cuda.get_device_capability() < OLDEST_GPU
-
-
 def why_not_triton(device_type: str) -> str | None:
     """Why Triton kernels do not serve a device type; None when they do, if only where they are the fastest."""
     if _choice in ("vendor", "reference"):
         return "switched off by the backend setting"
     if device_type == "cpu" and not (interprets() and _choice == "triton"):
         return "Triton has no CPU"
-    if not _finds_triton():
+    if not FINDS_TRITON:
         return "triton is not installed: a CUDA build of torch brings the one that fits"
-    if device_type == "cuda" and _is_old_gpu():
+    # Not while torch.compile traces, which may not look at the device: then each op asks again when it runs.
+    compiling = torch.compiler.is_compiling()
+    if device_type == "cuda" and not compiling and torch.cuda.get_device_capability() < OLDEST_GPU:
         return f"the GPU is older than sm_{OLDEST_GPU[0]}{OLDEST_GPU[1]}"
     return (
         None if device_type in ("cpu", "cuda", "meta") else f"there are no kernels for {device_type} devices"
