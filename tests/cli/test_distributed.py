@@ -37,4 +37,4 @@ def test_gloo_ends_before_the_interpreter() -> None:
     assert done.returncode == 0, done.stderr
     own, of_ddp, left = map(int, done.stdout.split())
     assert own > 0 and of_ddp > 0
-    assert left == of_ddp
+    assert left <= of_ddp, "the group that ranks agree by has not ended; DDP's may have"

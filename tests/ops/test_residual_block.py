@@ -185,19 +185,19 @@ def test_accuracy(name: str, hostile: str, training: bool, dtype: torch.dtype, d
 
 
 def check_accuracy(name: str, hostile: str, training: bool, dtype: torch.dtype, device: str) -> None:
-    """The rule, of the smallest errors in a few draws.
+    """The rule, of every result in at least half of a few draws.
 
     A ReLU inside the block that rounding decides the other way moves a gradient by far more than rounding does, for
-    eager as for fused: the smallest error is that of a draw with fewest of them. In eps the dtype is that which the
-    activations between the convolutions are rounded to.
+    eager as for fused: in a single draw luck can decide between them, in most of many it cannot. In eps the dtype is
+    that which the activations between the convolutions are rounded to.
     """
     if hostile == "two_values" and dtype == torch.bfloat16 and BLOCKS[name].stride > 1:
         pytest.skip(
             "oneDNN's bfloat16 weight gradient of a strided 3x3 on one pixel is now and then NaN, in eager too"
         )
-    smallest: dict[str, tuple[float, float]] = {}
+    missed: dict[str, list[tuple[float, float]]] = {}
     tolerance = 4 * torch.finfo(dtype).eps
-    for _ in range(DRAWS):
+    for draw in range(1, DRAWS + 1):
         case = make_case(name, hostile, dtype, device)
         exact_output = plain(case.to(torch.float64), training).detach()
         grad = gradient_for(exact_output, dtype)
@@ -210,14 +210,13 @@ def check_accuracy(name: str, hostile: str, training: bool, dtype: torch.dtype, 
             assert by_fused[result].dtype == by_eager[result].dtype, result
             assert not by_fused[result].isnan().any(), result
             for measure in (relative_error, element_error):
-                key = f"{measure.__name__} of {result}"
                 errors = measure(by_fused[result], expected), measure(by_eager[result], expected)
-                before = smallest.get(key, errors)
-                smallest[key] = min(before[0], errors[0]), min(before[1], errors[1])
-        misses = {k: e for k, e in smallest.items() if not e[0] <= 1.5 * e[1] + tolerance}
+                if not errors[0] <= 1.5 * errors[1] + tolerance:
+                    missed.setdefault(f"{measure.__name__} of {result}", []).append(errors)
+        misses = {key: errors for key, errors in missed.items() if len(errors) > draw / 2}
         if not misses:
             break
-    assert not misses, "fused and eager errors"
+    assert not misses, f"fused and eager errors where the rule was missed, in {draw} draws"
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
