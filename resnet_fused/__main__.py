@@ -1,4 +1,4 @@
-"""`python -m resnet_fused train | info`."""
+"""`python -m resnet_fused train | bench | info`."""
 
 from resnet_fused.cli.main import main
 

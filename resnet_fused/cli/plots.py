@@ -1,14 +1,17 @@
-"""Learning curves as a PNG."""
+"""Learning curves, and the bars of a benchmark, as PNG files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from resnet_fused.cli.errors import require
 from resnet_fused.cli.files import write_atomically
 from resnet_fused.cli.metrics import Progress
 
-_COLOURS = ("#0072b2", "#d55e00")
+_COLOURS = ("#0072b2", "#d55e00", "#009e73")
 _STYLES = ("-", (0, (4, 3)))
+_BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
 
 
 def plot_curves(path: Path, runs: Mapping[str, Progress], title: str) -> None:
@@ -22,9 +25,7 @@ def plot_curves(path: Path, runs: Mapping[str, Progress], title: str) -> None:
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.
     """
-    agg = require("matplotlib.backends.backend_agg")
-    figure = require("matplotlib.figure").Figure(figsize=(11, 4.2), layout="constrained")
-    agg.FigureCanvasAgg(figure)
+    figure = _figure(11, 4.2)
     loss, accuracy = figure.subplots(1, 2)
     for (name, run), colour, style in zip(runs.items(), _COLOURS, _STYLES, strict=False):
         prefix = f"{name}, " if len(runs) > 1 else ""
@@ -70,4 +71,70 @@ def plot_curves(path: Path, runs: Mapping[str, Progress], title: str) -> None:
         if axes.get_lines():
             axes.legend()
     figure.suptitle(title)
+    _save(figure, path)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One implementation in `plot_bench`; None for what is not measured or not to be shown.
+
+    Attributes:
+        speed: images a second: median, 20th and 80th percentile.
+        gain: how many times as fast as eager it is.
+        peak_mb: the most memory held at once, in 1e6 bytes.
+        share: that of eager's.
+    """
+
+    name: str
+    speed: tuple[float, float, float] | None
+    gain: float | None
+    peak_mb: float | None
+    share: float | None
+
+
+def plot_bench(path: Path, bars: Sequence[Bar], title: str) -> None:
+    """Draws images a second, with a line from the 20th to the 80th percentile, and peak memory, a bar for each.
+
+    Raises:
+        UserError: matplotlib is missing, or the file cannot be written.
+    """
+    figure = _figure(11, 1.6 + 0.6 * len(bars))
+    speed, memory = figure.subplots(1, 2, sharey=True)
+    for row, (bar, colour) in enumerate(zip(bars, _COLOURS, strict=False)):
+        if bar.speed:
+            median, low, high = bar.speed
+            gain = "" if bar.gain is None else f", {bar.gain:.2f}x eager"
+            speed.barh(row, median, color=colour, height=0.6)
+            speed.plot((low, high), (row, row), color="black", linewidth=1.5)
+            speed.annotate(f"{median:.1f}{gain}", (high, row), (5, 0), **_BESIDE)
+        else:
+            speed.annotate("not shown: see the table", (0, row), (5, 0), **_BESIDE)
+        if bar.peak_mb is not None:
+            memory.barh(row, bar.peak_mb, color=colour, height=0.6)
+            share = "" if bar.share is None else f", {bar.share:.2f}x eager"
+            memory.annotate(f"{bar.peak_mb:,.0f}{share}", (bar.peak_mb, row), (5, 0), **_BESIDE)
+        else:
+            memory.annotate("not measured", (0, row), (5, 0), **_BESIDE)
+    speed.set_yticks(range(len(bars)), [bar.name for bar in bars])
+    speed.invert_yaxis()
+    speed.set(title="images a second (more is better)")
+    memory.set(title="peak memory of a training step, MB (less is better)")
+    for axes in (speed, memory):
+        axes.margins(x=0.35)  # for what is written beside the bars
+        axes.set_xlim(left=0)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty picture of that many inches."""
+    figure = require("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+    require("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> None:
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
