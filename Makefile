@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 THREADS ?= 2
+RESULTS ?= build/bench.json
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -19,9 +20,9 @@ test: build lint
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/test_plan.py -m interpreter
 	$(BIN)/python -m pytest
 
-# RESULTS=benchmarks/results/NAME.json keeps the figures; `make report` puts the newest ones into README.
+# RESULTS=benchmarks/results/NAME.json keeps the figures; `make report` makes tables and pictures of what is there.
 bench: build
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest benchmarks --benchmark-disable-gc $(if $(RESULTS),--results $(RESULTS))
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest benchmarks --benchmark-disable-gc --benchmark-columns=median,iqr,rounds --results $(RESULTS)
 
 report: build
 	$(BIN)/python -m benchmarks.report

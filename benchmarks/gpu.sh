@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Everything that a machine with a GPU should run, without a network: benchmarks/gpu.sh OUT [STAGE ...]
 #
-# Stages, in order: build tests ops capture sanitize tune kernels blocks models train. Without any: all. Each is bounded
-# so that it can be run alone in under 9 minutes; one that fails does not keep the next from running. Results and logs go
+# Stages, in order: build tests ops capture sanitize tune kernels passes blocks models record record400 train. Without
+# any: all. Each is bounded so that it can be run alone in under 9 minutes; one that fails does not keep the next from running. Results and logs go
 # to the folder OUT, which afterwards holds at most 8 files; OUT/summary.txt says what passed and how long it took.
 # PYTHON chooses the interpreter, whose torch must be a CUDA build (default: python3).
 # Exit status: 0 all passed, 1 a stage failed, 2 misuse, 3 no GPU.
 set -uo pipefail
 
-readonly STAGES="build tests ops capture sanitize tune kernels blocks models train"
+readonly STAGES="build tests ops capture sanitize tune kernels passes blocks models record record400 train"
 if [ $# -lt 1 ]; then
   echo "usage: benchmarks/gpu.sh OUT [STAGE ...]; stages: $STAGES" >&2
   exit 2
@@ -38,6 +38,7 @@ mkdir -p "$LOGS"
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD XDG_CACHE_HOME=${XDG_CACHE_HOME:-$PWD/build/cache}
 export PATH=$PATH:/usr/local/cuda/bin
 export RESNET_FUSED_BENCH_BATCH=${RESNET_FUSED_BENCH_BATCH:-256}
+export QUICK_IMPLS=resnet_fused,eager,eager_channels_last,compile_default,cudnn_frontend,apex,inplace_abn,attorch
 export PYTHON OUT LOGS
 
 environment() {
@@ -120,19 +121,40 @@ PY
 kernels() {
   local arch status=0
   for arch in resnet50 resnet18; do
-    "$PYTHON" -m benchmarks.kernel_times --arch $arch --json "$OUT/kernels-$arch.json" || status=1
+    "$PYTHON" -m benchmarks.kernel_times --arch $arch --json "$LOGS/kernels-$arch.json" || status=1
   done
   return $status
 }
 
+# Everybody who can be imported but the slowest compiler: what was measured goes to OUT/NAME.json.
+suite() {
+  local name=$1
+  shift
+  "$PYTHON" -m pytest "$@" -q --device cuda --benchmark-disable-gc -p no:cacheprovider --results "$OUT/$name.json"
+}
+export -f suite
+
+passes() {
+  suite ops benchmarks/test_ops.py --dtypes bf16 --impls "$QUICK_IMPLS"
+}
+
 blocks() {
-  "$PYTHON" -m pytest benchmarks/test_blocks.py -q -k bf16 --device cuda --benchmark-disable-gc -p no:cacheprovider \
-    --results "$OUT/blocks.json"
+  suite blocks benchmarks/test_blocks.py --dtypes bf16 --impls "$QUICK_IMPLS"
 }
 
 models() {
-  "$PYTHON" -m pytest benchmarks/test_models.py -q -k "bf16 or first_step" --device cuda --benchmark-disable-gc \
-    -p no:cacheprovider --results "$OUT/models.json"
+  suite models benchmarks/test_models.py --dtypes bf16 --impls "$QUICK_IMPLS"
+}
+
+# The training step that is compared with others' records, beside the fastest that PyTorch offers.
+record() {
+  suite record benchmarks/test_models.py -k "resnet50 and train" --dtypes bf16 \
+    --impls resnet_fused,eager_channels_last,compile_max_autotune
+}
+
+record400() {
+  RESNET_FUSED_BENCH_BATCH=400 suite record400 benchmarks/test_models.py -k "resnet50 and train" --dtypes bf16 \
+    --impls resnet_fused,eager_channels_last,compile_max_autotune
 }
 
 train() {
@@ -148,7 +170,7 @@ seconds_of() {
 }
 
 started=$(date +%s)
-environment >"$OUT/environment.txt" 2>&1
+environment >"$LOGS/environment.txt" 2>&1
 failed=0
 for stage in "${chosen[@]}"; do
   begin=$(date +%s)

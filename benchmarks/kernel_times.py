@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -21,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 
-from benchmarks.harness import header, milliseconds
 from benchmarks.roofline import H100, Ceilings, measure
 from benchmarks.roofline_model import ELEMENT, Kernel
 from resnet_fused import backend, models
+from resnet_fused.cli.timing import header, milliseconds
 from resnet_fused.reference.resnet import ARCHITECTURES
 
 #: Written between two runs of a kernel, so that it finds nothing in the cache: more than the L2 of any GPU.
@@ -219,6 +220,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _show(options: argparse.Namespace, device: torch.device, ceilings: Ceilings) -> None:
+    begun = time.monotonic()
     step = make_step(options.arch, options.batch, options.image_size, options.dtype, device)
     for _ in range(2):
         step()
@@ -243,12 +245,11 @@ def _show(options: argparse.Namespace, device: torch.device, ceilings: Ceilings)
     if options.json:
         found = {
             "header": {
-                **header(device),
+                **header(device, time.monotonic() - begun, {options.dtype: asdict(ceilings)}),
                 "arch": options.arch,
                 "batch": options.batch,
                 "dtype": options.dtype,
                 "backend": options.backend,
-                "ceilings": asdict(ceilings),
             },
             "step_ms": whole,
             "triton_ms": triton_ms,

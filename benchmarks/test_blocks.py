@@ -1,23 +1,25 @@
-"""Every distinct block of ResNet-18 and ResNet-50, forward and backward in training, channels_last."""
+"""Every distinct block of ResNet-18 and ResNet-50, forward and backward in training."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import resnet_fused
-from benchmarks.harness import BATCH, Comparison
+from benchmarks.conftest import Compare
+from benchmarks.harness import BATCH, Case
+from benchmarks.implementations import EXACT, Attempt, begin, entrants, laid_out, modules, verdicts
+from benchmarks.precision import Precision
+from benchmarks.roofline import Ceilings, limit, step
 from resnet_fused import reference
-from tests.accuracy import relative_error
 
+LAYER = "block"
 SIZE = 224
-LABELS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-Compare = Callable[[Comparison, Callable[[], object], Callable[[], object], int], None]
+ROUNDS = 8
 
 
 def distinct_blocks() -> Iterator[tuple[str, str, tuple[int, int]]]:
@@ -33,58 +35,68 @@ def distinct_blocks() -> Iterator[tuple[str, str, tuple[int, int]]]:
                 size //= block.stride
 
 
-def run(block: nn.Module, x: Tensor, grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def run(block: nn.Module, x: Tensor, grad: Tensor, precision: Precision) -> list[Tensor]:
     """The output, and the gradients of the input and the parameters."""
-    mixed = dtype != torch.float32 and x.dtype != torch.float64
-    with torch.autocast(x.device.type, dtype=dtype) if mixed else nullcontext():
+    with precision.cast(x.device.type, x.dtype):
         out = block(x)
     return [out.detach(), *torch.autograd.grad(out, [x, *block.parameters()], grad.to(out.dtype))]
 
 
-@pytest.mark.parametrize("dtype", list(LABELS), ids=LABELS.values())
 @pytest.mark.parametrize(("arch", "name", "shape"), list(distinct_blocks()))
 def test_block(
-    arch: str, name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, compare: Compare
+    arch: str,
+    name: str,
+    shape: tuple[int, int],
+    precision: Precision,
+    device: torch.device,
+    impls: tuple[str, ...],
+    ceilings: Ceilings,
+    compare: Compare,
 ) -> None:
-    models = []
+    pair: list[nn.Module] = []
     for library in (reference, resnet_fused):
         torch.manual_seed(0)
-        models.append(getattr(library, arch)().get_submodule(name).train())
-    eager, fused = (model.to(device, memory_format=torch.channels_last) for model in models)
+        block = getattr(library, arch)().get_submodule(name).train()
+        pair.append(block.to(device, memory_format=torch.channels_last))
+    eager, fused = pair
+    found = modules(impls, eager, fused, precision, device)
+    present = {impl: module for impl, module in found.items() if isinstance(module, nn.Module)}
     channels, size = shape
-    x, grad = check(eager, fused, (BATCH, channels, size, size), dtype, device)
-    kind = Comparison(
-        "block", f"{arch} {name}", "fwd_bwd", LABELS[dtype], BATCH, f"{BATCH}x{channels}x{size}x{size}"
+    x = torch.zeros(BATCH, channels, size, size, device=device, dtype=precision.dtype)
+    x = x.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        grad = torch.zeros_like(eager(x.float()), dtype=precision.dtype)
+    exact = copy.deepcopy(eager).double()
+
+    def draw() -> Attempt:
+        x.normal_().relu_()
+        grad.normal_()
+
+        def attempt(impl: str) -> list[Tensor]:
+            if impl == EXACT:
+                return run(exact, x.double().requires_grad_(), grad, precision)
+            return run_of(impl, present.get(impl, eager))()
+
+        return attempt
+
+    def run_of(impl: str, module: nn.Module) -> Callable[[], list[Tensor]]:
+        given, incoming = laid_out(impl, x).detach().requires_grad_(), laid_out(impl, grad)
+
+        def once() -> list[Tensor]:
+            begin(impl)
+            return run(module, given, incoming, precision)
+
+        return once
+
+    notes = verdicts(draw, present, precision.eps)
+    kernels = [k for k in step(arch, BATCH, SIZE, precision.name) if k.block == name]
+    case = Case(
+        LAYER,
+        f"{arch} {name}",
+        "fwd_bwd",
+        precision.name,
+        BATCH,
+        f"{BATCH}x{channels}x{size}x{size}",
+        limit(kernels, ceilings) * 1e3,
     )
-    compare(kind, lambda: run(eager, x, grad, dtype), lambda: run(fused, x, grad, dtype), 12)
-
-
-def check(
-    eager: nn.Module, fused: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Holds the fused block to the accuracy rule, by the smallest errors in a few draws as the tests do.
-
-    Returns:
-        input and gradient of the output of the last draw, to be timed with.
-    """
-    exact_block = copy.deepcopy(eager).double()
-    smallest: dict[int, tuple[float, float]] = {}
-    for _ in range(6):
-        x = torch.randn(shape, device=device).relu().to(dtype).to(memory_format=torch.channels_last)
-        x64, x = x.double().requires_grad_(), x.requires_grad_()
-        with torch.no_grad():
-            out = exact_block(x64)
-        grad = torch.randn_like(out).to(dtype)
-        exact, by_eager, by_fused = (
-            run(exact_block, x64, grad, dtype),
-            run(eager, x, grad, dtype),
-            run(fused, x, grad, dtype),
-        )
-        for i, expected in enumerate(exact):
-            errors = relative_error(by_fused[i], expected), relative_error(by_eager[i], expected)
-            before = smallest.get(i, errors)
-            smallest[i] = min(before[0], errors[0]), min(before[1], errors[1])
-        misses = {i: e for i, e in smallest.items() if e[0] > 1.5 * e[1] + 4 * torch.finfo(dtype).eps}
-        if not misses:
-            return x, grad
-    raise AssertionError(f"fused and eager errors: {misses}")
+    compare(case, entrants(found, notes, run_of), ROUNDS)

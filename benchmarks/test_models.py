@@ -1,11 +1,12 @@
-"""A whole training step: forward, loss, backward and SGD of a ResNet at 224x224, channels_last."""
+"""Whole ResNets at 224x224: a training step (forward, loss, backward, SGD), and evaluation."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from dataclasses import asdict
 from functools import cache
 from types import ModuleType
 
@@ -15,118 +16,157 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resnet_fused
-from benchmarks.harness import BATCH, Comparison
+from benchmarks.conftest import Compare
+from benchmarks.harness import BATCH, OURS, Case
+from benchmarks.implementations import BASELINE, EXACT, Attempt, begin, entrants, laid_out, modules, verdicts
+from benchmarks.precision import Precision
+from benchmarks.roofline import Ceilings, limit, step
 from resnet_fused import reference
-from tests.accuracy import relative_error
+from resnet_fused.cli.steps import Case as Training
+from resnet_fused.cli.steps import exactly
 
+LAYER = "model"
 SIZE = 224
+SHAPE = f"{BATCH}x3x{SIZE}x{SIZE}"
+ROUNDS = 6
+#: Whose first step and memory are measured in processes of their own.
+FRESHLY = (OURS, BASELINE, "compile_default")
 
 
 def make_model(library: ModuleType, arch: str, device: torch.device) -> nn.Module:
     """The model with the same weights from either library."""
     torch.manual_seed(0)
     model: nn.Module = getattr(library, arch)()
-    return model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-
-
-def loss_of(model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
-    mixed = dtype in (torch.bfloat16, torch.float16)
-    with torch.autocast(images.device.type, dtype=dtype) if mixed else nullcontext():
-        return F.cross_entropy(model(images), labels)
-
-
-def step_of(model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> Callable[[], None]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss_of(model, images, labels, dtype).backward()
-        optimizer.step()
-
-    return step
-
-
-def gradient_of(model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient of all parameters as one float64 vector."""
-    grads = torch.autograd.grad(loss_of(model, images, labels, dtype), list(model.parameters()))
-    return torch.cat([grad.flatten().double() for grad in grads])
+    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 @cache
 def batch(device: torch.device) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
     images = torch.randn(BATCH, 3, SIZE, SIZE, device=device).to(memory_format=torch.channels_last)
     return images, torch.randint(1000, (BATCH,), device=device)
 
 
+def loss_of(model: nn.Module, images: Tensor, labels: Tensor, precision: Precision) -> Tensor:
+    with precision.cast(images.device.type, images.dtype):
+        return F.cross_entropy(model(images), labels)
+
+
+def learnt(model: nn.Module, images: Tensor, labels: Tensor, precision: Precision) -> list[Tensor]:
+    """The loss, and the gradient of all parameters as one float64 vector."""
+    loss = loss_of(model, images, labels, precision)
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    return [loss.detach(), torch.cat([grad.flatten().double() for grad in grads])]
+
+
+def seen(model: nn.Module, images: Tensor, precision: Precision) -> list[Tensor]:
+    with torch.no_grad(), precision.cast(images.device.type, images.dtype):
+        return [model(images)]
+
+
 @cache
-def exact_gradient(arch: str, device: torch.device) -> Tensor:
+def exact_results(arch: str, mode: str, device: torch.device) -> list[Tensor]:
     images, labels = batch(device)
-    return gradient_of(make_model(reference, arch, device).double(), images.double(), labels, torch.float64)
-
-
-Compare = Callable[[Comparison, Callable[[], object], Callable[[], object], int], None]
-LABELS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-SHAPE = f"{BATCH}x3x{SIZE}x{SIZE}"
-
-
-def checked_models(arch: str, dtype: torch.dtype, device: torch.device) -> list[nn.Module]:
-    """Eager and fused, after a look at the accuracy rule for the gradient as a whole, on the batch that is timed.
-
-    An untrained network amplifies rounding: a few per cent in float32 are normal, for eager PyTorch too.
-    """
-    images, labels = batch(device)
-    models = [make_model(library, arch, device) for library in (reference, resnet_fused)]
-    exact = exact_gradient(arch, device)
-    eager_error, fused_error = (
-        relative_error(gradient_of(model, images, labels, dtype), exact) for model in models
+    model, precision = (
+        make_model(reference, arch, device).train(mode == "train"),
+        Precision("fp64", torch.float64),
     )
-    assert fused_error <= 1.5 * eager_error + 4 * torch.finfo(dtype).eps
-    return models
+    if mode == "eval":
+        return seen(model.double(), images.double(), precision)
+    return learnt(exactly(model), images.double(), labels, precision)
 
 
-@pytest.mark.parametrize("dtype", list(LABELS), ids=LABELS.values())
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_train_step(arch: str, dtype: torch.dtype, device: torch.device, compare: Compare) -> None:
-    eager, fused = (step_of(model, *batch(device), dtype) for model in checked_models(arch, dtype, device))
-    compare(Comparison("model", arch, "train", LABELS[dtype], BATCH, SHAPE), eager, fused, 16)
-
-
-@pytest.mark.parametrize("dtype", list(LABELS), ids=LABELS.values())
-def test_train_step_beside_compiled(dtype: torch.dtype, device: torch.device, compare: Compare) -> None:
-    """Eager PyTorch compiled by inductor, which takes about a minute."""
-    models = checked_models("resnet50", dtype, device)
-    models[0].compile()
-    compiled, fused = (step_of(model, *batch(device), dtype) for model in models)
-    kind = Comparison("model", "resnet50", "train", LABELS[dtype], BATCH, SHAPE, "compile_default")
-    compare(kind, compiled, fused, 10)
-
-
-FIRST_STEP = """
-import sys, time, torch
-from benchmarks.test_models import batch, make_model, step_of
-from resnet_fused import reference
-import resnet_fused
-torch.set_num_threads(int(sys.argv[2]))
-device = torch.device(sys.argv[3])
-model = make_model({"fused": resnet_fused, "eager": reference}[sys.argv[1]], "resnet50", device)
-step = step_of(model, *batch(device), torch.float32)
-begin = time.perf_counter()
-step()
-if device.type == "cuda":
-    torch.cuda.synchronize()
-print(time.perf_counter() - begin)
+FRESH = """
+import json, sys, torch
+from resnet_fused.cli.probe import two_steps
+from resnet_fused.cli.steps import Case
+request = json.loads(sys.argv[1])
+torch.set_num_threads(request["threads"])
+torch.backends.cudnn.allow_tf32 = request["tf32"]
+print(json.dumps(two_steps(Case(**request["case"]), request["impl"])))
 """
 
 
-def test_first_step(device: torch.device, compare: Compare) -> None:
-    """Of fresh processes; what is timed by ``compare`` is read from what they print."""
+def fresh_process(
+    impl: str, arch: str, precision: Precision, device: torch.device
+) -> tuple[float | None, float | None]:
+    """Milliseconds of the first training step, and the peak of the second in 1e6 bytes; None of what fails."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the other process needs the memory
+    tf32 = precision.name == "tf32"
+    case = Training(arch, BATCH, SIZE, "fp32" if tf32 else precision.name, str(device))
+    request = {"impl": impl, "case": asdict(case), "threads": torch.get_num_threads(), "tf32": tf32}
+    command = [sys.executable, "-c", FRESH, json.dumps(request)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if impl == OURS and done.returncode:
+        raise RuntimeError(f"{impl} in a process of its own:\n{done.stderr}")
+    first_step_ms, peak_mb = (
+        json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else (None, None)
+    )
+    return first_step_ms, peak_mb
 
-    def seconds(which: str) -> float:
-        torch.cuda.empty_cache()  # the process that is timed needs the GPU's memory
-        arguments = [sys.executable, "-c", FIRST_STEP, which, str(torch.get_num_threads()), str(device)]
-        done = subprocess.run(arguments, capture_output=True, text=True, check=True)
-        return float(done.stdout)
 
-    checked_models("resnet50", torch.float32, device)
-    comparison = Comparison("model", "resnet50", "first_step", "fp32", BATCH, SHAPE)
-    compare(comparison, lambda: seconds("eager"), lambda: seconds("fused"), 5)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_model(
+    arch: str,
+    mode: str,
+    precision: Precision,
+    device: torch.device,
+    impls: tuple[str, ...],
+    ceilings: Ceilings,
+    compare: Compare,
+) -> None:
+    images, labels = batch(device)
+    # Before the compiler has kept anything of this model.
+    fresh = {
+        impl: fresh_process(impl, arch, precision, device)
+        for impl in FRESHLY
+        if impl in impls and mode == "train"
+    }
+    eager, fused = (
+        make_model(library, arch, device).train(mode == "train") for library in (reference, resnet_fused)
+    )
+    found = modules(impls, eager, fused, precision, device)
+    present = {impl: module for impl, module in found.items() if isinstance(module, nn.Module)}
+
+    def draw() -> Attempt:
+        def attempt(impl: str) -> list[Tensor]:
+            if impl == EXACT:
+                return exact_results(arch, mode, device)
+            begin(impl)
+            module, given = present.get(impl, eager), laid_out(impl, images)
+            return (
+                learnt(module, given, labels, precision)
+                if mode == "train"
+                else seen(module, given, precision)
+            )
+
+        return attempt
+
+    def run_of(impl: str, module: nn.Module) -> Callable[[], object]:
+        given = laid_out(impl, images)
+
+        def evaluate() -> list[Tensor]:
+            begin(impl)
+            return seen(module, given, precision)
+
+        optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9)
+
+        def train() -> None:
+            begin(impl)
+            optimizer.zero_grad(set_to_none=True)
+            loss_of(module, given, labels, precision).backward()
+            optimizer.step()
+
+        return train if mode == "train" else evaluate
+
+    notes = verdicts(draw, present, precision.eps, draws=1)
+    roofline_ms = None
+    if mode == "train":
+        roofline_ms = limit(step(arch, BATCH, SIZE, precision.name, whole=True), ceilings) * 1e3
+    case = Case(LAYER, arch, mode, precision.name, BATCH, SHAPE, roofline_ms)
+    all_entrants = entrants(found, notes, run_of)
+    for entrant in all_entrants:
+        entrant.first_step_ms, entrant.peak_mb = fresh.get(entrant.impl, (None, None))
+    compare(case, all_entrants, ROUNDS)

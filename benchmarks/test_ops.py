@@ -9,11 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import BATCH, Comparison
+from benchmarks.conftest import Compare
+from benchmarks.harness import BATCH, OURS, Case
+from benchmarks.implementations import COMPILED, EXACT, Attempt, begin, entrants, laid_out, verdicts
+from benchmarks.peers import PEERS, Missing, peer_op
+from benchmarks.precision import Precision
+from benchmarks.roofline import Ceilings, op_bytes
 from resnet_fused import functional as fused
 from resnet_fused.ops import Norm
-from tests.accuracy import assert_as_accurate
 
+LAYER = "op"
 #: Channels and image size of every batch norm whose ReLU follows at once.
 INNER = [(64, 56), (128, 56), (128, 28), (256, 28), (256, 14), (512, 14), (512, 7)]
 #: The same at the ends of blocks.
@@ -80,37 +85,70 @@ def make_inputs(
     return [make(kind) for kind in kinds]
 
 
-@pytest.mark.parametrize("mode", ["fwd_bwd", "bwd"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def function_of(
+    impl: str, name: str, channels: int, dtype: torch.dtype, device: torch.device
+) -> Function | Missing:
+    eager, ours, *_ = OPS[name]
+    if impl in COMPILED:
+        return torch.compile(eager, mode=COMPILED[impl], dynamic=False)
+    if impl in PEERS:
+        return peer_op(impl, name, dtype, channels, device)
+    return ours if impl == OURS else eager
+
+
 @pytest.mark.parametrize(("name", "channels", "size"), CASES)
 def test_op(
     name: str,
     channels: int,
     size: int,
-    dtype: torch.dtype,
-    mode: str,
+    precision: Precision,
     device: torch.device,
-    compare: Callable[[Comparison, Callable[[], object], Callable[[], object], int], None],
+    impls: tuple[str, ...],
+    ceilings: Ceilings,
+    compare: Compare,
 ) -> None:
-    eager, fused_op, _, kinds = OPS[name]
-    inputs = make_inputs(kinds, channels, size, dtype, device)
-    results = {op: op(*inputs) for op in (eager, fused_op)}
-    grad = torch.randn_like(results[eager])
-    check(eager, fused_op, inputs, grad)
+    torch.compiler.reset()
+    eager, *_, kinds = OPS[name]
+    found = {impl: function_of(impl, name, channels, precision.dtype, device) for impl in impls}
+    present = {impl: op for impl, op in found.items() if not isinstance(op, Missing)}
+    inputs: list[Tensor] = []
+    grad = torch.empty(0)
 
-    def step(op: Function) -> Callable[[], object]:
-        if mode == "bwd":
-            return lambda: torch.autograd.grad(results[op], inputs, grad, retain_graph=True)
-        return lambda: torch.autograd.grad(op(*inputs), inputs, grad)
+    def results(op: Function, impl: str, dtype: torch.dtype | None = None) -> list[Tensor]:
+        begin(impl)
+        given = [_leaf(impl, x, dtype) for x in inputs]
+        out = op(*given)
+        return [out.detach(), *torch.autograd.grad(out, given, grad.to(out.dtype))]
 
-    shape = f"{BATCH}x{channels}x{size}x{size}"
-    label = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    compare(
-        Comparison("op", name, mode, label, BATCH, shape),
-        step(eager),
-        step(fused_op),
-        20 if size > 28 else 40,
-    )
+    def draw() -> Attempt:
+        nonlocal inputs, grad
+        inputs = make_inputs(kinds, channels, size, precision.dtype, device)
+        grad = torch.randn_like(eager(*inputs)).masked_fill(undecided(eager, inputs), 0.0)
+        return lambda impl: (
+            results(eager, impl, torch.float64) if impl == EXACT else results(present.get(impl, eager), impl)
+        )
+
+    notes = verdicts(draw, present, precision.eps)
+
+    def run_of(impl: str, op: Function) -> Callable[[], object]:
+        given = [_leaf(impl, x) for x in inputs]
+        incoming = laid_out(impl, grad)
+
+        def once() -> object:
+            begin(impl)
+            return torch.autograd.grad(op(*given), given, incoming)
+
+        return once
+
+    shape = (BATCH, channels, size, size)
+    roofline_ms = op_bytes(name, "fwd_bwd", shape, precision.name) / ceilings.bandwidth * 1e3
+    case = Case(LAYER, name, "fwd_bwd", precision.name, BATCH, "x".join(map(str, shape)), roofline_ms)
+    compare(case, entrants(found, notes, run_of), 12 if size > 28 else 24)
+
+
+def _leaf(impl: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    x = x.detach().to(dtype or x.dtype)
+    return (laid_out(impl, x) if x.dim() == 4 else x).requires_grad_()
 
 
 def undecided(eager: Function, inputs: list[Tensor]) -> Tensor:
@@ -124,17 +162,3 @@ def undecided(eager: Function, inputs: list[Tensor]) -> Tensor:
     windows = F.unfold(values, 3, padding=1, stride=2).view(*values.shape[:2], 9, *out.shape[2:])
     first, second = windows.topk(2, dim=2).values.unbind(2)
     return (out != 0) & ((out < 1e-3) | (first - second < 1e-3))
-
-
-def check(eager: Function, fused_op: Function, inputs: list[Tensor], grad: Tensor) -> None:
-    """Holds the fused op to the accuracy rule on the very inputs that are timed."""
-    grad = grad.masked_fill(undecided(eager, inputs), 0.0)
-
-    def outputs(op: Function, dtype: torch.dtype | None) -> list[Tensor]:
-        copies = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
-        out = op(*copies)
-        return [out.detach(), *torch.autograd.grad(out, copies, grad.to(out.dtype))]
-
-    found = zip(outputs(fused_op, None), outputs(eager, None), outputs(eager, torch.float64), strict=True)
-    for i, (by_fused, by_eager, exact) in enumerate(found):
-        assert_as_accurate(f"result {i}", by_fused, by_eager, exact)
