@@ -116,6 +116,19 @@ def test_copies_give_the_same_answers(copied: Callable[[nn.Module], nn.Module]) 
     assert torch.equal(copied(model)(x), model(x))
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_gradients_lie_as_their_parameters(arch: str, autocast: bool) -> None:
+    """To the last stride: DistributedDataParallel warns of another, and is slower."""
+    fused, eager = (m.to(memory_format=FORMAT["now"]) for m in pair(arch))
+    for model in (fused, eager):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(images(2, 3, 64, 64)).float().sum()
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        for (name, parameter), grad in zip(model.named_parameters(), grads, strict=True):
+            assert grad.stride() == parameter.stride(), name
+
+
 def test_functional_call_and_func_grad() -> None:
     fused, eager = (m.double() for m in pair("resnet18", num_classes=7))
     x = images(3, 3, 64, 64, dtype=torch.float64)

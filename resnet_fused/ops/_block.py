@@ -99,7 +99,11 @@ class Backward:
     def note_weight(self, place: int, dweight: MaybeTensor) -> None:
         if dweight is not None:
             weight = self.parameters[place].weight
-            self.grads[place] = (dweight.view_as(weight).to(weight.dtype), *self.grads[place][1:])
+            found = dweight.view_as(weight).to(weight.dtype)
+            if weight.shape[2:] == (1, 1) and found.stride()[:2] == weight.stride()[:2]:
+                # DistributedDataParallel compares strides, also those of dimensions of size 1.
+                found = found.as_strided(weight.shape, weight.stride())
+            self.grads[place] = (found, *self.grads[place][1:])
 
     def scaled(self, place: int, dtype: torch.dtype) -> Tensor:
         """The weight of a folded convolution times the scale of its batch norm, (N, K)."""
