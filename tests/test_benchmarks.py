@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.peers import PEERS, Missing
 from torch import Tensor, nn
 
 from benchmarks import implementations
 from benchmarks.harness import Case, Contest, Entrant, table, write_results
 from benchmarks.implementations import BASELINE, EXACT, IMPLS, Attempt, modules, verdicts
+from benchmarks.peers import PEERS, Missing
 from benchmarks.precision import PRECISIONS
 from benchmarks.roofline import Ceilings
 

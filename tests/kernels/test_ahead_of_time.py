@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import counts
 from benchmarks.kernel_resources import (
     ARCHITECTURES,
     REGISTERS,
@@ -22,14 +23,6 @@ from benchmarks.kernel_resources import (
 from resnet_fused.kernels.launch import Config, Launch
 
 pytest.importorskip("triton")
-
-#: Models, dtypes and architectures. bf16 is what is trained in; of the rest, to save time, what differs most: sm_80 has
-#: the instructions of all that have no wgmma. `python -m benchmarks.kernel_resources` compiles everything.
-BUILDS = (
-    (("resnet50", "resnet18"), "bf16", tuple(ARCHITECTURES)),
-    (("resnet50",), "fp16", (90,)),
-    (("resnet50",), "tf32", (80, 90)),
-)
 
 
 @dataclass(frozen=True)
@@ -112,7 +105,7 @@ def steps() -> list[Built]:
     plan = importlib.import_module("resnet_fused.plan")
     launches = [
         (launch, archs)
-        for models, dtype, archs in BUILDS
+        for models, dtype, archs in counts.BUILDS
         for model in models
         for launch in plan.launches(model, 256, dtype)
     ]
@@ -135,6 +128,15 @@ def test_no_kernel_of_a_step(steps: list[Built], wrong: Callable[[Built, Resourc
     assert there
     found = failures(there, wrong)
     assert not found, "\n" + "\n".join(found)
+
+
+def test_registers_are_those_of_the_table(steps: list[Built]) -> None:
+    table = counts.read()
+    if table["compiler"] != counts.compiler():
+        pytest.skip(f"the table is of {table['compiler']}, this is {counts.compiler()}")
+    found = counts.resource_counts((x.what, x.arch, x.found) for x in steps)
+    changed = counts.differences(table["resources"], found)
+    assert not changed, "\n".join([*changed, counts.ADVICE])
 
 
 def test_what_is_wrong_is_found() -> None:

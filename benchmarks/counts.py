@@ -1,0 +1,231 @@
+"""Counts that no noise moves, held to a committed table: ``python -m benchmarks.counts [--write]``.
+
+What a training step launches on a GPU, what it makes and keeps on a CPU, and what registers and shared memory its
+Triton kernels take. Without ``--write`` it only compares, and exits with 1 where something differs.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.kernel_resources import ARCHITECTURES, Resources, Specialisation, compile_all, specialisation
+from resnet_fused import models, reference
+from resnet_fused.plan import launches, plan
+
+TABLE = Path(__file__).with_name("counts.json")
+ARCHS = ("resnet18", "resnet50")
+#: Of the plan.
+PLANNED_BATCH, PLANNED_DTYPES = 256, ("bf16", "fp32")
+#: Of what runs on the CPU: small, and enough pixels everywhere for blocks to fold as they do in training.
+BATCH, SIZE = 8, 96
+#: Bytes of a tensor that counts: half of the smallest activation between two convolutions in float32.
+LARGE = BATCH * 512 * (SIZE // 32) ** 2 * 4 // 2
+#: Models, dtypes and architectures that tests compile kernels for. bf16 is what is trained in; of the rest, to save
+#: time, what differs most: sm_80 has the instructions of all that have no wgmma. `benchmarks.kernel_resources` compiles
+#: everything.
+BUILDS = (
+    (("resnet50", "resnet18"), "bf16", tuple(ARCHITECTURES)),
+    (("resnet50",), "fp16", (90,)),
+    (("resnet50",), "tf32", (80, 90)),
+)
+#: Architectures of those whose registers are in the table.
+COMPILED = (80, 90)
+
+Counts = dict[str, Any]
+
+
+def launch_counts() -> Counts:
+    """Launches of a training step by kernel, and the bytes that all of them move for an image."""
+    found = {}
+    for arch in ARCHS:
+        for dtype in PLANNED_DTYPES:
+            planned = plan(arch, PLANNED_BATCH, dtype)
+            found[f"{arch} {dtype}"] = {
+                "passes": sum(p.is_pass for p in planned),
+                "all": len(planned),
+                "bytes an image": sum(p.bytes for p in planned) // PLANNED_BATCH,
+                "by kernel": dict(sorted(Counter(p.kernel for p in planned).items())),
+            }
+    return found
+
+
+def memory_counts() -> Counts:
+    """Bytes that autograd keeps in float32 and under bfloat16 autocast, and large tensors made in float32."""
+    found: Counts = {}
+    for arch in ARCHS:
+        for name, library in (("fused", models), ("eager", reference)):
+            torch.manual_seed(0)
+            model = getattr(library, arch)(num_classes=10).to(memory_format=torch.channels_last)
+            kept = {
+                f"kept bytes {label}": kept_bytes(model, dtype)
+                for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+            }
+            found[f"{arch} {name}"] = kept | dict(
+                zip(
+                    ("large tensors in forward", "large tensors in backward"),
+                    large_tensors(model),
+                    strict=True,
+                )
+            )
+    return found
+
+
+def kept_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of the storages, other than the model's own and the input's, that a forward pass keeps for backward."""
+    x = _images()
+    own = {t.untyped_storage().data_ptr() for t in (x, *model.parameters(), *model.buffers())}
+    storages: dict[int, int] = {}
+
+    def pack(kept: Tensor) -> Tensor:
+        storage = kept.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return kept
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept),
+        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+    ):
+        out = model(x)
+    assert out.grad_fn is not None  # which keeps the storages, and so their addresses, apart
+    return sum(storages.values())
+
+
+def large_tensors(model: nn.Module) -> tuple[int, int]:
+    """Activations and their gradients, of at least LARGE bytes, that operators make in forward, and in backward."""
+    with _Made() as forward:
+        out = model(_images())
+    grad = torch.ones_like(out)
+    with _Made() as backward:
+        out.backward(grad)
+    model.zero_grad(set_to_none=True)
+    return forward.large, backward.large
+
+
+class _Made(TorchDispatchMode):
+    """Counts large results that are no view of, and were not written to, what an operator was given.
+
+    What a library takes for itself while it computes is left out: that differs with the processor.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {_address(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        made = [x for x in tree_leaves(result) if isinstance(x, Tensor) and _address(x) not in given]
+        activations = [x for x in made if x.dim() == 4 and len(x) == BATCH]  # not weights and covariances
+        self.large += sum(x.untyped_storage().nbytes() >= LARGE for x in activations)
+        return result
+
+
+def _address(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _images() -> Tensor:
+    return torch.zeros(BATCH, 3, SIZE, SIZE).to(memory_format=torch.channels_last)
+
+
+def resource_counts(built: Iterable[tuple[Specialisation, int, Resources | str]]) -> Counts:
+    """For each architecture and kernel the most registers, spilled and shared bytes of what was compiled."""
+    found: Counts = {}
+    for what, arch, resources in built:
+        if arch not in COMPILED or isinstance(resources, str):
+            continue
+        most = found.setdefault(f"sm_{arch}", {}).setdefault(what.name, Counter())
+        for name in ("registers", "spill_bytes", "shared_bytes"):
+            most[name] = max(most[name], getattr(resources, name))
+    return {
+        arch: {name: dict(kernels[name]) for name in sorted(kernels)}
+        for arch, kernels in sorted(found.items())
+    }
+
+
+def compile_steps() -> list[tuple[Specialisation, int, Resources | str]]:
+    """The kernels of BUILDS for the table's architectures; takes minutes when Triton's cache is empty."""
+    pairs = {
+        (specialisation(launch), arch)
+        for archs, dtype, compiled_for in BUILDS
+        for arch in set(compiled_for) & set(COMPILED)
+        for name in archs
+        for launch in launches(name, PLANNED_BATCH, dtype)
+    }
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return list(compile_all(pairs, cores))
+
+
+def compiler() -> str:
+    """What registers depend on beside the kernels."""
+    return f"triton {importlib.metadata.version('triton')}"
+
+
+def differences(table: Counts, now: Counts) -> list[str]:
+    """A line for each count that is not the table's; in all of them less is better."""
+    before, after = dict(_flat(table)), dict(_flat(now))
+    lines = []
+    for name in dict.fromkeys((*before, *after)):
+        old, new = before.get(name), after.get(name)
+        if old != new:
+            verdict = ""
+            if isinstance(old, int) and isinstance(new, int):
+                verdict = " (worse)" if new > old else " (better)"
+            told = ["nothing" if count is None else count for count in (old, new)]
+            lines.append(f"{name}: {told[0]} in the table, {told[1]} now{verdict}")
+    return lines
+
+
+def _flat(counts: Counts, path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in counts.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{path}{name}, ")
+        else:
+            yield f"{path}{name}", value
+
+
+def read() -> Counts:
+    table: Counts = json.loads(TABLE.read_text())
+    return table
+
+
+ADVICE = "if it is meant: python -m benchmarks.counts --write"
+
+
+def main(arguments: list[str]) -> int:
+    if arguments not in ([], ["--write"]):
+        print("usage: python -m benchmarks.counts [--write]", file=sys.stderr)
+        return 2
+    now = {
+        "launches": launch_counts(),
+        "memory": memory_counts(),
+        "compiler": compiler(),
+        "resources": resource_counts(compile_steps()),
+    }
+    changed = differences(read() if TABLE.exists() else {}, now)
+    print("\n".join(changed) or "as in the table")
+    if arguments:
+        TABLE.write_text(json.dumps(now, indent=1) + "\n")
+    elif changed:
+        print(ADVICE, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
