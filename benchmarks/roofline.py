@@ -215,7 +215,9 @@ def results_table(
     ways = list(ways)
     models, ops, left_out = [], [], set()
     for row in rows:
-        if row["layer"] == "model" and row["name"] in ARCHITECTURES:
+        if row["median_ms"] is None:
+            continue
+        if row["layer"] == "model" and row["mode"] == "train" and row["name"] in ARCHITECTURES:
             models.append(row)
             continue
         try:

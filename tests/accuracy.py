@@ -7,9 +7,11 @@ device. It is asked of the result as a vector and of its elements. There are no 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +51,7 @@ def _ratio(error: float, size: float) -> float:
 def assert_as_accurate(
     name: str, fused: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype | None = None
 ) -> None:
-    """Fails unless ``fused`` obeys the rule.
+    """Raises Inaccurate unless ``fused`` obeys the rule.
 
     Args:
         name: what the result is, for the message.
@@ -69,9 +71,32 @@ def assert_as_accurate(
     for measure in (relative_error, element_error):
         by_fused, by_eager = measure(fused, exact), measure(eager, exact)
         limit = 1.5 * by_eager + 4 * eps
-        assert by_fused <= limit, (
-            f"{name}: {measure.__name__} {by_fused:.3g} > {limit:.3g} = 1.5 * {by_eager:.3g} (eager) + 4 * {eps:.3g}"
-        )
+        if not by_fused <= limit:
+            allowed = f"{limit:.3g} = 1.5 * {by_eager:.3g} (eager) + 4 * {eps:.3g}"
+            raise Inaccurate(f"{name}: {measure.__name__} {by_fused:.3g} > {allowed}")
+
+
+class Inaccurate(AssertionError):
+    """A result that breaks the rule."""
+
+
+def in_some_draw(test: Callable[..., None]) -> Callable[..., None]:
+    """For a test that draws its own inputs: the rule has to hold in one of four draws.
+
+    Where a sum cancels luck breaks it in up to one of fifty draws, for results whose errors are eager's on median; what
+    is less accurate by its making breaks it in all. Whatever else is asserted has to hold in every draw.
+    """
+
+    @functools.wraps(test)
+    def drawn(*args: Any, **kwargs: Any) -> None:
+        for left in reversed(range(4)):
+            try:
+                return test(*args, **kwargs)
+            except Inaccurate:
+                if not left:
+                    raise
+
+    return drawn
 
 
 @dataclass

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks import counts
 from resnet_fused import models, native
+from resnet_fused.ops._primitive import COMPOSITIONS
 
 needs_extension = pytest.mark.skipif(not native.is_loaded, reason="without the extension ops run unfused")
 
@@ -60,6 +61,22 @@ def test_a_tensor_more_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts.kept_bytes(model, torch.float32) == kept + bytes_of_it + 4
     more = counts.large_tensors(model)
     assert more == (large[0] + 1, large[1] + 2), more
+
+
+@needs_extension
+def test_a_tensor_more_inside_an_op_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.resnet50().to(memory_format=torch.channels_last)
+    large = counts.large_tensors(model)
+    plain, calls = COMPOSITIONS["folded_add_relu"], 0
+
+    def wasteful(y: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        nonlocal calls
+        calls += 1
+        found: tuple[Tensor, ...] = plain(y.clone(), *rest)
+        return found
+
+    monkeypatch.setitem(COMPOSITIONS, "folded_add_relu", wasteful)
+    assert counts.large_tensors(model) == (large[0] + calls, large[1]) and calls > 0
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:

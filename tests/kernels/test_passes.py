@@ -15,7 +15,7 @@ from resnet_fused.ops import passes
 from resnet_fused.reference import passes as reference
 from resnet_fused.reference.layout import pack_mask
 from resnet_fused.reference.operands import Activation, Gradient, Window
-from tests.accuracy import assert_as_accurate, relative_error
+from tests.accuracy import assert_as_accurate, in_some_draw, relative_error
 from tests.kernels.devices import DEVICES, DTYPES
 
 #: Name: (inputs, outputs, kernel, window, height, width).
@@ -118,6 +118,7 @@ def weight_of(m: Maker, name: str) -> Tensor:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CONVS)
+@in_some_draw
 def test_conv_stats(name: str, make: Callable[[str], Maker], device: str) -> None:
     m = make(device)
     inputs, _, _, window, height, width = CONVS[name]
@@ -127,6 +128,7 @@ def test_conv_stats(name: str, make: Callable[[str], Maker], device: str) -> Non
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CONVS)
+@in_some_draw
 def test_dgrad(name: str, make: Callable[[str], Maker], device: str) -> None:
     m = make(device)
     inputs, _, _, window, height, width = CONVS[name]
@@ -147,6 +149,7 @@ def test_dgrad(name: str, make: Callable[[str], Maker], device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CONVS)
+@in_some_draw
 def test_wgrad(name: str, make: Callable[[str], Maker], device: str) -> None:
     m = make(device)
     inputs, _, _, window, height, width = CONVS[name]
@@ -161,6 +164,7 @@ def test_wgrad(name: str, make: Callable[[str], Maker], device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("every", [(1, 1), (2, 2)])
 @pytest.mark.parametrize("channels", [19, 40])
+@in_some_draw
 def test_gram(channels: int, every: tuple[int, int], make: Callable[[str], Maker], device: str) -> None:
     m = make(device)
     x = m.activation(channels, 7, 6)
@@ -188,6 +192,7 @@ def test_gram_keeps_the_variance_of_a_large_mean(make: Callable[[str], Maker], d
 @pytest.mark.parametrize("every", [(1, 1), (2, 3)])
 @pytest.mark.parametrize("main", ["folded", "made"])
 @pytest.mark.parametrize("shortcut", ["input", "made", "folded", "folded frozen"])
+@in_some_draw
 def test_expand(
     shortcut: str, main: str, every: tuple[int, int], make: Callable[[str], Maker], device: str
 ) -> None:
@@ -230,6 +235,7 @@ KINDS = ["normed", "folded", "shifted", "plain", "both", "both strided", "both f
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", KINDS)
+@in_some_draw
 def test_folded_wgrad(kind: str, make: Callable[[str], Maker], device: str) -> None:
     m = make(device)
     grad, source, every, skip, skip_every = folded_ends(m, kind)
@@ -238,6 +244,7 @@ def test_folded_wgrad(kind: str, make: Callable[[str], Maker], device: str) -> N
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", KINDS)
+@in_some_draw
 def test_folded_dgrad(kind: str, make: Callable[[str], Maker], device: str) -> None:
     m = make(device)
     grad, source, every, skip, skip_every = folded_ends(m, kind)

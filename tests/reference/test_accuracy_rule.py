@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.accuracy import assert_as_accurate, element_error, relative_error
+from tests.accuracy import Inaccurate, assert_as_accurate, element_error, in_some_draw, relative_error
 
 
 def test_rounding_passes(dtype: torch.dtype) -> None:
@@ -74,3 +74,34 @@ def test_memory_is_poisoned() -> None:
     assert torch.empty(5).isnan().all()
     assert torch.empty_like(torch.ones(2, dtype=torch.bfloat16)).isnan().all()
     assert (torch.empty(3, dtype=torch.uint8) == 255).all()
+
+
+@pytest.mark.parametrize(("bad_draws", "passes"), [(0, True), (1, True), (3, True), (4, False)])
+def test_one_of_four_draws_has_to_be_accurate(bad_draws: int, passes: bool) -> None:
+    draws = 0
+
+    @in_some_draw
+    def drawn() -> None:
+        nonlocal draws
+        draws += 1
+        exact = torch.ones(3, dtype=torch.float64)
+        assert_as_accurate("drawn", exact.float() + (draws <= bad_draws), exact.float(), exact)
+
+    if passes:
+        drawn()
+    else:
+        with pytest.raises(Inaccurate, match="drawn: relative_error"):
+            drawn()
+    assert draws == min(bad_draws + 1, 4)
+
+
+def test_other_failures_are_not_drawn_again() -> None:
+    @in_some_draw
+    def wrong() -> None:
+        assert not calls, "called again"
+        calls.append(1)
+        raise AssertionError("wrong shape")
+
+    calls: list[int] = []
+    with pytest.raises(AssertionError, match="wrong shape"):
+        wrong()
