@@ -180,15 +180,17 @@ def test_held_by_the_process(arch: str, limit: float, dtype: str) -> None:
 @on_linux
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_peak_of_the_first_step(dtype: str) -> None:
-    """The smallest of up to six: the holes of the heap are luck (0.52 to 0.61 was seen of the same live tensors)."""
-    fused, reference = [], []
+    """In half of the pairs of processes so far, of which there are up to six.
+
+    The holes of the heap are luck: ratios of 0.52 to 0.64 were seen of the same live tensors, 0.59 on median.
+    """
+    ratios = []
     for again in range(6):
         found = measured("resnet50", dtype, again=again)
-        fused.append(found["fused"]["first step"])
-        reference.append(found["reference"]["first step"])
-        if min(fused) <= 0.60 * min(reference):
+        ratios.append(found["fused"]["first step"] / found["reference"]["first step"])
+        if sum(ratio <= 0.60 for ratio in ratios) >= len(ratios) / 2:
             return
-    raise AssertionError(f"{min(fused) / min(reference):.4f}: {fused} of {reference}")
+    raise AssertionError(f"peaks of fused and reference: {ratios}")
 
 
 @on_linux
