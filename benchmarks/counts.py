@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.kernel_resources import ARCHITECTURES, Resources, Specialisation, compile_all, specialisation
+from benchmarks.saved import saving
 from resnet_fused import models, reference
 from resnet_fused.ops._primitive import COMPOSITIONS
 from resnet_fused.plan import launches, plan
@@ -86,22 +87,11 @@ def memory_counts() -> Counts:
 def kept_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """Bytes of the storages, other than the model's own and the input's, that a forward pass keeps for backward."""
     x = _images()
-    own = {t.untyped_storage().data_ptr() for t in (x, *model.parameters(), *model.buffers())}
-    storages: dict[int, int] = {}
-
-    def pack(kept: Tensor) -> Tensor:
-        storage = kept.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return kept
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept),
-        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
-    ):
+    known = (x, *model.parameters(), *model.buffers())
+    with saving(*known) as found, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         out = model(x)
     assert out.grad_fn is not None  # which keeps the storages, and so their addresses, apart
-    return sum(storages.values())
+    return sum(found.values())
 
 
 def large_tensors(model: nn.Module) -> tuple[int, int]:

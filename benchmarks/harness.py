@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from resnet_fused.cli.timing import header, milliseconds, quantile
+from resnet_fused.cli.timing import header, milliseconds, quantile, quantiles
 
 #: Images of a batch; a GPU wants more than a CPU has time for.
 BATCH = int(os.environ.get("RESNET_FUSED_BENCH_BATCH", "16"))
@@ -126,12 +126,12 @@ class Contest:
             {
                 **asdict(self.case),
                 "impl": entrant.impl,
-                **_quantiles("{}_ms", sorted(entrant.times)),
+                **quantiles(sorted(entrant.times), "median_ms", "p20_ms", "p80_ms"),
                 "rounds": len(entrant.times),
                 "peak_mb": entrant.peak_mb,
                 "first_step_ms": entrant.first_step_ms,
                 "checked": entrant.checked and bool(entrant.times),
-                **_quantiles("ratio_{}", self.ratios(entrant), middle="ratio"),
+                **quantiles(self.ratios(entrant), "ratio", "ratio_p20", "ratio_p80"),
                 "note": entrant.note,
             }
             for entrant in self.entrants
@@ -142,11 +142,6 @@ def failure(error: Exception) -> str:
     """One line of what went wrong."""
     first, *_ = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {first}"[:200]
-
-
-def _quantiles(name: str, ascending: list[float], middle: str = "median_ms") -> dict[str, float | None]:
-    found = [quantile(ascending, q) if ascending else None for q in (0.5, 0.2, 0.8)]
-    return dict(zip((middle, name.format("p20"), name.format("p80")), found, strict=True))
 
 
 def write_results(

@@ -45,17 +45,18 @@ def modules(
     """A module of each name with the same weights.
 
     Args:
-        eager: the reference's, channels_last, on the device; copied for all but one.
+        eager: the reference's, channels_last, on the device; copied for each but ours.
         fused: ours.
     """
     found: dict[str, nn.Module | Missing] = {}
     # Else the compiler counts this module as another shape of the one before, and gives up on static ones.
     torch.compiler.reset()
     for impl in impls:
-        own = copy.deepcopy(eager)
         if impl == OURS:
             found[impl] = fused
-        elif impl == "eager":
+            continue
+        own = copy.deepcopy(eager)
+        if impl == "eager":
             found[impl] = own.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         elif impl in COMPILED:
             own.compile(mode=COMPILED[impl], dynamic=False)

@@ -22,14 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 
+from benchmarks.harness import COLD_BYTES
 from benchmarks.roofline import H100, Ceilings, measure
 from benchmarks.roofline_model import ELEMENT, Kernel
 from resnet_fused import backend, models
 from resnet_fused.cli.timing import header, milliseconds
 from resnet_fused.reference.resnet import ARCHITECTURES
 
-#: Written between two runs of a kernel, so that it finds nothing in the cache: more than the L2 of any GPU.
-COLD_BYTES = 256 << 20
 REPETITIONS = 15
 #: Cycles, about a millisecond, in which the processor gets ahead of the GPU: launching then costs no time measured.
 HEAD_START = 2_000_000

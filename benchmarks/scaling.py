@@ -12,7 +12,6 @@ import functools
 import gc
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,10 +27,11 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.apart import ProcessFailed, two_steps_apart
 from benchmarks.roofline import measure
 from resnet_fused.cli.learner import AUTOCAST
 from resnet_fused.cli.steps import EAGER, OURS, Case, exactly, excuse, objection, outcome, relative_errors
-from resnet_fused.cli.timing import device_name, header, milliseconds, quantile
+from resnet_fused.cli.timing import device_name, header, milliseconds, quantile, quantiles
 
 IMPLS = (OURS, EAGER)
 #: What ranks do together: nothing, sum gradients, share statistics (without DDP, which refuses it on a CPU).
@@ -74,30 +74,15 @@ def plan(device: torch.device, quick: bool) -> Plan:
 
 # One process.
 
-FRESH = """
-import json, sys, torch
-from resnet_fused.cli.probe import two_steps
-from resnet_fused.cli.steps import Case
-request = json.loads(sys.argv[1])
-torch.set_num_threads(request["threads"])
-torch.backends.cudnn.benchmark = True
-print(json.dumps(two_steps(Case(**request["case"]), request["impl"])))
-"""
-
 
 def peak_mb(case: Case, impl: str) -> float | None:
     """The most memory of a training step in a fresh process, in 1e6 bytes; None where it has not enough."""
-    if case.device != "cpu":
-        torch.cuda.empty_cache()  # the other process needs the memory
-    request = {"impl": impl, "case": asdict(case), "threads": torch.get_num_threads()}
-    command = [sys.executable, "-c", FRESH, json.dumps(request)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode and "OutOfMemoryError" in done.stderr:
-        return None
-    if done.returncode:
-        raise RuntimeError(f"{impl} in a process of its own:\n{done.stderr}")
-    found: float | None = json.loads(done.stdout.splitlines()[-1])[1]
-    return found
+    try:
+        return two_steps_apart(case, impl, benchmark=True)[1]
+    except ProcessFailed as failed:
+        if "OutOfMemoryError" in str(failed):
+            return None
+        raise
 
 
 @cache
@@ -165,13 +150,6 @@ def rows_of(
             }
         )
     return rows
-
-
-def quantiles(ascending: list[float], *names: str) -> dict[str, float | None]:
-    return {
-        name: quantile(ascending, q) if ascending else None
-        for name, q in zip(names, (0.5, 0.2, 0.8), strict=True)
-    }
 
 
 # Many processes.

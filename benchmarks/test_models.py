@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import cache
 from types import ModuleType
 
@@ -16,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resnet_fused
+from benchmarks.apart import ProcessFailed, two_steps_apart
 from benchmarks.conftest import Compare
 from benchmarks.harness import BATCH, OURS, Case
 from benchmarks.implementations import BASELINE, EXACT, Attempt, begin, entrants, laid_out, modules, verdicts
@@ -76,34 +73,18 @@ def exact_results(arch: str, mode: str, device: torch.device) -> list[Tensor]:
     return learnt(exactly(model), images.double(), labels, precision)
 
 
-FRESH = """
-import json, sys, torch
-from resnet_fused.cli.probe import two_steps
-from resnet_fused.cli.steps import Case
-request = json.loads(sys.argv[1])
-torch.set_num_threads(request["threads"])
-torch.backends.cudnn.allow_tf32 = request["tf32"]
-print(json.dumps(two_steps(Case(**request["case"]), request["impl"])))
-"""
-
-
 def fresh_process(
     impl: str, arch: str, precision: Precision, device: torch.device
 ) -> tuple[float | None, float | None]:
     """Milliseconds of the first training step, and the peak of the second in 1e6 bytes; None of what fails."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # the other process needs the memory
     tf32 = precision.name == "tf32"
     case = Training(arch, BATCH, SIZE, "fp32" if tf32 else precision.name, str(device))
-    request = {"impl": impl, "case": asdict(case), "threads": torch.get_num_threads(), "tf32": tf32}
-    command = [sys.executable, "-c", FRESH, json.dumps(request)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if impl == OURS and done.returncode:
-        raise RuntimeError(f"{impl} in a process of its own:\n{done.stderr}")
-    first_step_ms, peak_mb = (
-        json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else (None, None)
-    )
-    return first_step_ms, peak_mb
+    try:
+        return two_steps_apart(case, impl, allow_tf32=tf32)
+    except ProcessFailed:
+        if impl == OURS:
+            raise
+        return None, None
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resnet_fused
+from benchmarks.saved import saving
 from resnet_fused import models, native, reference
 from resnet_fused.ops import _matmul
 
@@ -45,22 +46,6 @@ def precision(name: str) -> contextlib.AbstractContextManager[Any]:
 
 def images(count: int, size: int) -> Tensor:
     return torch.randn(count, 3, size, size).to(memory_format=torch.channels_last)
-
-
-@contextlib.contextmanager
-def saving(*known: Tensor) -> Iterator[dict[int, int]]:
-    """Bytes of each storage that autograd saves, but those of ``known``, by address. Valid while the graph lives."""
-    own = {x.untyped_storage().data_ptr() for x in known}
-    found: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        yield found
 
 
 def saved_bytes(model: nn.Module, x: Tensor, dtype: str) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from resnet_fused.cli import timing
 from resnet_fused.cli.distributed import from_environment, pick_device
 from resnet_fused.cli.errors import UserError, require
 from resnet_fused.cli.files import make_folder, write_text
@@ -293,11 +294,7 @@ def ratios(entrants: list[Entrant], impl: str, to: str) -> dict[str, float | Non
 
 def quantiles(values: list[float]) -> dict[str, float | None]:
     """Median, 20th and 80th percentile."""
-    ascending = sorted(values)
-    return {
-        name: quantile(ascending, q) if values else None
-        for name, q in (("median", 0.5), ("p20", 0.2), ("p80", 0.8))
-    }
+    return timing.quantiles(sorted(values), "median", "p20", "p80")
 
 
 def make_rows(entrants: list[Entrant], case: Case) -> list[dict[str, Any]]:

@@ -80,6 +80,14 @@ class Memory:
         return (peak - self.before) / 1e6
 
 
+def quantiles(ascending: list[float], *names: str) -> dict[str, float | None]:
+    """Median, 20th and 80th percentile of sorted values under the three names; None of nothing."""
+    return {
+        name: quantile(ascending, q) if ascending else None
+        for name, q in zip(names, (0.5, 0.2, 0.8), strict=True)
+    }
+
+
 def header(
     device: torch.device, seconds: float, ceilings: dict[str, dict[str, float]] | None = None
 ) -> dict[str, Any]:
