@@ -37,6 +37,8 @@ mkdir -p "$LOGS"
 # In build/, not in OUT: what one call has tuned need not be tuned again by the next.
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD XDG_CACHE_HOME=${XDG_CACHE_HOME:-$PWD/build/cache}
 export PATH=$PATH:/usr/local/cuda/bin
+# nvcc on PATH may be a script that lies elsewhere than its libraries.
+[ -x /usr/local/cuda/bin/nvcc ] && export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda}
 export RESNET_FUSED_BENCH_BATCH=${RESNET_FUSED_BENCH_BATCH:-256}
 export QUICK_IMPLS=resnet_fused,eager,eager_channels_last,compile_default,cudnn_frontend,apex,inplace_abn,attorch
 export PYTHON OUT LOGS

@@ -31,6 +31,8 @@ __all__ = ["ARCHITECTURES", "CompileError", "Resources", "Specialisation", "comp
 #: Compute capability: bytes of shared memory that a program may have.
 ARCHITECTURES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 REGISTERS = 255
+#: Of a multiprocessor, which one program must not exceed.
+ALL_REGISTERS = 65536
 MODELS = ("resnet50", "resnet18")
 DTYPES = ("bf16", "fp16", "tf32", "fp32")
 
@@ -239,6 +241,10 @@ def violations(what: Specialisation, arch: int, found: Resources | str) -> list[
         wrong.append(f"spills {found.spill_bytes} bytes")
     if found.registers > REGISTERS:
         wrong.append(f"needs {found.registers} registers of {REGISTERS}")
+    if found.registers * 32 * what.warps > ALL_REGISTERS:
+        wrong.append(
+            f"needs {found.registers} registers in each of {32 * what.warps} threads: too many to launch"
+        )
     if found.shared_bytes > ARCHITECTURES[arch]:
         wrong.append(f"needs {found.shared_bytes} bytes of shared memory of {ARCHITECTURES[arch]}")
     if found.products - {"f32", "f64"} and not found.mma:  # those have no tensor cores

@@ -13,6 +13,7 @@ CPU, CUDA on the GPU) or one of vendor products and native ops. What is GEMM-sha
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -84,6 +85,11 @@ def interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
+def _is_too_old(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) < OLDEST_GPU
+
+
 def why_not_triton(device_type: str) -> str | None:
     """Why Triton kernels do not serve a device type; None when they do, if only where they are the fastest."""
     if _choice in ("vendor", "reference"):
@@ -94,7 +100,7 @@ def why_not_triton(device_type: str) -> str | None:
         return "triton is not installed: a CUDA build of torch brings the one that fits"
     # Not while torch.compile traces, which may not look at the device: then each op asks again when it runs.
     compiling = torch.compiler.is_compiling()
-    if device_type == "cuda" and not compiling and torch.cuda.get_device_capability() < OLDEST_GPU:
+    if device_type == "cuda" and not compiling and _is_too_old(torch.cuda.current_device()):
         return f"the GPU is older than sm_{OLDEST_GPU[0]}{OLDEST_GPU[1]}"
     return (
         None if device_type in ("cpu", "cuda", "meta") else f"there are no kernels for {device_type} devices"

@@ -71,18 +71,17 @@ def _runs_fused(x: Tensor, owner: nn.Module, norms: tuple[str, ...]) -> bool:
 
 
 def _norm(bn: nn.Module) -> Norm:
-    """The mode of a batch norm module, counting the batch, as nn.BatchNorm2d.forward does."""
+    """The mode of a batch norm module."""
     assert isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm))
     momentum = 0.0 if bn.momentum is None else bn.momentum
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        ops.count_batch(bn.num_batches_tracked)
-        if bn.momentum is None:
-            momentum = 1.0 / float(bn.num_batches_tracked)
+    counter = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
+    if counter is not None and bn.momentum is None:
+        momentum = 1.0 / (float(counter) + 1.0)
     training = bn.training or (bn.running_mean is None and bn.running_var is None)
     tracked = not bn.training or bn.track_running_stats
     group = _sync_group(bn) if bn.training else None
     running_mean, running_var = (bn.running_mean, bn.running_var) if tracked else (None, None)
-    return Norm(running_mean, running_var, bn.weight, bn.bias, training, momentum, bn.eps, group)
+    return Norm(running_mean, running_var, bn.weight, bn.bias, training, momentum, bn.eps, group, counter)
 
 
 def _sync_group(bn: nn.Module) -> dist.ProcessGroup | None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import itertools
 
 import torch
-import triton
 from torch import Tensor
 
-from resnet_fused.kernels.launch import Config
+from resnet_fused.kernels.launch import Config, cdiv
 
 #: Multiprocessors of an H100, for a device that cannot be asked; its rates weigh arithmetic against traffic.
 MULTIPROCESSORS = 132
@@ -26,7 +25,7 @@ _SIZES = (32, 64, 128)
 
 def tile(size: int, largest: int = 128) -> int:
     """A power of two of at least 16, as tensor cores ask for, that wastes little of ``size``."""
-    return max(16, min(largest, int(triton.next_power_of_2(size))))
+    return max(16, min(largest, 1 << (size - 1).bit_length()))
 
 
 def multiprocessors(x: Tensor) -> int:
@@ -47,9 +46,9 @@ def gemm_configs(x: Tensor, m: int, n: int, k: int, *, loaded: int = 1, epilogue
     for block_m, block_n, warps in itertools.product(
         {tile(m, size) for size in _SIZES[1:]}, {tile(n, size) for size in _SIZES}, (4, 8)
     ):
-        tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
+        tiles = cdiv(m, block_m) * cdiv(n, block_n)
         slots = processors * (2 if warps == 4 else 1)
-        waves = triton.cdiv(tiles, slots) * slots
+        waves = cdiv(tiles, slots) * slots
         cost = waves * block_m * block_n * (1 + 32 / block_m + 32 / block_n)
         for block_k in {tile(k, 64), tile(k, 32)}:
             held = block_m * (block_n + max(loaded * block_k, epilogue * block_n)) / (32 * warps)
@@ -57,7 +56,7 @@ def gemm_configs(x: Tensor, m: int, n: int, k: int, *, loaded: int = 1, epilogue
             stages = min(4, SHARED_BYTES // stage)
             if held > _HELD or stages < 2:
                 continue
-            padded = triton.cdiv(k, block_k) * block_k / k
+            padded = cdiv(k, block_k) * block_k / k
             scored.append(
                 (cost * padded * (1 + 4 / block_k), Config(block_m, block_n, block_k, warps, stages))
             )
@@ -85,11 +84,11 @@ def sum_configs(
         stages = min(4, SHARED_BYTES // (loaded * block_m * widest * x.element_size()))
         if held > _HELD or stages < 2 or (square and block_n != block_k):
             continue
-        tiles = triton.cdiv(n, block_n) * triton.cdiv(k, block_k) * taps
-        splits = max(1, min(round(fill * processors / tiles), triton.cdiv(rows, 8 * block_m)))
-        padded = triton.cdiv(n, block_n) * block_n * triton.cdiv(k, block_k) * block_k * taps
+        tiles = cdiv(n, block_n) * cdiv(k, block_k) * taps
+        splits = max(1, min(round(fill * processors / tiles), cdiv(rows, 8 * block_m)))
+        padded = cdiv(n, block_n) * block_n * cdiv(k, block_k) * block_k * taps
         slots = 2 * processors if warps == 4 else processors
-        idle = triton.cdiv(tiles * splits, slots) * slots / (tiles * splits)
+        idle = cdiv(tiles * splits, slots) * slots / (tiles * splits)
         work = 2 * rows * padded * idle * (1 + 32 / block_n + 32 / block_k) * (1 + 4 / block_m)
         # What the splits have found is written and read again.
         parts = 0 if splits == 1 else 8 * splits * n * k * taps

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resnet_fused.kernels import reductions
 from resnet_fused.kernels.configs import gemm_configs
-from resnet_fused.kernels.launch import Config, launch
+from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.problem import (
     input_sizes,
     is_pointwise,
@@ -103,8 +103,8 @@ def conv_kernel(
 
 def configs(source: Activation, conv: Tensor, window: Window, *_: object) -> list[Config]:
     height, width = window.out_size(source.x, conv)
-    pixels = len(source.x) * height * width
-    return gemm_configs(source.x, pixels, len(conv), source.x.shape[1])
+    pixels = source.x.shape[0] * height * width
+    return gemm_configs(source.x, pixels, conv.shape[0], source.x.shape[1])
 
 
 def conv_stats(
@@ -117,13 +117,13 @@ def conv_stats(
         conv: (outputs, C, kh, kw).
     """
     height, width = window.out_size(source.x, conv)
-    y = new_activation(source.x, len(conv), height, width)
-    pixels, outputs = len(y) * height * width, len(conv)
-    tiles = triton.cdiv(pixels, config.block_m)
+    y = new_activation(source.x, conv.shape[0], height, width)
+    pixels, outputs = y.shape[0] * height * width, conv.shape[0]
+    tiles = cdiv(pixels, config.block_m)
     statistics = reductions.tile_sums(y, tiles, outputs) if measure else None
     launch(
         conv_kernel,
-        (tiles * triton.cdiv(outputs, config.block_n),),
+        (tiles * cdiv(outputs, config.block_n),),
         {
             **source._asdict(), "conv": row_matrix(conv, y.dtype), "y": y, "statistics": statistics,
             **input_sizes(source.x), "OUT_HEIGHT": height, "OUT_WIDTH": width, "OUTPUTS": outputs, "PIXELS": pixels,

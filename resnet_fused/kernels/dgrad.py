@@ -15,7 +15,7 @@ from torch import Tensor
 
 from resnet_fused.kernels import reductions
 from resnet_fused.kernels.configs import gemm_configs
-from resnet_fused.kernels.launch import Config, launch
+from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.problem import (
     every_sizes,
     input_sizes,
@@ -153,7 +153,7 @@ def dgrad_kernel(
 
 
 def _pixels_of_a_class(x: Tensor, window: Window) -> int:
-    return len(x) * triton.cdiv(x.shape[2], window.stride[0]) * triton.cdiv(x.shape[3], window.stride[1])
+    return x.shape[0] * cdiv(x.shape[2], window.stride[0]) * cdiv(x.shape[3], window.stride[1])
 
 
 def configs(gradient: Gradient, conv: Tensor, window: Window, below: Activation, *_: object) -> list[Config]:
@@ -183,20 +183,20 @@ def dgrad(
     x = below.x
     da = new_activation(x, x.shape[1], x.shape[2], x.shape[3])
     classes = window.stride[0] * window.stride[1]
-    tiles = triton.cdiv(_pixels_of_a_class(x, window), config.block_m)
+    tiles = cdiv(_pixels_of_a_class(x, window), config.block_m)
     sums = None if below.mean is None else reductions.tile_sums(x, classes * tiles, x.shape[1])
     summed = Activation(None) if sums is None else below  # type: ignore[arg-type]
     outputs, _, *kernel = conv.shape
     launch(
         dgrad_kernel,
-        (tiles * triton.cdiv(x.shape[1], config.block_n), classes),
+        (tiles * cdiv(x.shape[1], config.block_n), classes),
         {
             **gradient._asdict(), "conv": row_matrix(conv, x.dtype), "da": da,
             "below": summed.x, "below_mean": summed.mean, "below_invstd": summed.invstd,
             "below_weight": summed.weight, "below_bias": summed.bias, "sums": sums,
             "residual": residual, "residual_bits": residual_bits,
             **input_sizes(x), "OUT_HEIGHT": gradient.g.shape[2], "OUT_WIDTH": gradient.g.shape[3], "OUTPUTS": outputs,
-            "IMAGES": len(x), **window_sizes(window), **every_sizes(every),
+            "IMAGES": x.shape[0], **window_sizes(window), **every_sizes(every),
         },
         {
             "KERNEL_H": kernel[0], "KERNEL_W": kernel[1], "POINTWISE": is_pointwise(conv, window),

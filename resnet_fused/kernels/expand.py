@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels.configs import gemm_configs
-from resnet_fused.kernels.launch import Config, launch
+from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.problem import every_sizes, new_activation, precision, row_matrix, touched
 from resnet_fused.kernels.tiles import activation_tile, channel_affine, packed_bits, pixel_of
 from resnet_fused.reference.layout import mask_shape
@@ -147,7 +147,7 @@ _VECTORS = ("mean", "invstd", "weight", "bias")
 
 def configs(source: Activation, conv: Tensor | None, *_: object) -> list[Config]:
     x = source.x
-    outputs = x.shape[1] if conv is None else len(conv)
+    outputs = x.shape[1] if conv is None else conv.shape[0]
     return gemm_configs(x, x.numel() // x.shape[1], outputs, x.shape[1], epilogue=2)
 
 
@@ -164,13 +164,13 @@ def expand(
 ) -> tuple[Tensor, Tensor]:
     """relu(bn(conv(source)) + shortcut) and the mask of its ReLU; arguments as in reference.passes."""
     x = source.x
-    outputs, (height, width) = x.shape[1] if conv is None else len(conv), x.shape[2:]
+    outputs, (height, width) = x.shape[1] if conv is None else conv.shape[0], x.shape[2:]
     out = new_activation(x, outputs, height, width)
     bits = torch.empty(mask_shape(out), dtype=torch.uint8, device=out.device)
-    pixels = len(x) * height * width
+    pixels = x.shape[0] * height * width
     launch(
         expand_kernel,
-        (triton.cdiv(pixels, config.block_m) * triton.cdiv(outputs, config.block_n),),
+        (cdiv(pixels, config.block_m) * cdiv(outputs, config.block_n),),
         {
             **{("x" if name == "x" else f"x_{name}"): v for name, v in source._asdict().items()},
             "conv": None if conv is None else row_matrix(conv, x.dtype), **dict(zip(_VECTORS, norm, strict=True)),

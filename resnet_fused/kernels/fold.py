@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels.configs import tile
-from resnet_fused.kernels.launch import Config, launch
+from resnet_fused.kernels.launch import Config, cdiv, launch
 
 
 @triton.jit
@@ -210,8 +210,8 @@ def rectified_mean(weight: Tensor, bias: Tensor) -> Tensor:
     mean, block = torch.empty_like(weight), 128
     launch(
         rectified_mean_kernel,
-        (triton.cdiv(len(weight), block),),
-        {"weight": weight, "bias": bias, "mean": mean, "CHANNELS": len(weight)},
+        (cdiv(weight.shape[0], block),),
+        {"weight": weight, "bias": bias, "mean": mean, "CHANNELS": weight.shape[0]},
         {"BLOCK": block},
         Config(warps=4, stages=1),
     )
@@ -243,7 +243,7 @@ def fold_statistics(
     mean_y, true_mean, var, invstd = (mean.new_empty(outputs) for _ in range(4))
     launch(
         fold_statistics_kernel,
-        (triton.cdiv(outputs, config.block_m),),
+        (cdiv(outputs, config.block_m),),
         {
             "weight": w, "mean": mean, "covariance": covariance, "shift": shift,
             "mean_y": mean_y, "true_mean": true_mean, "var": var, "invstd": invstd,
@@ -302,7 +302,7 @@ def fold_gradients(
     scaled = torch.empty_like(w)
     launch(
         fold_dweight_kernel,
-        (triton.cdiv(outputs, config.block_m) * triton.cdiv(channels, config.block_n),),
+        (cdiv(outputs, config.block_m) * cdiv(channels, config.block_n),),
         {
             "weight": w, "gamma": gamma, "mean_y": mean_y, "invstd": invstd,
             "mean": None if frozen else mean, "covariance": None if frozen else covariance, "sum_dz": sum_dz,
@@ -319,7 +319,7 @@ def fold_gradients(
     matrix, vector = w.new_empty(channels, channels), product.new_empty(channels)
     launch(
         fold_matrix_kernel,
-        ((triton.cdiv(channels, config.block_m) + 1) * triton.cdiv(channels, config.block_n),),
+        ((cdiv(channels, config.block_m) + 1) * cdiv(channels, config.block_n),),
         {
             "weight": w, "gamma": gamma, "mean_y": mean_y, "invstd": invstd, "sum_dz": sum_dz,
             "dgamma": dgamma, "matrix": matrix, "vector": vector, **sizes, "PIXELS": pixels,

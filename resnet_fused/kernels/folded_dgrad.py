@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resnet_fused.kernels import reductions
 from resnet_fused.kernels.configs import gemm_configs
-from resnet_fused.kernels.launch import Config, launch
+from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.problem import (
     every_sizes,
     new_activation,
@@ -231,11 +231,11 @@ def folded_dgrad(
     pixels = images * height * width
     da = new_activation(x, channels, height, width)
     dskip = None if skip is None else new_activation(x, others, height, width)
-    tiles = triton.cdiv(pixels, config.block_m)
+    tiles = cdiv(pixels, config.block_m)
     sums = None if source.mean is None else reductions.tile_sums(x, tiles, channels)
     launch(
         folded_dgrad_kernel,
-        (tiles * (triton.cdiv(channels, config.block_n) + triton.cdiv(others, config.block_n)),),
+        (tiles * (cdiv(channels, config.block_n) + cdiv(others, config.block_n)),),
         {
             "g": grad, "bits": bits, **factors.arguments(grad), **source._asdict(), "da": da, "sums": sums,
             **skip_factors.arguments(grad, "skip_"), **skip_fields(skip), "dskip": dskip,

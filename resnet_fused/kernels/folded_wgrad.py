@@ -12,7 +12,7 @@ from torch import Tensor
 
 from resnet_fused.kernels import reductions
 from resnet_fused.kernels.configs import sum_configs
-from resnet_fused.kernels.launch import Config, launch
+from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.problem import every_sizes, new_float, precision, skip_fields, touched_of_both
 from resnet_fused.kernels.tiles import activation_tile, gradient_tile, pixel_of
 from resnet_fused.reference.operands import Activation, Pair
@@ -156,8 +156,8 @@ def folded_wgrad(
     launch(
         folded_wgrad_kernel,
         (
-            triton.cdiv(channels, config.block_k) + triton.cdiv(others, config.block_k),
-            triton.cdiv(outputs, config.block_n),
+            cdiv(channels, config.block_k) + cdiv(others, config.block_k),
+            cdiv(outputs, config.block_n),
             config.splits,
         ),
         {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from resnet_fused.kernels import reductions
 from resnet_fused.kernels.configs import sum_configs
-from resnet_fused.kernels.launch import Config, launch
+from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.problem import input_sizes, new_float, precision, size_at, touched
 from resnet_fused.kernels.tiles import activation_tile, pixel_of
 from resnet_fused.reference.operands import Activation, Pair
@@ -77,7 +77,7 @@ def gram_kernel(
 def configs(source: Activation, every: Pair) -> list[Config]:
     height, width = size_at(source.x, every)
     channels = source.x.shape[1]
-    return sum_configs(source.x, len(source.x) * height * width, channels, channels, square=True)
+    return sum_configs(source.x, source.x.shape[0] * height * width, channels, channels, square=True)
 
 
 def gram(source: Activation, every: Pair, config: Config) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ def gram(source: Activation, every: Pair, config: Config) -> tuple[Tensor, Tenso
     """
     x = source.x
     channels, (height, width) = x.shape[1], size_at(x, every)
-    pixels, tiles = len(x) * height * width, triton.cdiv(channels, config.block_n)
+    pixels, tiles = x.shape[0] * height * width, cdiv(channels, config.block_n)
     parts = new_float(x, config.splits, channels * channels + channels)
     launch(
         gram_kernel,

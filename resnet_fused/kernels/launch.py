@@ -6,6 +6,7 @@ what a step would launch.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -80,9 +81,23 @@ class Launch:
 
     def run(self) -> None:
         """Starts the kernel; what it writes depends on nothing that it wrote before, so it may run again."""
-        device = next(x.device for x in self.arguments.values() if isinstance(x, Tensor))
+        _start(self.kernel, self.grid, self.arguments, self.constants, self.config)
+
+    def compile(self) -> None:
+        """What the first ``run`` would begin with; on a GPU, in any thread.
+
+        Raises:
+            triton.TritonError: it does not compile.
+        """
+        device = next(iter(self.arguments.values())).device
         options = compiler_options(self.config, architecture(device))
-        self.kernel[self.grid](*self.arguments.values(), **self.constants, **options)
+        with torch.cuda.device(device):
+            self.kernel.warmup(*self.arguments.values(), grid=self.grid, **self.constants, **options)
+
+
+def cdiv(size: int, part: int) -> int:
+    """Parts that ``size`` has, the last of which may be smaller. Triton's own takes microseconds outside of kernels."""
+    return -(-size // part)
 
 
 @cache
@@ -107,7 +122,35 @@ def compiler_options(config: Config, arch: int) -> dict[str, Any]:
     return options
 
 
+#: What is compiled for a device, by all that Triton tells launches apart by.
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def _start(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: Mapping[str, Any],
+    constants: Mapping[str, Any],
+    config: Config,
+) -> None:
+    device = next(iter(arguments.values())).device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _start(kernel, grid, arguments, constants, config)
+    # Triton's own search takes as long as all else that a launch takes of the processor: it is left out the next time.
+    told_apart = [(x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in arguments.values()]
+    seen = (kernel.fn, device, config.warps, config.stages, *told_apart, *constants.values())
+    found = _compiled.get(seen)
+    if found is None:
+        options = compiler_options(config, architecture(device))
+        _compiled[seen] = kernel[grid](*arguments.values(), **constants, **options)
+    else:
+        found[(*grid, 1, 1)[:3]](*arguments.values(), *constants.values())
+    return None
+
+
 _observers: list[Callable[[Launch], None]] = []
+_thread = threading.local()
 
 
 @contextmanager
@@ -120,6 +163,17 @@ def observing(tell: Callable[[Launch], None]) -> Iterator[None]:
         _observers.remove(tell)
 
 
+@contextmanager
+def holding_back() -> Iterator[list[Launch]]:
+    """Within, this thread's launches are put into the list instead of being started."""
+    held: list[Launch] = []
+    _thread.held = held
+    try:
+        yield held
+    finally:
+        _thread.held = None
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -130,9 +184,14 @@ def launch(
     flops: int = 0,
     touched: Mapping[str, int] | None = None,
 ) -> None:
-    """Starts a kernel. Arguments: those of ``Launch``; they must be in the order of the kernel's parameters."""
-    started = Launch(kernel, grid, arguments, constants, config, flops, touched)
-    if not any(isinstance(x, Tensor) and x.is_meta for x in arguments.values()):
-        started.run()
-    for tell in list(_observers):
-        tell(started)
+    """Starts a kernel. Arguments: those of ``Launch``, in the order of the kernel's parameters, the first a tensor."""
+    held = getattr(_thread, "held", None)
+    if held is not None:
+        held.append(Launch(kernel, grid, arguments, constants, config, flops, touched))
+        return
+    if not next(iter(arguments.values())).is_meta:
+        _start(kernel, grid, arguments, constants, config)
+    if _observers:
+        started = Launch(kernel, grid, arguments, constants, config, flops, touched)
+        for tell in list(_observers):
+            tell(started)

@@ -81,4 +81,4 @@ def touched(name: str, x: Tensor, height: int, width: int) -> dict[str, int] | N
     """Bytes of those pixels of ``x`` that height x width of them are; None where those are all."""
     if (height, width) == tuple(x.shape[2:]):
         return None
-    return {name: len(x) * x.shape[1] * height * width * x.element_size()}
+    return {name: x.shape[0] * x.shape[1] * height * width * x.element_size()}

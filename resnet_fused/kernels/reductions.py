@@ -1,4 +1,8 @@
-"""What is left of a sum over the pixels once every tile or split has its part: merged in a fixed order, in float64."""
+"""What is left of a sum over the pixels once every tile or split has its part: merged in a fixed order, in float64.
+
+Few bytes, but a program that goes through hundreds of parts one after the other waits for memory each time: every
+kernel loads a tile of many parts at once, and there are as many programs as the elements of the result allow.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels.launch import Config, launch
+from resnet_fused.kernels.launch import Config, cdiv, launch
 
-CHANNELS_AT_ONCE, TILES_AT_ONCE = 8, 256
-_CONFIG = Config(warps=4, stages=1)
+#: Parts of a sum, and elements of a tile of parts, that a program loads at once.
+MOST_TILES, MOST_SPLITS, ELEMENTS = 1024, 64, 4096
 
 
 @triton.jit
@@ -29,23 +33,22 @@ def norm_statistics_kernel(
 ):
     channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = channels < CHANNELS
+    # From the first tile's mean: then sums of squares cancel no more than the tiles differ.
+    origin = tl.load(tiles + channels, inside, 0.0).to(tl.float64)
     total = tl.zeros((AT_ONCE, BLOCK), tl.float64)
-    for first in range(0, COUNT, AT_ONCE):
-        tile = first + tl.arange(0, AT_ONCE)
-        pixels = tl.maximum(tl.minimum(TILE_PIXELS, PIXELS - tile * TILE_PIXELS), 0)
-        place = tiles + tile[:, None] * CHANNELS + channels[None, :]
-        part = tl.load(place, (tile < COUNT)[:, None] & inside[None, :], other=0.0)
-        total += part.to(tl.float64) * pixels[:, None]
-    centre = tl.sum(total, 0) / PIXELS
     squares = tl.zeros((AT_ONCE, BLOCK), tl.float64)
     for first in range(0, COUNT, AT_ONCE):
         tile = first + tl.arange(0, AT_ONCE)
-        pixels = tl.maximum(tl.minimum(TILE_PIXELS, PIXELS - tile * TILE_PIXELS), 0)
+        pixels = tl.maximum(tl.minimum(TILE_PIXELS, PIXELS - tile * TILE_PIXELS), 0)[:, None]
         place = tiles + tile[:, None] * CHANNELS + channels[None, :]
         whole = (tile < COUNT)[:, None] & inside[None, :]
-        off = tl.load(place, whole, other=0.0).to(tl.float64) - centre[None, :]
-        squares += tl.load(place + COUNT * CHANNELS, whole, other=0.0) + off * off * pixels[:, None]
-    variance = tl.sum(squares, 0) / PIXELS
+        off = tl.load(place, whole, other=0.0).to(tl.float64) - origin[None, :]
+        total += off * pixels
+        squares += tl.load(place + COUNT * CHANNELS, whole, other=0.0) + off * off * pixels
+    shift = tl.sum(total, 0) / PIXELS
+    centre = origin + shift
+    variance = tl.sum(squares, 0) / PIXELS - shift * shift
+    variance = tl.where(variance < 0.0, 0.0, variance)
     tl.store(mean + channels, centre.to(tl.float32), inside)
     tl.store(var + channels, variance.to(tl.float32), inside)
     tl.store(invstd + channels, (1.0 / tl.sqrt(variance + eps)).to(tl.float32), inside)
@@ -62,15 +65,16 @@ def norm_statistics(
     """
     _, count, channels = tiles.shape
     mean, var, invstd = (tiles.new_empty(channels) for _ in range(3))
+    at_once, block, config = _tiles_at_once(count)
     launch(
         norm_statistics_kernel,
-        (triton.cdiv(channels, CHANNELS_AT_ONCE),),
+        (cdiv(channels, block),),
         {
             "tiles": tiles, "mean": mean, "var": var, "invstd": invstd,
             "COUNT": count, "CHANNELS": channels, "PIXELS": pixels, "eps": eps,
         },
-        {"TILE_PIXELS": tile_pixels, "AT_ONCE": _at_once(count), "BLOCK": CHANNELS_AT_ONCE},
-        _CONFIG,
+        {"TILE_PIXELS": tile_pixels, "AT_ONCE": at_once, "BLOCK": block},
+        config,
     )  # fmt: skip
     return mean, var, invstd
 
@@ -98,26 +102,32 @@ def sum_tiles(tiles: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
     """sum_dz and sum_dz_xhat, (C,) float32, of the (2, T, C) that ``store_tile_sums`` has written."""
     _, count, channels = tiles.shape
     sum_dz, sum_dz_xhat = tiles.new_empty(channels), tiles.new_empty(channels)
+    at_once, block, config = _tiles_at_once(count)
     launch(
         sum_tiles_kernel,
-        (triton.cdiv(channels, CHANNELS_AT_ONCE),),
+        (cdiv(channels, block),),
         {
             "tiles": tiles, "invstd": invstd, "sum_dz": sum_dz, "sum_dz_xhat": sum_dz_xhat,
             "COUNT": count, "CHANNELS": channels,
         },
-        {"AT_ONCE": _at_once(count), "BLOCK": CHANNELS_AT_ONCE},
-        _CONFIG,
+        {"AT_ONCE": at_once, "BLOCK": block},
+        config,
     )  # fmt: skip
     return sum_dz, sum_dz_xhat
 
 
 @triton.jit
-def sum_splits_kernel(parts, out, more, last, SPLITS, SIZE, MORE, LAST, BLOCK: tl.constexpr):
+def sum_splits_kernel(
+    parts, out, more, last, SPLITS, SIZE, MORE, LAST, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr
+):
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     whole = SIZE + MORE + LAST
-    total = tl.zeros((BLOCK,), tl.float32)
-    for split in range(SPLITS):
-        total += tl.load(parts + split * whole + places, places < whole, other=0.0)
+    sums = tl.zeros((AT_ONCE, BLOCK), tl.float32)
+    for first in range(0, SPLITS, AT_ONCE):
+        split = first + tl.arange(0, AT_ONCE)
+        inside = (split < SPLITS)[:, None] & (places < whole)[None, :]
+        sums += tl.load(parts + split[:, None] * whole + places[None, :], inside, other=0.0)
+    total = tl.sum(sums, 0)
     tl.store(out + places, total, places < SIZE)
     if more is not None:
         tl.store(more + places - SIZE, total, (places >= SIZE) & (places < SIZE + MORE))
@@ -127,38 +137,44 @@ def sum_splits_kernel(parts, out, more, last, SPLITS, SIZE, MORE, LAST, BLOCK: t
 
 def sum_splits(parts: Tensor, out: Tensor, more: Tensor | None = None, last: Tensor | None = None) -> None:
     """out, more and last, one behind the other, are the sum over the first dimension of ``parts``."""
-    block = 1024
+    at_once = _splits_at_once(len(parts))
+    block = min(1024, ELEMENTS // at_once)
     size, more_size, last_size = (0 if x is None else x.numel() for x in (out, more, last))
     launch(
         sum_splits_kernel,
-        (triton.cdiv(size + more_size + last_size, block),),
+        (cdiv(size + more_size + last_size, block),),
         {
             "parts": parts, "out": out, "more": more, "last": last,
             "SPLITS": len(parts), "SIZE": size, "MORE": more_size, "LAST": last_size,
         },
-        {"BLOCK": block},
-        _CONFIG,
+        {"AT_ONCE": at_once, "BLOCK": block},
+        Config(warps=4, stages=1),
     )  # fmt: skip
 
 
 @triton.jit
-def covariance_kernel(parts, mean, covariance, SPLITS, CHANNELS, PIXELS, BLOCK: tl.constexpr):
+def covariance_kernel(
+    parts, mean, covariance, SPLITS, CHANNELS, PIXELS, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr
+):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     low = tl.minimum(i[:, None], j[None, :])
     high = tl.maximum(i[:, None], j[None, :])
     inside = (i < CHANNELS)[:, None] & (j < CHANNELS)[None, :]
-    squares = tl.zeros((BLOCK, BLOCK), tl.float64)
-    sum_i = tl.zeros((BLOCK,), tl.float64)
-    sum_j = tl.zeros((BLOCK,), tl.float64)
+    squares = tl.zeros((AT_ONCE, BLOCK, BLOCK), tl.float64)
+    sum_i = tl.zeros((AT_ONCE, BLOCK), tl.float64)
+    sum_j = tl.zeros((AT_ONCE, BLOCK), tl.float64)
     size = CHANNELS * CHANNELS
-    for split in range(SPLITS):
-        part = parts + split * (size + CHANNELS)
-        squares += tl.load(part + low * CHANNELS + high, inside, other=0.0)
-        sum_i += tl.load(part + size + i, i < CHANNELS, other=0.0)
-        sum_j += tl.load(part + size + j, j < CHANNELS, other=0.0)
-    mean_i, mean_j = sum_i / PIXELS, sum_j / PIXELS
-    value = squares / PIXELS - mean_i[:, None] * mean_j[None, :]
+    for first in range(0, SPLITS, AT_ONCE):
+        split = first + tl.arange(0, AT_ONCE)
+        part, there = parts + split * (size + CHANNELS), split < SPLITS
+        place = part[:, None, None] + (low * CHANNELS + high)[None, :, :]
+        squares += tl.load(place, there[:, None, None] & inside[None, :, :], other=0.0)
+        sums, there = part[:, None] + size, there[:, None]
+        sum_i += tl.load(sums + i[None, :], there & (i < CHANNELS)[None, :], other=0.0)
+        sum_j += tl.load(sums + j[None, :], there & (j < CHANNELS)[None, :], other=0.0)
+    mean_i, mean_j = tl.sum(sum_i, 0) / PIXELS, tl.sum(sum_j, 0) / PIXELS
+    value = tl.sum(squares, 0) / PIXELS - mean_i[:, None] * mean_j[None, :]
     tl.store(covariance + i[:, None] * CHANNELS + j[None, :], value.to(tl.float32), inside)
     if tl.program_id(1) == 0:
         tl.store(mean + i, mean_i.to(tl.float32), i < CHANNELS)
@@ -167,8 +183,10 @@ def covariance_kernel(parts, mean, covariance, SPLITS, CHANNELS, PIXELS, BLOCK: 
 def covariance_of(parts: Tensor, channels: int, pixels: int) -> tuple[Tensor, Tensor]:
     """Mean (K,) and biased covariance (K, K) from (splits, K*K + K): sums of products, upper half, and of channels."""
     mean, covariance = parts.new_empty(channels), parts.new_empty(channels, channels)
-    block = 16
-    tiles = triton.cdiv(channels, block)
+    at_once = _splits_at_once(len(parts))
+    # Of 8 channels are the rows that memory is read in.
+    block = 8 if at_once * 16 * 16 > ELEMENTS else 16
+    tiles = cdiv(channels, block)
     launch(
         covariance_kernel,
         (tiles, tiles),
@@ -176,8 +194,8 @@ def covariance_of(parts: Tensor, channels: int, pixels: int) -> tuple[Tensor, Te
             "parts": parts, "mean": mean, "covariance": covariance,
             "SPLITS": len(parts), "CHANNELS": channels, "PIXELS": pixels,
         },
-        {"BLOCK": block},
-        _CONFIG,
+        {"AT_ONCE": at_once, "BLOCK": block},
+        Config(warps=4, stages=1),
     )  # fmt: skip
     return mean, covariance
 
@@ -187,5 +205,16 @@ def tile_sums(like: Tensor, tiles: int, channels: int) -> Tensor:
     return torch.empty(2, tiles, channels, dtype=torch.float32, device=like.device)
 
 
-def _at_once(count: int) -> int:
-    return min(TILES_AT_ONCE, triton.next_power_of_2(count))
+def _tiles_at_once(count: int) -> tuple[int, int, Config]:
+    """Tiles and channels that a program loads at once, and its warps; fewer channels, more programs."""
+    at_once = min(MOST_TILES, _power_of_2(count))
+    block = 4 if at_once > 512 else 8
+    return at_once, block, Config(warps=8 if at_once * block == ELEMENTS else 4, stages=1)
+
+
+def _splits_at_once(count: int) -> int:
+    return min(MOST_SPLITS, _power_of_2(count))
+
+
+def _power_of_2(count: int) -> int:
+    return 1 << (count - 1).bit_length()

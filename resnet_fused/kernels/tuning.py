@@ -7,13 +7,16 @@ model's sums are made in the same order everywhere. Nothing in it is a collectiv
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
+import os
 import statistics
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,11 +24,11 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 import triton
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from resnet_fused.backend import choice
 from resnet_fused.kernels import tuning_files
-from resnet_fused.kernels.launch import Config
+from resnet_fused.kernels.launch import Config, Launch, holding_back
 from resnet_fused.kernels.tuning_files import Problem, Times
 
 #: A device's name, a problem, and whether it might be measured when it was asked for.
@@ -40,6 +43,8 @@ MILLISECONDS = 5.0
 MOST_REPETITIONS = 20
 #: About a millisecond, in which the processor gets ahead of the GPU: then launches cost no time that is measured.
 _HEAD_START = 2_000_000
+#: Of a configuration: it does not compile, or not fit.
+_REFUSALS = (OutOfResources, PTXASError, triton.CompilationError)
 
 _log = logging.getLogger("resnet_fused")
 _lock = threading.RLock()
@@ -76,31 +81,25 @@ def choose(
     vendor_allowed = vendor is not None and backend == "auto"
     group = _group()
     memory = _alone if group is None else _together.setdefault(group, {})
-    key = (tuning_files.device_name(device.index), problem, True)
-    times = memory.get(key)
+    name = tuning_files.device_name(device.index)
+    times = memory.get((name, problem, True))
     if times is None:
-        measures = backend == "auto" and not _is_recording()
+        asked = (name, problem, backend == "auto" and not _is_recording())
 
         def find() -> Times | None:
             found = tuning_files.look_up(device, problem, candidates, vendor_allowed)
-            if found is None and measures:
+            if found is None and asked[-1]:
                 found = _times(problem, candidates, run, vendor, device)
                 if found:
                     tuning_files.keep(device, problem, found)
             return found or None
 
         with _lock:
-            times = memory.get(key)
-            if times is None and group is None:
-                times = find()
-                if times is not None:
-                    memory[key] = times
-            elif times is None:
-                asked = (*key[:2], measures)
-                if asked not in memory:
-                    memory[asked] = _agree(asked, find) or ((candidates[0], None),)
-                times = memory[asked]
-    found = None if times is None else tuning_files.fastest(times, vendor_allowed)
+            if asked not in memory:
+                known = find() if group is None else _agree(asked, find)
+                memory[asked] = known or ((candidates[0], None),)
+            times = memory[asked]
+    found = tuning_files.fastest(times, vendor_allowed)
     return candidates[0] if found is None or tuning_files.is_foreign(found[0], candidates) else found[0]
 
 
@@ -182,6 +181,22 @@ def _announce(device: str) -> None:
     )
 
 
+def _compile(run: Callable[[Config], Any], configs: Sequence[Config]) -> None:
+    """What the runs would compile one after the other, in as many threads as there are processors."""
+
+    def compile_one(launch: Launch) -> None:
+        with contextlib.suppress(*_REFUSALS):  # the run that needs it meets it again
+            launch.compile()
+
+    with holding_back() as held:
+        for config in configs:
+            with contextlib.suppress(*_REFUSALS):
+                run(config)
+    if held:
+        with ThreadPoolExecutor(min(len(held), os.cpu_count() or 1)) as pool:
+            list(pool.map(compile_one, held))
+
+
 def _times(
     problem: Problem,
     candidates: Sequence[Config],
@@ -194,10 +209,12 @@ def _times(
     _log.info("measuring %s", problem)
     runs: dict[Config | None, Callable[[], Any]] = {}
     refused: Exception | None = None
-    for config in _pruned(problem, candidates, device):
+    pruned = _pruned(problem, candidates, device)
+    _compile(run, pruned)
+    for config in pruned:
         try:
             run(config)
-        except (OutOfResources, triton.CompilationError) as error:
+        except _REFUSALS as error:
             refused = error
         else:
             runs[config] = functools.partial(run, config)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from resnet_fused.kernels import reductions
 from resnet_fused.kernels.configs import sum_configs
-from resnet_fused.kernels.launch import Config, launch
+from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.problem import (
     input_sizes,
     is_pointwise,
@@ -118,8 +118,8 @@ def wgrad(gradient: Gradient, source: Activation, conv: Tensor, window: Window, 
     launch(
         wgrad_kernel,
         (
-            kernel_h * kernel_w * triton.cdiv(channels, config.block_k),
-            triton.cdiv(outputs, config.block_n),
+            kernel_h * kernel_w * cdiv(channels, config.block_k),
+            cdiv(outputs, config.block_n),
             config.splits,
         ),
         {

@@ -3,7 +3,7 @@
 from resnet_fused.ops._autograd import autocast_dtype
 from resnet_fused.ops._branch import ConvNorm, convolved_shape
 from resnet_fused.ops._primitive import PRIMITIVES
-from resnet_fused.ops.batch_norm_stats import Norm, count_batch
+from resnet_fused.ops.batch_norm_stats import Norm
 from resnet_fused.ops.bn_add_relu import bn_add_relu
 from resnet_fused.ops.bn_bn_add_relu import bn_bn_add_relu
 from resnet_fused.ops.bn_relu import bn_relu
@@ -20,6 +20,5 @@ __all__ = [
     "bn_relu",
     "bn_relu_maxpool",
     "convolved_shape",
-    "count_batch",
     "residual_block",
 ]

@@ -105,7 +105,8 @@ class Measured(NamedTuple):
     """Statistics of a batch norm, for use in this step and for the running ones."""
 
     used: Statistics
-    running: tuple[Tensor, ...]  # mean and unbiased variance; empty where the statistics are frozen
+    running: tuple[Tensor, ...]  # mean and biased variance; empty where the statistics are frozen
+    total: int | Tensor = 0  # pixels that these were taken over
 
 
 def measure(y: Tensor, stage: Stage) -> Measured:
@@ -165,7 +166,21 @@ def settled(
         merged, var, total = merge_across(stage.group, true_mean, var, pixels)
         mean, invstd = mean + (merged - true_mean), torch.rsqrt(var + stage.eps)
         share = pixels / total
-    return Measured(Statistics(mean, invstd, share), (merged, var * (total / (total - 1))))
+    return Measured(Statistics(mean, invstd, share), (merged, var), total)
+
+
+def moments(measured: Sequence[Measured]) -> list[Tensor]:
+    """Of each in turn mean and unbiased variance, for the running statistics; nothing of those that are frozen."""
+    live = [each for each in measured if each.running]
+    means, variances = [each.running[0] for each in live], [each.running[1] for each in live]
+    factors = [each.total / (each.total - 1) for each in live]
+    plain = [factor for factor in factors if isinstance(factor, float)]
+    unbiased: Sequence[Tensor]
+    if live and len(plain) == len(live):
+        unbiased = torch._foreach_mul(variances, plain)  # one kernel on a GPU
+    else:
+        unbiased = [variance * factor for variance, factor in zip(variances, factors, strict=True)]
+    return [moment for pair in zip(means, unbiased, strict=True) for moment in pair]
 
 
 class FoldedGradients(NamedTuple):

@@ -18,7 +18,7 @@ from resnet_fused.ops._block import (
     Parameters,
     Plan,
 )
-from resnet_fused.ops._branch import NO_FOLD, Fold, Measured, Stage, settled
+from resnet_fused.ops._branch import NO_FOLD, Fold, Measured, Stage, moments, settled
 from resnet_fused.ops.batch_norm_stats import Statistics, check_pixels, shared_sums
 from resnet_fused.ops.bn_add_relu import backward_reduce
 from resnet_fused.ops.fold import fold_gradients, fold_statistics, rectified_mean
@@ -35,12 +35,17 @@ def _behind(y: Tensor, used: Statistics, p: Parameters, shift: MaybeTensor = Non
     return Activation(y, used.mean, used.invstd, p.gamma, p.beta, shift)
 
 
+def _in_dtype(parameters: list[Parameters], dtype: torch.dtype) -> list[Parameters]:
+    """With the weights as kernels take them: under autocast they are cast once, not by every kernel."""
+    return [p._replace(weight=p.weight.to(dtype, memory_format=torch.channels_last)) for p in parameters]
+
+
 def _convolve(source: Activation, p: Parameters, stage: Stage) -> tuple[Tensor, Measured]:
     """y, channels_last, and its statistics. ``every`` of a shortcut is its stride again."""
     stride = tuple(a * b for a, b in zip(stage.every, stage.stride, strict=True))
     geometry = (stride, stage.padding, stage.dilation, stage.groups)
     measure = stage.frozen is None
-    y, mean, var, invstd = conv_stats([*source], p.weight.to(source.x.dtype), *geometry, stage.eps, measure)
+    y, mean, var, invstd = conv_stats([*source], p.weight, *geometry, stage.eps, measure)
     if stage.frozen is not None:
         return y, Measured(stage.frozen, ())
     check_pixels(y.shape, stage.group)
@@ -55,7 +60,7 @@ def _fold(source: Activation, p: Parameters, stage: Stage) -> tuple[Measured, Fo
     pixels = len(x) * -(-x.shape[2] // down) * -(-x.shape[3] // right)
     check_pixels((pixels, len(p.weight), 1, 1), stage.group)
     mean_c, covariance = gram_of([*source], stage.every)
-    weight = p.weight.to(x.dtype).flatten(1)
+    weight = p.weight.flatten(1)
     mean, true_mean, var, invstd = fold_statistics(weight, mean_c, covariance, source.shift, stage.eps)
     measured = settled(mean, true_mean, var, invstd, pixels, stage)
     return measured, Fold(source.shift, mean_c, covariance)
@@ -94,7 +99,7 @@ class _End(NamedTuple):
 
     @property
     def conv(self) -> MaybeTensor:
-        return self.p.weight.to(self.source.x.dtype) if self.folded and self.p is not None else None
+        return self.p.weight if self.folded and self.p is not None else None
 
     @property
     def norm(self) -> list[MaybeTensor]:
@@ -113,15 +118,14 @@ def _end(source: Activation, p: Parameters, stage: Stage) -> _End:
 def forward(x: Tensor, plan: Plan, parameters: list[Parameters]) -> Forwarded:
     """The block's output, its mask, and what backward needs."""
     *chain, last = plan.stages
+    parameters = _in_dtype(parameters, x.dtype)
     ys: list[Tensor] = []
-    used: list[Statistics] = []
-    running: list[Tensor] = []
+    passed: list[Measured] = []
     source = Activation(x)
     for stage, p in zip(chain, parameters, strict=False):
         y, measured = _convolve(source, p, stage)
         ys.append(y)
-        used.append(measured.used)
-        running += measured.running
+        passed.append(measured)
         source = _behind(y, measured.used, p)
     if last.folded:
         source = source._replace(shift=_shift_behind(source, last))
@@ -138,12 +142,10 @@ def forward(x: Tensor, plan: Plan, parameters: list[Parameters]) -> Forwarded:
         )
     else:
         out, mask = folded_add_relu(main.source.x, None, *main.norm, skip.source.x, None, *skip.norm)
-    for end in ends:
-        assert end.measured is not None
-        used.append(end.measured.used)
-        running += end.measured.running
+    passed += [end.measured for end in ends if end.measured is not None]
     kept = [None if end.folded else end.source.x for end in ends]
-    return Forwarded(out, mask, ys, used, [end.fold for end in ends], kept, running)
+    used = [measured.used for measured in passed]
+    return Forwarded(out, mask, ys, used, [end.fold for end in ends], kept, moments(passed))
 
 
 class FusedBackward(Backward):
@@ -151,6 +153,7 @@ class FusedBackward(Backward):
 
     def run(self, grad: Tensor) -> MaybeTensor:
         grad = grad.contiguous(memory_format=torch.channels_last)
+        self.weights = [p.weight for p in _in_dtype(self.parameters, self.x.dtype)]
         (da, *sums), dskip = self.ends(grad)
         residual, bits = (grad, self.mask) if dskip is None else (dskip, None)
         every = (1, 1) if self.plan.downsample is None else self.plan.downsample.every
@@ -206,12 +209,12 @@ class FusedBackward(Backward):
     def factors(self, k: int, stage: Stage, sum_dz: Tensor, product: Tensor) -> list[MaybeTensor]:
         """What the gradient of a folded convolution's input is made with; those of its parameters are noted."""
         place, fold, dtype = self.place(k), self.folds[k], self.x.dtype
-        weight, gamma, _ = self.parameters[place]
+        gamma = self.parameters[place].gamma
         if stage.group is None:
             mean, invstd, _ = self.used[place]
             norm = (gamma, mean, invstd, fold.mean, fold.covariance)
             dweight, dgamma, scaled, matrix, vector = fold_gradients(
-                weight.to(dtype).flatten(1), *norm, sum_dz, product, len(self.mask)
+                self.weights[place].flatten(1), *norm, sum_dz, product, len(self.mask)
             )
             self.note_weight(place, dweight)
             self.note_norm(place, dgamma, sum_dz)
@@ -262,13 +265,13 @@ class FusedBackward(Backward):
     ) -> tuple[Tensor, ...]:
         """The gradient of a convolution's input and its sums; that of its weight is noted."""
         self.weight_gradient(dy, place, stage, source)
-        weight = self.parameters[place].weight.to(source.x.dtype)
         geometry = (stage.stride, stage.padding, stage.dilation, stage.groups)
-        gradients: tuple[Tensor, ...] = dgrad([*dy], weight, *geometry, [*source], residual, bits, every)
+        gradients: tuple[Tensor, ...] = dgrad(
+            [*dy], self.weights[place], *geometry, [*source], residual, bits, every
+        )
         return gradients
 
     def weight_gradient(self, dy: Gradient, place: int, stage: Stage, source: Activation) -> None:
         if self.needs[2 + 3 * place]:
-            weight = self.parameters[place].weight
             geometry = (stage.stride, stage.padding, stage.dilation, stage.groups)
-            self.note_weight(place, wgrad([*dy], [*source], weight.to(source.x.dtype), *geometry))
+            self.note_weight(place, wgrad([*dy], [*source], self.weights[place], *geometry))

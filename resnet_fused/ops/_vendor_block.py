@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.ops._block import Backward, Forwarded, MaybeTensor, Parameters, Plan
-from resnet_fused.ops._branch import NO_FOLD, Fold, Measured, Stage, measure, measure_folded
+from resnet_fused.ops._branch import NO_FOLD, Fold, Measured, Stage, measure, measure_folded, moments
 from resnet_fused.ops.batch_norm_stats import Statistics, batch_norm_stats, shared_sums
 from resnet_fused.ops.bn_add_relu import backward_dy, backward_reduce
 from resnet_fused.ops.bn_relu import backward_pass as bn_relu_backward
@@ -106,19 +106,18 @@ def forward(x: Tensor, plan: Plan, parameters: list[Parameters]) -> Forwarded:
     *chain, last = plan.stages
     ys: list[Tensor] = []
     used: list[Statistics] = []
-    running: list[Tensor] = []
+    passed: list[Measured] = []
     a = x
     for stage, p in zip(chain, parameters, strict=False):
         y = dense(_convolution(a, p.weight, stage))
         measured = measure(y, stage)
         ys.append(y)
         used.append(measured.used)
-        running += measured.running
+        passed.append(measured)
         behind = _shift_behind(p, last) if len(ys) == len(chain) and last.folded else None
         a = _activated(y, measured.used, p, behind)
     p = parameters[len(chain)]
     main = _folded_branch(a, behind, p, last) if last.folded else _plain_branch(a, p, last)
-    running += main.measured.running
     branches, arguments = [main], main.arguments(p)
     del a
     if plan.downsample is None:
@@ -131,13 +130,13 @@ def forward(x: Tensor, plan: Plan, parameters: list[Parameters]) -> Forwarded:
             skip = _folded_branch(_centred(seen, shift), shift, p, stage)
         else:
             skip = _plain_branch(seen, p, stage)
-        running += skip.measured.running
         branches.append(skip)
         arguments += skip.arguments(p)
     out: Tensor
     out, mask = folded_add_relu(*arguments)
     kept = [None if b.conv is not None else b.y for b in branches]
     used += [b.measured.used for b in branches]
+    running = moments([*passed, *(b.measured for b in branches)])
     return Forwarded(out, mask, ys, used, [b.fold for b in branches], kept, running)
 
 

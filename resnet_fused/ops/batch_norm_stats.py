@@ -32,7 +32,8 @@ batch_norm_stats = primitive(
 class Norm(NamedTuple):
     """One batch norm: its parameters, buffers and mode, as torch.nn.functional.batch_norm takes them.
 
-    Vectors have one element per channel. ``group`` is the process group to share statistics with (SyncBatchNorm).
+    Vectors have one element per channel. ``group`` is the process group to share statistics with (SyncBatchNorm);
+    ``counter`` counts the batches that the running statistics were updated with.
     """
 
     running_mean: Tensor | None
@@ -43,6 +44,7 @@ class Norm(NamedTuple):
     momentum: float
     eps: float
     group: dist.ProcessGroup | None = None
+    counter: Tensor | None = None
 
 
 class Statistics(NamedTuple):
@@ -95,13 +97,15 @@ def frozen_statistics(norm: Norm, dtype: torch.dtype) -> Statistics:
 
 @torch.no_grad()
 def update_running(norms: Sequence[Norm], moments: Sequence[Tensor]) -> None:
-    """running = (1 - momentum) * running + momentum * batch, in place; not when a forward is recomputed.
+    """running = (1 - momentum) * running + momentum * batch and a batch more, in place; not in a recomputed forward.
 
     Args:
         moments: of each norm in turn mean and unbiased variance.
     """
     if _is_recomputing():
         return
+    if counters := [norm.counter for norm in norms if norm.counter is not None]:
+        torch._foreach_add_(counters, 1)
     buffers: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
     for norm, mean, var in zip(norms, moments[::2], moments[1::2], strict=True):
         if norm.running_mean is None or norm.running_var is None:
@@ -141,12 +145,6 @@ def shared_sums(
 def _is_recomputing() -> bool:
     """Whether activation checkpointing is running this forward a second time, from within backward."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def count_batch(counter: Tensor) -> None:
-    """num_batches_tracked += 1, once per batch even when its forward is recomputed."""
-    if not _is_recomputing():
-        counter.add_(1)
 
 
 def in_statistics_dtype(vector: Tensor | None, y: Tensor) -> Tensor | None:

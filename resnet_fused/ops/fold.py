@@ -5,19 +5,18 @@ For a block of Triton kernels whose statistics are those of this process; for ot
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from torch import Tensor
 
 from resnet_fused.ops._primitive import primitive
-from resnet_fused.ops.passes import runs_triton
+from resnet_fused.ops.passes import kernels, runs_triton
 from resnet_fused.reference import folded as reference
 from resnet_fused.reference.operands import MaybeTensor
 
 
 def _by_triton(name: str, like: Tensor, *arguments: Any) -> Any:
-    home = importlib.import_module("resnet_fused.kernels.fold") if runs_triton(like) else reference
+    home = kernels("fold") if runs_triton(like) else reference
     return getattr(home, name)(*arguments)
 
 

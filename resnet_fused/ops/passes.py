@@ -68,6 +68,12 @@ def runs_triton(x: Tensor, groups: int = 1) -> bool:
     )
 
 
+@functools.cache
+def kernels(family: str) -> Any:
+    """A module of kernels, imported late: a machine without Triton gets this far in no op."""
+    return importlib.import_module(f"resnet_fused.kernels.{family}")
+
+
 #: Of each problem and device: launcher, configurations and the function that chooses one, so that a call is cheap.
 _known: dict[Any, tuple[Any, list[Any], Callable[..., Any]]] = {}
 
@@ -86,16 +92,14 @@ def _fastest(
         sizes: what distinguishes problems for which the fastest may differ, beside the dtype.
         arguments: of the launcher, but for the configuration.
     """
-    # Imported late: a machine without Triton gets this far in no op.
-    shapes = importlib.import_module("resnet_fused.kernels.problem")
-    key = (family, *sizes, shapes.dtype_name(x.dtype), x.device)
+    dtype = kernels("problem").dtype_name(x.dtype)
+    key = (family, *sizes, dtype, x.device)
     if key not in _known:
-        tuning = importlib.import_module("resnet_fused.kernels.tuning")
-        kernels = importlib.import_module(f"resnet_fused.kernels.{family}")
-        problem = tuning.Problem(family, tuple(int(size) for size in sizes), shapes.dtype_name(x.dtype))
+        tuning = kernels("tuning")
+        problem = tuning.Problem(family, tuple(int(size) for size in sizes), dtype)
         _known[key] = (
-            getattr(kernels, launcher),
-            kernels.configs(*arguments),
+            getattr(kernels(family), launcher),
+            kernels(family).configs(*arguments),
             functools.partial(tuning.choose, problem),
         )
     run, candidates, choose = _known[key]
@@ -320,10 +324,9 @@ def _folded_dgrad(
 
     if not runs_triton(grad) or not runs_triton(a.x):
         return vendor()
-    kernels = importlib.import_module("resnet_fused.kernels.folded_dgrad")
     flags = _given((*source[1:], *factors, *skip_factors))
     sizes = (*grad.shape, *a.x.shape, *every, *flags, *([] if other is None else other.x.shape), *skip_every)
-    both = kernels.Factors(*factors), kernels.Factors(*skip_factors)
+    both = [kernels("folded_dgrad").Factors(*each) for each in (factors, skip_factors)]
     arguments = (grad, bits, both[0], a, _pair(every), both[1], other, _pair(skip_every))
     da, dskip, *sums = _fastest("folded_dgrad", grad, sizes, "folded_dgrad", arguments, vendor)
     return da, grad.new_empty(0) if dskip is None else dskip, *(nothing(da, 2) if sums[0] is None else sums)

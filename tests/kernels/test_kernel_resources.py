@@ -272,6 +272,13 @@ def test_too_much_shared_memory_is_found(matrix_on_90: Resources) -> None:
         assert f"on sm_{arch}: needs {limit + 1} bytes of shared memory of {limit}" in line
 
 
+def test_too_many_registers_for_one_program_are_found(matrix_on_90: Resources) -> None:
+    what, most = replace(specialisation(product()), warps=16), replace(matrix_on_90, registers=128)
+    assert violations(what, 80, replace(most, wgmma=0)) == []
+    (line,) = violations(what, 80, replace(most, wgmma=0, registers=136))
+    assert "needs 136 registers in each of 512 threads" in line
+
+
 def test_missing_tensor_cores_are_found(matrix_on_90: Resources) -> None:
     what = specialisation(product())
     without = replace(matrix_on_90, mma=0, wgmma=0)
