@@ -1,0 +1,118 @@
+"""How launches are started: what is compiled anew, on which device, and what is held back. No kernel runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from resnet_fused.kernels import launch as home
+from resnet_fused.kernels.launch import Config, cdiv, holding_back, launch, observing
+
+
+class Kernel:
+    """As a triton.jit function: ``compiled`` and ``ran`` have the arguments that it was called with."""
+
+    def __init__(self, on_start: Callable[[], None] = lambda: None) -> None:
+        self.compiled: list[tuple[Any, ...]] = []
+        self.ran: list[tuple[Any, ...]] = []
+        self.on_start = on_start
+
+    def fn(self) -> None:
+        raise AssertionError("a kernel is not called")
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def first(*arguments: Any, **constants_and_options: Any) -> Any:
+            self.on_start()
+            self.compiled.append((grid, *arguments))
+            return self.Compiled(self)
+
+        return first
+
+    class Compiled:
+        def __init__(self, kernel: Kernel) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments: self.kernel.ran.append((grid, *arguments))
+
+
+class Elsewhere:
+    """What is looked at of a tensor on the second GPU."""
+
+    device, is_meta = torch.device("cuda", 1), False
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    monkeypatch.setattr(home, "_compiled", {})
+    return Kernel()
+
+
+def start(kernel: Kernel, x: Tensor, size: int = 5, block: int = 32, warps: int = 4) -> None:
+    launch(kernel, (2,), {"x": x, "absent": None, "SIZE": size}, {"BLOCK": block}, Config(warps=warps))
+
+
+def test_a_launch_like_the_last_is_not_searched_for_again(kernel: Kernel) -> None:
+    x, other = torch.empty(8), torch.empty(9)
+    start(kernel, x)
+    start(kernel, other)
+    assert kernel.compiled == [((2,), x, None, 5)]
+    assert kernel.ran == [((2, 1, 1), other, None, 5, 32)]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"x": torch.empty(8, dtype=torch.float16)},
+        {"x": torch.empty(8)[1:]},
+        {"size": 16},
+        {"block": 64},
+        {"warps": 8},
+    ],
+    ids=["dtype", "alignment", "size", "constant", "warps"],
+)
+def test_what_triton_tells_apart_is_compiled_apart(kernel: Kernel, other: dict[str, Any]) -> None:
+    start(kernel, torch.empty(8))
+    start(kernel, **{"x": torch.empty(8)} | other)
+    assert len(kernel.compiled) == 2 and not kernel.ran
+
+
+def test_kernels_start_on_the_device_of_their_tensors(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model may live on another GPU than the current one."""
+    current = [0]
+
+    @contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], wanted.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(home, "architecture", lambda device: 90)
+    seen: list[int] = []
+    kernel.on_start = lambda: seen.append(current[0])
+    start(kernel, Elsewhere())  # type: ignore[arg-type]
+    assert seen == [1] and current == [0]
+
+
+def test_held_back_launches_do_not_start(kernel: Kernel) -> None:
+    x = torch.empty(8)
+    with observing(lambda _: pytest.fail("seen")), holding_back() as held:
+        start(kernel, x)
+    assert not kernel.compiled
+    assert [each.grid for each in held] == [(2,)]
+    start(kernel, x)
+    assert len(kernel.compiled) == 1 and len(held) == 1
+
+
+@pytest.mark.parametrize(("size", "part", "parts"), [(0, 4, 0), (1, 4, 1), (4, 4, 1), (5, 4, 2), (8, 1, 8)])
+def test_cdiv(size: int, part: int, parts: int) -> None:
+    assert cdiv(size, part) == parts
