@@ -85,7 +85,10 @@ SMALL = (
         "the algebra of folded convolutions",
         ("rectified_mean", "fold_statistics", "fold_dweight", "fold_matrix", "mean"),
     ),
-    ("running statistics, unbiased variances, batch counters", ("_foreach_lerp_", "mul", "add_")),
+    (
+        "running statistics, unbiased variances, batch counters",
+        ("_foreach_lerp_", "_foreach_mul", "_foreach_add_", "mul"),
+    ),
     ("gradients of weights in the weights' dtype", ("_to_copy",)),
     ("the stem's two reductions", ("batch_norm_stats merge", "bn_relu_maxpool_backward_reduce merge")),
 )

@@ -301,10 +301,10 @@ def collectives(device: torch.device, ranks: int) -> list[dict[str, Any]]:
     rows = []
     for op, size, rounds in (("all_reduce", SMALL, 40), ("all_gather", SMALL, 40), ("all_reduce", LARGE, 8)):
         data = torch.ones(size // 4, device=device)
-        everyone = [torch.empty_like(data) for _ in range(ranks)]
+        everyone = data.new_empty(ranks * len(data))
         once: Callable[[], object] = functools.partial(dist.all_reduce, data)
         if op == "all_gather":
-            once = functools.partial(dist.all_gather, everyone, data)
+            once = functools.partial(dist.all_gather_into_tensor, everyone, data)
         once()
         times = []
         for _ in range(rounds):

@@ -44,15 +44,12 @@ class Cluster:
     network_latency: float = 5e-6
     #: Seconds before a collective does anything: its launch, and waiting for the kernel before it. Assumed.
     launch: float = 10e-6
-    #: Seconds of the copy that takes the part of one rank out of an all-gather into a list of tensors, which is what
-    #: `merge_across` asks for: NCCL gathers into one tensor. Assumed: about a small kernel.
-    gather_copy: float = 2e-6
 
     def __post_init__(self) -> None:
         _positive("gpus_per_node", self.gpus_per_node)
         for name in ("node_bandwidth", "network_bandwidth", "bandwidth_share"):
             _positive(name, getattr(self, name))
-        for name in ("node_latency", "network_latency", "launch", "gather_copy"):
+        for name in ("node_latency", "network_latency", "launch"):
             _not_negative(name, getattr(self, name))
         if self.bandwidth_share > 1:
             raise ValueError(f"bandwidth_share must be at most 1, got {self.bandwidth_share!r}")
@@ -76,7 +73,6 @@ class Cluster:
             bandwidth_share=1.0,
             node_latency=small / hops,
             launch=0.0,
-            gather_copy=0.0,
         )
 
     def nodes(self, gpus: int) -> int:
@@ -116,11 +112,10 @@ class Cluster:
         return inside + hops * self.network_latency + moved / (self.network_bandwidth * self.bandwidth_share)
 
     def all_gather(self, size: float, gpus: int) -> float:
-        """Seconds until every GPU has ``size`` bytes of each: n - 1 hops of a ring, and a copy for each where asked."""
+        """Seconds until every GPU has ``size`` bytes of each: n - 1 hops of a ring."""
         if gpus == 1:
             return 0.0
-        wire = (gpus - 1) * (self._hop(gpus) + size / self._ring_bandwidth(gpus))
-        return self.launch + wire + gpus * self.gather_copy
+        return self.launch + (gpus - 1) * (self._hop(gpus) + size / self._ring_bandwidth(gpus))
 
     def _hop(self, gpus: int) -> float:
         """The mean latency of a ring's hops: one of each node leaves it."""
@@ -354,7 +349,6 @@ DOUBTS: tuple[tuple[str, dict[str, float], dict[str, float]], ...] = (
     ("half the bandwidth share", {"bandwidth_share": 0.4}, {}),
     ("hops twice as slow", {"node_latency": 3e-6, "network_latency": 1e-5}, {}),
     ("collectives start in 20 us, not 10", {"launch": 20e-6}, {}),
-    ("statistics gathered into one tensor, no copies", {"gather_copy": 0.0}, {}),
     ("steps vary by 3 %, not 1 %", {}, {"variation": 0.03}),
 )
 

@@ -29,7 +29,7 @@ from benchmarks.scaling_model import (
     sync_seconds,
 )
 
-SIMPLE = Cluster(node_bandwidth=1e9, bandwidth_share=1.0, node_latency=1e-6, launch=0.0, gather_copy=0.0)
+SIMPLE = Cluster(node_bandwidth=1e9, bandwidth_share=1.0, node_latency=1e-6, launch=0.0)
 
 
 # The formulas.
@@ -58,7 +58,6 @@ def test_few_bytes_go_through_a_tree() -> None:
     cluster = replace(cluster, node_latency=1e-6)
     gathers = [cluster.all_gather(0.0, gpus) for gpus in (8, 64, 512)]
     assert gathers == pytest.approx([7e-6, 63e-6, 511e-6])
-    assert replace(cluster, gather_copy=1e-6).all_gather(0.0, 64) == pytest.approx((63 + 64) * 1e-6)
 
 
 @pytest.mark.parametrize("gpus", GPUS)
@@ -130,9 +129,7 @@ def test_a_long_backward_hides_all_but_the_last_bucket() -> None:
 
 def test_shared_statistics_cost_by_the_layer() -> None:
     """Where messages cost nothing but their start: two for each of the 53 batch norms of ResNet-50."""
-    cluster = Cluster(
-        node_latency=0.0, network_latency=0.0, launch=1e-6, gather_copy=0.0, node_bandwidth=1e30
-    )
+    cluster = Cluster(node_latency=0.0, network_latency=0.0, launch=1e-6, node_bandwidth=1e30)
     for arch, layers in (("resnet18", 20), ("resnet50", 53), ("resnet101", 104)):
         assert math.isclose(sync_seconds(Training(arch=arch), cluster, 8), layers * 2e-6)
     assert sync_seconds(Training(), cluster, 1) == 0.0

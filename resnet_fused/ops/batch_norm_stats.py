@@ -122,9 +122,9 @@ def merge_across(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance and pixel count over all processes of a group, by Chan's formula."""
     mine = torch.cat([mean, var, mean.new_full((1,), pixels)])
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, mine, group=group)
-    means, variances, counts = torch.stack(everyone).split([len(mean), len(var), 1], dim=1)
+    everyone = mine.new_empty(dist.get_world_size(group) * len(mine))
+    dist.all_gather_into_tensor(everyone, mine, group=group)
+    means, variances, counts = everyone.view(-1, len(mine)).split([len(mean), len(var), 1], dim=1)
     total = counts.sum()
     weights = counts / total
     merged = (weights * means).sum(0)
