@@ -271,21 +271,19 @@ def disagreement(summed: Tensor, own: Tensor, most: float) -> str:
 
 def called(run: Callable[[], None]) -> dict[str, int]:
     """Runs it, and counts the collectives that Python asks for; those of DDP itself are not among them."""
-    originals = {name: getattr(dist, name) for name in ("all_gather", "all_gather_into_tensor", "all_reduce")}
-    counts = dict.fromkeys(originals, 0)
+    original, count = dist.all_reduce, 0
 
-    def counted(name: str, *args: Any, **kwargs: Any) -> Any:
-        counts[name] += 1
-        return originals[name](*args, **kwargs)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        return original(*args, **kwargs)
 
-    for name in originals:
-        setattr(dist, name, functools.partial(counted, name))
+    dist.all_reduce = counted
     try:
         run()
     finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
-    return counts
+        dist.all_reduce = original
+    return {"all_reduce": count}
 
 
 def slowest(run: Callable[[], object], device: torch.device) -> float:
@@ -297,21 +295,18 @@ def slowest(run: Callable[[], object], device: torch.device) -> float:
 
 
 def collectives(device: torch.device, ranks: int) -> list[dict[str, Any]]:
-    """What sums and gathers take, a few bytes and a bucket of them."""
+    """What sums take, of a few bytes and of a bucket of them."""
     rows = []
-    for op, size, rounds in (("all_reduce", SMALL, 40), ("all_gather", SMALL, 40), ("all_reduce", LARGE, 8)):
+    for size, rounds in ((SMALL, 40), (LARGE, 8)):
         data = torch.ones(size // 4, device=device)
-        everyone = data.new_empty(ranks * len(data))
-        once: Callable[[], object] = functools.partial(dist.all_reduce, data)
-        if op == "all_gather":
-            once = functools.partial(dist.all_gather_into_tensor, everyone, data)
+        once = functools.partial(dist.all_reduce, data)
         once()
         times = []
         for _ in range(rounds):
             data.fill_(1.0)  # sums of sums would overflow, which some processors are slow with
             times.append(slowest(once, device))
         found = quantiles(sorted(times), "median_ms", "p20_ms", "p80_ms")
-        rows.append({"ranks": ranks, "op": op, "bytes": size, **found})
+        rows.append({"ranks": ranks, "op": "all_reduce", "bytes": size, **found})
     return rows
 
 

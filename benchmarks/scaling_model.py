@@ -111,12 +111,6 @@ class Cluster:
         hops = 2 * math.ceil(math.log2(nodes))
         return inside + hops * self.network_latency + moved / (self.network_bandwidth * self.bandwidth_share)
 
-    def all_gather(self, size: float, gpus: int) -> float:
-        """Seconds until every GPU has ``size`` bytes of each: n - 1 hops of a ring."""
-        if gpus == 1:
-            return 0.0
-        return self.launch + (gpus - 1) * (self._hop(gpus) + size / self._ring_bandwidth(gpus))
-
     def _hop(self, gpus: int) -> float:
         """The mean latency of a ring's hops: one of each node leaves it."""
         nodes = self.nodes(gpus)
@@ -160,7 +154,7 @@ class Training:
     first_bucket_bytes: int = 1 << 20
     #: Standard deviation of a GPU's step time / its mean, normal and independent. Assumed.
     variation: float = 0.01
-    #: Collectives of a SyncBatchNorm layer: an all-gather of 2 C + 1 float32 forward, an all-reduce of 2 C backward.
+    #: Collectives of a SyncBatchNorm layer: all-reduces of 2 C + 1 float64 forward, and of 2 C float32 backward.
     sync_batch_norm: bool = False
 
     def __post_init__(self) -> None:
@@ -238,7 +232,7 @@ def sync_seconds(training: Training, cluster: Cluster, gpus: int) -> float:
     """Of all SyncBatchNorm layers: statistics are waited for, so that nothing of it is hidden."""
     channels = [conv.outputs for conv in network(training.arch, training.image_size).convs]
     return sum(
-        cluster.all_gather(4 * (2 * count + 1), gpus) + cluster.all_reduce(4 * 2 * count, gpus)
+        cluster.all_reduce(8 * (2 * count + 1), gpus) + cluster.all_reduce(4 * 2 * count, gpus)
         for count in channels
     )
 

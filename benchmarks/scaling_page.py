@@ -176,14 +176,11 @@ def way_of(impl: str, found: Found) -> str:
 
 
 def collectives_table(found: Found) -> str:
-    """Measured sums and gathers, and what they say about hops and bandwidth."""
+    """Measured sums, and what they say about hops and bandwidth."""
     rows = []
     for ranks in sorted({row["ranks"] for row in found.collectives}):
         cluster = cluster_of(found, ranks)
-        times = [
-            found.seconds(ranks, op, size) * 1e6
-            for op, size in (("all_reduce", SMALL), ("all_gather", SMALL), ("all_reduce", LARGE))
-        ]
+        times = [found.seconds(ranks, "all_reduce", size) * 1e6 for size in (SMALL, LARGE)]
         rows.append(
             [
                 str(ranks),
@@ -193,7 +190,7 @@ def collectives_table(found: Found) -> str:
             ]
         )
     small, large = f"{SMALL} B", f"{LARGE >> 20} MiB"
-    heads = [f"all-reduce us, {small}", f"all-gather us, {small}", f"all-reduce us, {large}"]
+    heads = [f"all-reduce us, {small}", f"all-reduce us, {large}"]
     return table(["ranks", *heads, "hop us", "GB/s"], rows)
 
 
@@ -267,8 +264,7 @@ def tables(found: Found) -> dict[str, str]:
     """All tables of the page by their markers."""
     layers, calls = "", found.calls
     if calls:
-        gathers = calls["all_gather"] + calls["all_gather_into_tensor"]
-        layers = f"Counted in a step: {gathers} all-gathers and {calls['all_reduce']} all-reduces."
+        layers = f"Counted in a step: {calls['all_reduce']} all-reduces."
     made = {
         "machine": machine(found),
         "curves": curves_table(found),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import resnet_fused
+from resnet_fused.ops.batch_norm_stats import merge_across
 
 #: Images of each process: their number differs, as in the last batch of an epoch.
 SHARES = (3, 2)
@@ -57,3 +58,30 @@ def test_two_processes_equal_one(arch: str, layout: torch.memory_format, tmp_pat
     for name, buffer in alone.named_buffers():
         torch.testing.assert_close(first[name], buffer, rtol=1e-10, atol=1e-12, msg=name)
         assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("level", [0.0, 1e3])
+def test_statistics_are_merged_as_if_they_were_of_one_process(
+    level: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where |mean| / std is 1000; nothing is lost but the rounding of each process's mean to float32."""
+    shares = [torch.randn(pixels, 5, dtype=torch.float64) + level for pixels in (40, 3, 200)]
+    for share in shares:
+        share[:, 1] = level  # a constant channel
+    sums: list[torch.Tensor] = []
+    for sum_up in (
+        lambda x, group: sums.append(x.clone()),
+        lambda x, group: x.copy_(torch.stack(sums).sum(0)),
+    ):
+        monkeypatch.setattr(dist, "all_reduce", sum_up)
+        merged = [
+            merge_across(None, share.mean(0).float(), share.var(0, correction=0).float(), len(share))  # type: ignore[arg-type]
+            for share in shares
+        ]
+    whole = torch.cat(shares)
+    for mean, var, total in merged:
+        torch.testing.assert_close(mean.double(), whole.mean(0), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            var.double(), whole.var(0, correction=0), rtol=1e-6, atol=2 * level * 2.0**-24 + 1e-12
+        )
+        assert total == len(whole) and (var >= 0).all()
