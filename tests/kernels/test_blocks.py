@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -147,3 +149,24 @@ def test_replay_of_a_captured_step() -> None:
         torch.testing.assert_close(captured, expected, rtol=1e-3, atol=0)
         for ours, p in zip(gradients, model.parameters(), strict=True):
             torch.testing.assert_close(ours, p.grad, rtol=1e-3, atol=1e-3 * float(p.grad.abs().max()))
+
+
+@pytest.mark.gpu
+def test_graphed_callables() -> None:
+    """README's recipe for small batches."""
+    model = resnet_fused.resnet18(num_classes=10).cuda().to(memory_format=torch.channels_last)
+    x = torch.randn(4, 3, 64, 64, device="cuda").to(memory_format=torch.channels_last)
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        graphed = torch.cuda.make_graphed_callables(copy.deepcopy(model), (x,))
+        for _ in range(2):
+            x = torch.randn_like(x)
+            outputs = [one(x) for one in (graphed, model)]
+            for one, output in zip((graphed, model), outputs, strict=True):
+                one.zero_grad()
+                output.float().square().mean().backward()
+            torch.testing.assert_close(*outputs, rtol=1e-2, atol=1e-2)
+            for ours, p in zip(graphed.parameters(), model.parameters(), strict=True):
+                assert ours.grad is not None and p.grad is not None
+                torch.testing.assert_close(
+                    ours.grad, p.grad, rtol=1e-3, atol=1e-3 * float(p.grad.abs().max())
+                )
