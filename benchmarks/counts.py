@@ -161,7 +161,7 @@ def compile_steps() -> list[tuple[Specialisation, int, Resources | str]]:
         for archs, dtype, compiled_for in BUILDS
         for arch in set(compiled_for) & set(COMPILED)
         for name in archs
-        for launch in launches(name, PLANNED_BATCH, dtype)
+        for launch in launches(name, PLANNED_BATCH, dtype, capability=arch)
     }
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return list(compile_all(pairs, cores))

@@ -255,13 +255,15 @@ def violations(what: Specialisation, arch: int, found: Resources | str) -> list[
 
 
 def step_specialisations(
-    models: Iterable[str], dtypes: Iterable[str], batch: int = 256
+    models: Iterable[str], dtypes: Iterable[str], batch: int = 256, arch: int = 90
 ) -> list[Specialisation]:
-    """All that the steps of some models need, each once."""
+    """All that the steps of some models need on an architecture, each once."""
     # Only here: kernels from elsewhere can be looked at without it.
     plan = importlib.import_module("resnet_fused.plan")
     dtypes = tuple(dtypes)
-    launches = (x for model in models for dtype in dtypes for x in plan.launches(model, batch, dtype))
+    launches = (
+        x for model in models for dtype in dtypes for x in plan.launches(model, batch, dtype, capability=arch)
+    )
     return list(dict.fromkeys(map(specialisation, launches)))
 
 
@@ -331,10 +333,13 @@ def main(arguments: list[str]) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
     try:
-        needed = step_specialisations(options.model, options.dtype)
+        needed = {
+            arch: step_specialisations(options.model, options.dtype, arch=arch)
+            for arch in dict.fromkeys(options.arch)
+        }
     except ValueError as error:
         parser.error(str(error))
-    pairs = [(what, arch) for what in needed for arch in dict.fromkeys(options.arch)]
+    pairs = [(what, arch) for arch, all_of_it in needed.items() for what in all_of_it]
     results: dict[tuple[Specialisation, int], Resources | str] = {}
     for what, arch, found in compile_all(pairs, options.processes):
         results[what, arch] = found

@@ -18,6 +18,7 @@ from resnet_fused import models
 from resnet_fused.backend import why_not_triton
 from resnet_fused.kernels.launch import Launch, observing
 from resnet_fused.ops._primitive import COMPOSITIONS
+from resnet_fused.ops.passes import forget, kernels
 from resnet_fused.reference.resnet import ARCHITECTURES
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
@@ -179,9 +180,14 @@ def _step(recorder: _Recorder, part: Any, x: Tensor) -> Tensor:
     return out.detach().contiguous(memory_format=torch.channels_last)
 
 
-def launches(arch: str, batch: int, dtype: str, image_size: int = 224) -> list[Launch]:
-    """Those of a plan that are Triton's."""
-    return [p.launch for p in plan(arch, batch, dtype, image_size) if p.launch is not None]
+def launches(arch: str, batch: int, dtype: str, image_size: int = 224, capability: int = 90) -> list[Launch]:
+    """Those of a plan that are Triton's, as they would be on a GPU of a compute capability (90: sm_90)."""
+    configs = kernels("configs")
+    with configs.assuming(capability):
+        forget()
+        found = [p.launch for p in plan(arch, batch, dtype, image_size) if p.launch is not None]
+    forget()
+    return found
 
 
 def table(planned: Sequence[Planned], batch: int) -> str:

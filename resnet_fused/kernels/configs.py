@@ -1,26 +1,66 @@
 """Which configurations of a kernel are worth a try for a problem, the most promising first.
 
-The order is a model's: padding, waves of programs over the multiprocessors, and what a tile reads per multiplication.
-It decides alone where nothing is measured; on a GPU ``tuning`` measures.
+The order is a model's: padding, waves of programs over the multiprocessors, and instructions: those that make a tile of
+an operand are many beside the one that multiplies it, so that a tile should be multiplied with as much as registers
+hold. It decides alone where nothing is measured; on a GPU ``tuning`` measures.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from resnet_fused.kernels.launch import Config, cdiv
+from resnet_fused.kernels.launch import Config, architecture, cdiv
 
 #: Multiprocessors of an H100, for a device that cannot be asked; its rates weigh arithmetic against traffic.
 MULTIPROCESSORS = 132
 FLOPS, BANDWIDTH = 790e12, 3.0e12
-#: Of shared memory for a program: one fits on every architecture, two or three on the larger ones.
-SHARED_BYTES = 72 << 10
-#: Elements of tiles that a thread holds at a time: what compiles without spills for every architecture.
-_HELD = 112
-_SIZES = (32, 64, 128)
+#: Instructions that make and copy an element of an operand's tile, in elements of the other operand that tensor cores
+#: multiply it with in that time: with arithmetic on the way, and without. Counted in what is compiled for sm_90.
+MADE, COPIED = 192, 64
+
+
+class Limits(NamedTuple):
+    """What compiles without spills.
+
+    Args:
+        sizes: of a tile's sides.
+        shared: bytes of a program.
+        gemm, sums: elements that a thread holds at a time, float32 or two of 16 bits.
+    """
+
+    sizes: tuple[int, ...]
+    shared: int
+    gemm: int
+    sums: int
+
+
+#: On every architecture, and 16-bit operands where a warp group multiplies from shared memory.
+EVERYWHERE = Limits((32, 64, 128), 72 << 10, 112, 112)
+HOPPER = Limits((32, 64, 128, 256), 160 << 10, 150, 192)
+
+_assumed = 90
+
+
+@contextmanager
+def assuming(arch: int) -> Iterator[None]:
+    """Within, tensors that are on no GPU get configurations for an architecture (90 is sm_90, the default)."""
+    global _assumed
+    before, _assumed = _assumed, arch
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+def _limits(x: Tensor) -> Limits:
+    arch = architecture(x.device) if x.device.type == "cuda" else _assumed
+    return HOPPER if arch == 90 and x.element_size() == 2 else EVERYWHERE
 
 
 def tile(size: int, largest: int = 128) -> int:
@@ -34,27 +74,36 @@ def multiprocessors(x: Tensor) -> int:
     return int(torch.cuda.get_device_properties(x.device).multi_processor_count)
 
 
-def gemm_configs(x: Tensor, m: int, n: int, k: int, *, loaded: int = 1, epilogue: int = 1) -> list[Config]:
+def gemm_configs(
+    x: Tensor, m: int, n: int, k: int, *, loaded: int = 1, epilogue: int = 1, products: int = 1
+) -> list[Config]:
     """For a result of m x n with sums of k products.
 
     Args:
         loaded: tiles of block_m x block_k that an operand is made of.
-        epilogue: tiles of block_m x block_n that live beside the sums at the end.
+        epilogue: tiles of block_m x block_n that live at the end beside other sums.
+        products: results that live at a time.
     """
-    processors = multiprocessors(x)
+    processors, limits = multiprocessors(x), _limits(x)
     scored = []
     for block_m, block_n, warps in itertools.product(
-        {tile(m, size) for size in _SIZES[1:]}, {tile(n, size) for size in _SIZES}, (4, 8)
+        {tile(m, min(size, 128)) for size in limits.sizes[1:]},
+        {tile(n, size) for size in limits.sizes},
+        (4, 8),
     ):
         tiles = cdiv(m, block_m) * cdiv(n, block_n)
         slots = processors * (2 if warps == 4 else 1)
         waves = cdiv(tiles, slots) * slots
-        cost = waves * block_m * block_n * (1 + 32 / block_m + 32 / block_n)
+        cost = waves * block_m * block_n * (1 + COPIED / block_m + MADE * loaded / block_n)
         for block_k in {tile(k, 64), tile(k, 32)}:
-            held = block_m * (block_n + max(loaded * block_k, epilogue * block_n)) / (32 * warps)
+            made = loaded * block_k * block_m
+            if limits is HOPPER:
+                held = products * block_m * block_n + max(made // 2, (epilogue - 1) * block_m * block_n)
+            else:
+                held = block_m * block_n + max(made, epilogue * block_m * block_n)
             stage = (loaded * block_m + block_n) * block_k * x.element_size()
-            stages = min(4, SHARED_BYTES // stage)
-            if held > _HELD or stages < 2:
+            stages = min(4, limits.shared // stage)
+            if held > limits.gemm * 32 * warps or stages < 2:
                 continue
             padded = cdiv(k, block_k) * block_k / k
             scored.append(
@@ -72,24 +121,30 @@ def sum_configs(
         loaded: tiles of block_m x (block_n or block_k) that the operands are made of.
         square: block_n and block_k are one.
     """
-    processors = multiprocessors(x)
+    processors, limits = multiprocessors(x), _limits(x)
     scored = []
     for block_n, block_k, rows_at_once, fill in itertools.product(
-        {tile(n, size) for size in _SIZES}, {tile(k, size) for size in _SIZES}, (32, 64), (1, 2, 4)
+        {tile(n, min(size, 128)) for size in limits.sizes},
+        {tile(k, size) for size in limits.sizes},
+        (32, 64),
+        (1, 2, 4),
     ):
         block_m = tile(rows, rows_at_once)
         warps = 4 if block_n * block_k <= 64 * 64 else 8
         widest = max(block_n, block_k)
-        held = (block_n * block_k + loaded * block_m * widest) / (32 * warps)
-        stages = min(4, SHARED_BYTES // (loaded * block_m * widest * x.element_size()))
-        if held > _HELD or stages < 2 or (square and block_n != block_k):
+        made = loaded * block_m * widest
+        held = block_n * block_k + (made // 2 if limits is HOPPER else made)
+        stages = min(4, limits.shared // (made * x.element_size()))
+        if held > limits.sums * 32 * warps or stages < 2 or (square and block_n != block_k):
             continue
         tiles = cdiv(n, block_n) * cdiv(k, block_k) * taps
         splits = max(1, min(round(fill * processors / tiles), cdiv(rows, 8 * block_m)))
         padded = cdiv(n, block_n) * block_n * cdiv(k, block_k) * block_k * taps
         slots = 2 * processors if warps == 4 else processors
         idle = cdiv(tiles * splits, slots) * slots / (tiles * splits)
-        work = 2 * rows * padded * idle * (1 + 32 / block_n + 32 / block_k) * (1 + 4 / block_m)
+        # All but one of the tiles make the gradient, which is multiplied with block_k channels; that one with block_n.
+        making = MADE * ((loaded - 1) / block_k + 1 / block_n)
+        work = 2 * rows * padded * idle * (1 + making) * (1 + 4 / block_m)
         # What the splits have found is written and read again.
         parts = 0 if splits == 1 else 8 * splits * n * k * taps
         cost = work / FLOPS + parts / BANDWIDTH

@@ -24,7 +24,7 @@ from resnet_fused.kernels.problem import (
     touched,
     window_sizes,
 )
-from resnet_fused.kernels.tiles import activation_tile, pixel_of
+from resnet_fused.kernels.tiles import activation_tile, pixel_of, taps_inside
 from resnet_fused.reference.operands import Activation, Window
 
 
@@ -66,26 +66,42 @@ def conv_kernel(
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     outputs = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row_inside = rows < PIXELS
-    image, out_h, out_w = pixel_of(rows, OUT_HEIGHT, OUT_WIDTH)
-    chunks = tl.cdiv(CHANNELS, BLOCK_K)
+    if POINTWISE:
+        source, inside = rows, row_inside
+    else:
+        image, out_h, out_w = pixel_of(rows, OUT_HEIGHT, OUT_WIDTH)
+        top, left = out_h * STRIDE_H - PAD_H, out_w * STRIDE_W - PAD_W
+        corner = (image * HEIGHT + top) * WIDTH + left
+        seen_h = taps_inside(top, DILATION_H, HEIGHT, KERNEL_H)
+        seen_w = taps_inside(left, DILATION_W, WIDTH, KERNEL_W)
+        seen_h = tl.where(row_inside, seen_h, 0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(KERNEL_H * KERNEL_W * chunks):
-        tap = step // chunks
-        channels = step % chunks * BLOCK_K + tl.arange(0, BLOCK_K)
-        if POINTWISE:
-            source, inside = rows, row_inside
-        else:
-            h = out_h * STRIDE_H + tap // KERNEL_W * DILATION_H - PAD_H
-            w = out_w * STRIDE_W + tap % KERNEL_W * DILATION_W - PAD_W
-            inside = row_inside & (h >= 0) & (h < HEIGHT) & (w >= 0) & (w < WIDTH)
-            source = (image * HEIGHT + h) * WIDTH + w
-        a = activation_tile(x, mean, invstd, weight, bias, shift, source, inside, channels, CHANNELS)
+    # Counted instead of divided: the loop is as busy with addresses as with anything else.
+    r, s, first = 0, 0, 0
+    for _ in range(KERNEL_H * KERNEL_W * tl.cdiv(CHANNELS, BLOCK_K)):
+        channels = first + tl.arange(0, BLOCK_K)
+        if not POINTWISE:
+            source = corner + (r * DILATION_H * WIDTH + s * DILATION_W)
+            inside = ((seen_h >> r) & (seen_w >> s) & 1) != 0
+        a = activation_tile(
+            x, mean, invstd, weight, bias, shift, source, inside, channels, CHANNELS, not POINTWISE
+        )
         b = tl.load(
-            conv + (outputs[None, :] * (KERNEL_H * KERNEL_W) + tap) * CHANNELS + channels[:, None],
+            conv
+            + (outputs[None, :] * (KERNEL_H * KERNEL_W) + r * KERNEL_W + s) * CHANNELS
+            + channels[:, None],
             (channels < CHANNELS)[:, None] & (outputs < OUTPUTS)[None, :],
             other=0.0,
         )
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        first += BLOCK_K
+        if KERNEL_H * KERNEL_W > 1:
+            tap_done = first >= CHANNELS
+            first = tl.where(tap_done, 0, first)
+            s = tl.where(tap_done, s + 1, s)
+            row_done = s == KERNEL_W
+            s = tl.where(row_done, 0, s)
+            r = tl.where(row_done, r + 1, r)
     out = acc.to(y.dtype.element_ty)
     column_inside = outputs < OUTPUTS
     whole = row_inside[:, None] & column_inside[None, :]

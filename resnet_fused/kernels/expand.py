@@ -145,10 +145,19 @@ Vectors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 _VECTORS = ("mean", "invstd", "weight", "bias")
 
 
-def configs(source: Activation, conv: Tensor | None, *_: object) -> list[Config]:
+def configs(
+    source: Activation,
+    conv: Tensor | None,
+    norm: Vectors,
+    skip: Tensor,
+    skip_shift: Tensor | None,
+    skip_conv: Tensor | None,
+    *_: object,
+) -> list[Config]:
     x = source.x
     outputs = x.shape[1] if conv is None else conv.shape[0]
-    return gemm_configs(x, x.numel() // x.shape[1], outputs, x.shape[1], epilogue=2)
+    products = 1 if skip_conv is None else 2
+    return gemm_configs(x, x.numel() // x.shape[1], outputs, x.shape[1], epilogue=2, products=products)
 
 
 def expand(

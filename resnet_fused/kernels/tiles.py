@@ -29,19 +29,39 @@ def channel_affine(mean, invstd, weight, bias, channels, inside):
 
 
 @triton.jit
-def activation_tile(x, mean, invstd, weight, bias, shift, rows, row_inside, channels, CHANNELS):
-    """a at the pixels ``rows`` of a tensor with CHANNELS channels; 0 in rows outside: padding is padding of a."""
+def normed(value, centre, scale, offset):
+    """bn(value) of a tile as it was loaded."""
+    if value.dtype == tl.float32:
+        z = (value - centre[None, :]) * scale[None, :] + offset[None, :]
+    else:
+        # What the multiply-add loses is 2^-24 of mean / std: nothing beside the rounding of such a value.
+        z = value.to(tl.float32) * scale[None, :] + (offset - centre * scale)[None, :]
+    return z
+
+
+@triton.jit
+def activation_tile(
+    x, mean, invstd, weight, bias, shift, rows, row_inside, channels, CHANNELS, PADDED: tl.constexpr = True
+):
+    """a at the pixels ``rows`` of a tensor with CHANNELS channels.
+
+    ``PADDED``: it is 0 in rows outside, as padding of a is; else anything finite.
+    """
     inside = channels < CHANNELS
     value = tl.load(
         x + rows[:, None] * CHANNELS + channels[None, :], row_inside[:, None] & inside[None, :], other=0.0
     )
     if mean is not None:
         centre, scale, offset = channel_affine(mean, invstd, weight, bias, channels, inside)
-        z = (value.to(tl.float32) - centre[None, :]) * scale[None, :] + offset[None, :]
+        z = normed(value, centre, scale, offset)
+        if PADDED and shift is None:
+            z *= row_inside.to(tl.float32)[:, None]  # selecting would be done for every element by itself
         a = tl.where(z <= 0, 0.0, z)
         if shift is not None:
             a -= tl.load(shift + channels, inside, 0.0)[None, :]
-        value = tl.where(row_inside[:, None], a, 0.0).to(x.dtype.element_ty)
+            if PADDED:
+                a = tl.where(row_inside[:, None], a, 0.0)
+        value = a.to(x.dtype.element_ty)
     elif shift is not None:
         a = value.to(tl.float32) - tl.load(shift + channels, inside, 0.0)[None, :]
         value = tl.where(row_inside[:, None], a, 0.0).to(x.dtype.element_ty)
@@ -120,6 +140,16 @@ def pixel_of(rows, HEIGHT, WIDTH):
     """Image, row and column of pixels that are counted through images of HEIGHT x WIDTH."""
     line = rows // WIDTH
     return line // HEIGHT, line % HEIGHT, rows % WIDTH
+
+
+@triton.jit
+def taps_inside(first, DILATION, SIZE, TAPS: tl.constexpr):
+    """A bit for each of up to 31 taps, from ``first`` on: whether it is within 0 .. SIZE - 1."""
+    seen = tl.zeros_like(first)
+    for tap in tl.static_range(TAPS):
+        at = first + tap * DILATION
+        seen |= ((at >= 0) & (at < SIZE)).to(tl.int32) << tap
+    return seen
 
 
 @triton.jit

@@ -78,6 +78,11 @@ def kernels(family: str) -> Any:
 _known: dict[Any, tuple[Any, list[Any], Callable[..., Any]]] = {}
 
 
+def forget() -> None:
+    """Configurations are asked for again."""
+    _known.clear()
+
+
 def _fastest(
     family: str,
     x: Tensor,
