@@ -30,19 +30,20 @@ class Limits(NamedTuple):
 
     Args:
         sizes: of a tile's sides.
-        shared: bytes of a program.
-        gemm, sums: elements that a thread holds at a time, float32 or two of 16 bits.
+        gemm, sums: elements that a thread holds at a time, float32 or two of 16 bits; with 4 warps at most the least.
+        gemm_shared, sums_shared: bytes of a program.
     """
 
     sizes: tuple[int, ...]
-    shared: int
     gemm: int
+    gemm_shared: int
     sums: int
+    sums_shared: int
 
 
 #: On every architecture, and 16-bit operands where a warp group multiplies from shared memory.
-EVERYWHERE = Limits((32, 64, 128), 72 << 10, 112, 112)
-HOPPER = Limits((32, 64, 128, 256), 160 << 10, 150, 192)
+EVERYWHERE = Limits((32, 64, 128), 112, 72 << 10, 112, 72 << 10)
+HOPPER = Limits((32, 64, 128, 256), 150, 160 << 10, 191, 128 << 10)
 
 _assumed = 90
 
@@ -100,10 +101,11 @@ def gemm_configs(
             if limits is HOPPER:
                 held = products * block_m * block_n + max(made // 2, (epilogue - 1) * block_m * block_n)
             else:
-                held = block_m * block_n + max(made, epilogue * block_m * block_n)
+                held = products * block_m * block_n + max(made, epilogue * block_m * block_n)
             stage = (loaded * block_m + block_n) * block_k * x.element_size()
-            stages = min(4, limits.shared // stage)
-            if held > limits.gemm * 32 * warps or stages < 2:
+            stages = min(4, limits.gemm_shared // stage)
+            most = limits.gemm if warps == 8 else EVERYWHERE.gemm
+            if held > most * 32 * warps or stages < 2:
                 continue
             padded = cdiv(k, block_k) * block_k / k
             scored.append(
@@ -133,8 +135,10 @@ def sum_configs(
         warps = 4 if block_n * block_k <= 64 * 64 else 8
         widest = max(block_n, block_k)
         made = loaded * block_m * widest
-        held = block_n * block_k + (made // 2 if limits is HOPPER else made)
-        stages = min(4, limits.shared // (made * x.element_size()))
+        # Of several taps the pixels' places are held too.
+        places = block_m * widest if taps > 1 else 0
+        held = block_n * block_k + ((made + places) // 2 if limits is HOPPER else made)
+        stages = min(4, limits.sums_shared // (made * x.element_size()))
         if held > limits.sums * 32 * warps or stages < 2 or (square and block_n != block_k):
             continue
         tiles = cdiv(n, block_n) * cdiv(k, block_k) * taps

@@ -25,7 +25,14 @@ from resnet_fused.kernels.problem import (
     row_matrix,
     window_sizes,
 )
-from resnet_fused.kernels.tiles import bits_tile, gradient_tile, pixel_of, store_tile_sums
+from resnet_fused.kernels.tiles import (
+    bits_tile,
+    gradient_terms,
+    gradient_tile,
+    pixel_of,
+    store_tile_sums,
+    taps_inside,
+)
 from resnet_fused.reference.operands import Activation, Gradient, Pair, Window
 
 
@@ -86,38 +93,32 @@ def dgrad_kernel(
     # Taps of this class. With a stride above 1 the dilation is 1.
     tap_h, tap_w = (class_h + PAD_H) % STRIDE_H, (class_w + PAD_W) % STRIDE_W
     taps_h, taps_w = tl.cdiv(KERNEL_H - tap_h, STRIDE_H), tl.cdiv(KERNEL_W - tap_w, STRIDE_W)
-    chunks = tl.cdiv(OUTPUTS, BLOCK_K)
-    pixels = IMAGES * OUT_HEIGHT * OUT_WIDTH
+    if POINTWISE:
+        source, inside = rows, row_inside
+    else:
+        # Dividends are multiples of the stride, and none is negative.
+        out_h, out_w = (h + PAD_H - tap_h) // STRIDE_H, (w + PAD_W - tap_w) // STRIDE_W
+        corner = (image * OUT_HEIGHT + out_h) * OUT_WIDTH + out_w
+        seen_h = tl.where(row_inside, taps_inside(out_h, -DILATION_H, OUT_HEIGHT, KERNEL_H), 0)
+        seen_w = taps_inside(out_w, -DILATION_W, OUT_WIDTH, KERNEL_W)
+    per_pixel = 1.0 / (IMAGES * OUT_HEIGHT * OUT_WIDTH)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(taps_h * taps_w * chunks):
-        tap = step // chunks
-        first = step % chunks * BLOCK_K
+    # Counted instead of divided, as in conv.
+    i, j, first = 0, 0, 0
+    for _ in range(taps_h * taps_w * tl.cdiv(OUTPUTS, BLOCK_K)):
         outputs = first + tl.arange(0, BLOCK_K)
-        r, s = tap_h + tap // taps_w * STRIDE_H, tap_w + tap % taps_w * STRIDE_W
-        if POINTWISE:
-            source, inside = rows, row_inside
-        else:
-            reach_h, reach_w = h + PAD_H - r * DILATION_H, w + PAD_W - s * DILATION_W
-            out_h, out_w = reach_h // STRIDE_H, reach_w // STRIDE_W
-            inside = row_inside & (reach_h >= 0) & (out_h < OUT_HEIGHT) & (reach_w >= 0) & (out_w < OUT_WIDTH)
-            source = (image * OUT_HEIGHT + out_h) * OUT_WIDTH + out_w
+        r, s = tap_h + i * STRIDE_H, tap_w + j * STRIDE_W
+        if not POINTWISE:
+            source = corner - (i * DILATION_H * OUT_WIDTH + j * DILATION_W)
+            inside = ((seen_h >> i) & (seen_w >> j) & 1) != 0
+        centre, scale, offset, level, slope = gradient_terms(
+            y, mean, invstd, weight, bias, sum_dz, sum_dz_xhat, per_pixel, outputs, outputs < OUTPUTS,
+            g.dtype.element_ty,
+        )  # fmt: skip
         a = gradient_tile(
-            g,
-            bits,
-            y,
-            mean,
-            invstd,
-            weight,
-            bias,
-            sum_dz,
-            sum_dz_xhat,
-            pixels,
-            source,
-            inside,
-            first,
-            OUTPUTS,
-            BLOCK_K,
-        )
+            g, bits, y, mean, sum_dz, centre, scale, offset, level, slope, source, inside, first, OUTPUTS, BLOCK_K,
+            not POINTWISE,
+        )  # fmt: skip
         b = tl.load(
             conv
             + (outputs[:, None] * (KERNEL_H * KERNEL_W) + r * KERNEL_W + s) * CHANNELS
@@ -126,6 +127,14 @@ def dgrad_kernel(
             other=0.0,
         )
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        first += BLOCK_K
+        if KERNEL_H * KERNEL_W > 1:
+            tap_done = first >= OUTPUTS
+            first = tl.where(tap_done, 0, first)
+            j = tl.where(tap_done, j + 1, j)
+            row_done = j == taps_w
+            j = tl.where(row_done, 0, j)
+            i = tl.where(row_done, i + 1, i)
     column_inside = channels < CHANNELS
     if residual is not None:
         kept = row_inside & (h % EVERY_H == 0) & (w % EVERY_W == 0)
@@ -137,8 +146,8 @@ def dgrad_kernel(
             other=0.0,
         )
         if residual_bits is not None:
-            first = tile_n * BLOCK_N
-            added = tl.where(bits_tile(residual_bits, source, kept, first, CHANNELS, BLOCK_N), added, 0.0)
+            column = tile_n * BLOCK_N
+            added = tl.where(bits_tile(residual_bits, source, kept, column, CHANNELS, BLOCK_N), added, 0.0)
         acc += added
     out = acc.to(da.dtype.element_ty)
     tl.store(

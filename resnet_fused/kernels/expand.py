@@ -16,7 +16,7 @@ from torch import Tensor
 from resnet_fused.kernels.configs import gemm_configs
 from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.problem import every_sizes, new_activation, precision, row_matrix, touched
-from resnet_fused.kernels.tiles import activation_tile, channel_affine, packed_bits, pixel_of
+from resnet_fused.kernels.tiles import activation_tile, channel_affine, normed, packed_bits, pixel_of
 from resnet_fused.reference.layout import mask_shape
 from resnet_fused.reference.operands import Activation, Pair
 
@@ -43,7 +43,7 @@ def _product(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, CHANNELS, BLOCK_K):
         channels = first + tl.arange(0, BLOCK_K)
-        a = activation_tile(x, mean, invstd, weight, bias, shift, source, inside, channels, CHANNELS)
+        a = activation_tile(x, mean, invstd, weight, bias, shift, source, inside, channels, CHANNELS, False)
         b = tl.load(
             conv + outputs[None, :] * CHANNELS + channels[:, None],
             (channels < CHANNELS)[:, None] & (outputs < OUTPUTS)[None, :],
@@ -55,8 +55,10 @@ def _product(
 
 @triton.jit
 def _normed(value, mean, invstd, weight, bias, outputs, OUTPUTS):
-    centre, scale, offset = channel_affine(mean, invstd, weight, bias, outputs, outputs < OUTPUTS)
-    return (value - centre[None, :]) * scale[None, :] + offset[None, :]
+    centre, scale, offset = channel_affine(
+        mean, invstd, weight, bias, outputs, outputs < OUTPUTS, value.dtype
+    )
+    return normed(value, centre, scale, offset)
 
 
 @triton.jit

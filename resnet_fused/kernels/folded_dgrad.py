@@ -23,7 +23,7 @@ from resnet_fused.kernels.problem import (
     skip_fields,
     touched_of_both,
 )
-from resnet_fused.kernels.tiles import activation_tile, gradient_tile, pixel_of, store_tile_sums
+from resnet_fused.kernels.tiles import activation_tile, masked_tile, pixel_of, store_tile_sums
 from resnet_fused.reference.operands import Activation, Pair
 
 
@@ -67,9 +67,7 @@ def _input_gradient(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, OUTPUTS, BLOCK_K):
         outputs = first + tl.arange(0, BLOCK_K)
-        dz = gradient_tile(
-            g, bits, None, None, None, None, None, None, None, PIXELS, rows, inside, first, OUTPUTS, BLOCK_K
-        )
+        dz = masked_tile(g, bits, rows, inside, first, OUTPUTS, BLOCK_K)
         b = tl.load(
             scaled + outputs[:, None] * CHANNELS + columns[None, :],
             (outputs < OUTPUTS)[:, None] & column_inside[None, :],
@@ -83,7 +81,9 @@ def _input_gradient(
             source = (image * HEIGHT + h * EVERY_H) * WIDTH + w * EVERY_W
         for first in range(0, CHANNELS, BLOCK_K):
             channels = first + tl.arange(0, BLOCK_K)
-            c = activation_tile(x, mean, invstd, weight, bias, shift, source, inside, channels, CHANNELS)
+            c = activation_tile(
+                x, mean, invstd, weight, bias, shift, source, inside, channels, CHANNELS, False
+            )
             b = tl.load(
                 square + columns[None, :] * CHANNELS + channels[:, None],
                 (channels < CHANNELS)[:, None] & column_inside[None, :],

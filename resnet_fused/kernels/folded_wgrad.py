@@ -14,7 +14,14 @@ from resnet_fused.kernels import reductions
 from resnet_fused.kernels.configs import sum_configs
 from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.problem import every_sizes, new_float, precision, skip_fields, touched_of_both
-from resnet_fused.kernels.tiles import activation_tile, gradient_tile, pixel_of
+from resnet_fused.kernels.tiles import (
+    activated,
+    activation_terms,
+    masked_tile,
+    pixel_of,
+    pixels_later,
+    tile_of,
+)
 from resnet_fused.reference.operands import Activation, Pair
 
 
@@ -54,20 +61,28 @@ def _products(
     start = tl.program_id(2) * per_split * BLOCK_M
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
+    channel_inside = channels < CHANNELS
+    centre, scale, offset, level = activation_terms(
+        mean, invstd, weight, bias, shift, channels, channel_inside, x.dtype.element_ty
+    )
+    if not POINTWISE:
+        image, h, w = pixel_of(start + tl.arange(0, BLOCK_M), OUT_HEIGHT, OUT_WIDTH)
+        more_images, more_h, more_w = pixel_of(BLOCK_M, OUT_HEIGHT, OUT_WIDTH)
     for step in range(per_split):
         rows = start + step * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = rows < PIXELS
-        dz = gradient_tile(
-            g, bits, None, None, None, None, None, None, None, PIXELS, rows, inside, first, OUTPUTS, BLOCK_N
-        )
+        dz = masked_tile(g, bits, rows, inside, first, OUTPUTS, BLOCK_N)
         source = rows
         if not POINTWISE:
-            image, h, w = pixel_of(rows, OUT_HEIGHT, OUT_WIDTH)
             source = (image * HEIGHT + h * EVERY_H) * WIDTH + w * EVERY_W
-        c = activation_tile(x, mean, invstd, weight, bias, shift, source, inside, channels, CHANNELS)
+        value = tile_of(x, source, inside, channels, channel_inside, CHANNELS)
+        # dz is 0 in rows outside.
+        c = activated(value, mean, shift, centre, scale, offset, level, inside, False)
         if sums is not None:
             total += tl.sum(dz.to(tl.float32), 0)
         acc = tl.dot(tl.trans(dz), c, acc, input_precision=PRECISION)
+        if not POINTWISE:
+            image, h, w = pixels_later(image, h, w, more_images, more_h, more_w, OUT_HEIGHT, OUT_WIDTH)
     whole = (outputs < OUTPUTS)[:, None] & (channels < CHANNELS)[None, :]
     tl.store(part + outputs[:, None] * CHANNELS + channels[None, :], acc, whole)
     if sums is not None:

@@ -13,7 +13,7 @@ from resnet_fused.kernels import reductions
 from resnet_fused.kernels.configs import sum_configs
 from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.problem import input_sizes, new_float, precision, size_at, touched
-from resnet_fused.kernels.tiles import activation_tile, pixel_of
+from resnet_fused.kernels.tiles import activated, activation_terms, pixel_of, pixels_later, tile_of
 from resnet_fused.reference.operands import Activation, Pair
 
 
@@ -55,19 +55,32 @@ def gram_kernel(
     start = tl.program_id(1) * per_split * BLOCK_M
     acc = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
+    left_inside, right_inside = left < CHANNELS, right < CHANNELS
+    centre_i, scale_i, offset_i, level_i = activation_terms(
+        mean, invstd, weight, bias, shift, left, left_inside, x.dtype.element_ty
+    )
+    centre_j, scale_j, offset_j, level_j = activation_terms(
+        mean, invstd, weight, bias, shift, right, right_inside, x.dtype.element_ty
+    )
+    if not POINTWISE:
+        image, h, w = pixel_of(start + tl.arange(0, BLOCK_M), OUT_HEIGHT, OUT_WIDTH)
+        more_images, more_h, more_w = pixel_of(BLOCK_M, OUT_HEIGHT, OUT_WIDTH)
     for step in range(per_split):
         rows = start + step * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = rows < PIXELS
         source = rows
         if not POINTWISE:
-            image, h, w = pixel_of(rows, OUT_HEIGHT, OUT_WIDTH)
             source = (image * HEIGHT + h * STRIDE_H) * WIDTH + w * STRIDE_W
-        a = activation_tile(x, mean, invstd, weight, bias, shift, source, inside, left, CHANNELS)
-        b = a
+        value = tile_of(x, source, inside, right, right_inside, CHANNELS)
+        b = activated(value, mean, shift, centre_j, scale_j, offset_j, level_j, inside, True)
+        a = b
         if not ONE_TILE:
-            b = activation_tile(x, mean, invstd, weight, bias, shift, source, inside, right, CHANNELS)
+            value = tile_of(x, source, inside, left, left_inside, CHANNELS)
+            a = activated(value, mean, shift, centre_i, scale_i, offset_i, level_i, inside, False)
         total += tl.sum(b.to(tl.float32), 0)
         acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+        if not POINTWISE:
+            image, h, w = pixels_later(image, h, w, more_images, more_h, more_w, OUT_HEIGHT, OUT_WIDTH)
     part = parts + tl.program_id(1) * (CHANNELS * CHANNELS + CHANNELS)
     inside = (left < CHANNELS)[:, None] & (right < CHANNELS)[None, :]
     tl.store(part + left[:, None] * CHANNELS + right[None, :], acc, inside)

@@ -183,7 +183,7 @@ def covariance_kernel(
 def covariance_of(parts: Tensor, channels: int, pixels: int) -> tuple[Tensor, Tensor]:
     """Mean (K,) and biased covariance (K, K) from (splits, K*K + K): sums of products, upper half, and of channels."""
     mean, covariance = parts.new_empty(channels), parts.new_empty(channels, channels)
-    at_once = _splits_at_once(len(parts))
+    at_once = _splits_at_once(max(8, len(parts)) if len(parts) > 2 else len(parts))
     # Of 8 channels are the rows that memory is read in.
     block = 8 if at_once * 16 * 16 > ELEMENTS else 16
     tiles = cdiv(channels, block)

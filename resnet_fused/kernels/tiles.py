@@ -16,8 +16,8 @@ import triton.language as tl
 
 
 @triton.jit
-def channel_affine(mean, invstd, weight, bias, channels, inside):
-    """Centre, scale and offset of some channels; zeros outside, so that what is loaded as zero stays zero."""
+def channel_affine(mean, invstd, weight, bias, channels, inside, dtype: tl.constexpr):
+    """Centre, scale and offset of some channels for ``normed``; zeros outside: what is loaded as zero stays zero."""
     centre = tl.load(mean + channels, inside, 0.0)
     scale = tl.load(invstd + channels, inside, 0.0)
     if weight is not None:
@@ -25,47 +25,73 @@ def channel_affine(mean, invstd, weight, bias, channels, inside):
     offset = tl.zeros_like(centre)
     if bias is not None:
         offset = tl.load(bias + channels, inside, 0.0)
+    if dtype != tl.float32:
+        offset -= centre * scale
     return centre, scale, offset
 
 
 @triton.jit
 def normed(value, centre, scale, offset):
-    """bn(value) of a tile as it was loaded."""
+    """bn(value) of a tile as it was loaded.
+
+    One multiply-add for 16 bits: what it loses is 2^-24 of mean / std, nothing beside the rounding of such a value.
+    """
     if value.dtype == tl.float32:
         z = (value - centre[None, :]) * scale[None, :] + offset[None, :]
     else:
-        # What the multiply-add loses is 2^-24 of mean / std: nothing beside the rounding of such a value.
-        z = value.to(tl.float32) * scale[None, :] + (offset - centre * scale)[None, :]
+        z = value.to(tl.float32) * scale[None, :] + offset[None, :]
     return z
+
+
+@triton.jit
+def activation_terms(mean, invstd, weight, bias, shift, channels, inside, dtype: tl.constexpr):
+    """What ``activated`` needs to know of channels; zeros for what there is not."""
+    nothing = tl.zeros(channels.shape, tl.float32)
+    centre, scale, offset, level = nothing, nothing, nothing, nothing
+    if mean is not None:
+        centre, scale, offset = channel_affine(mean, invstd, weight, bias, channels, inside, dtype)
+    if shift is not None:
+        level = tl.load(shift + channels, inside, 0.0)
+    return centre, scale, offset, level
+
+
+@triton.jit
+def activated(value, mean, shift, centre, scale, offset, level, row_inside, PADDED: tl.constexpr):
+    """a of a tile as it was loaded. ``PADDED``: it is 0 in rows outside, as padding of a is; else anything finite."""
+    if mean is not None or shift is not None:
+        if mean is not None:
+            z = normed(value, centre, scale, offset)
+            if PADDED and shift is None:
+                z *= row_inside.to(tl.float32)[:, None]  # selecting would be done for every element by itself
+            a = tl.where(z <= 0, 0.0, z)
+        else:
+            a = value.to(tl.float32)
+        if shift is not None:
+            a -= level[None, :]
+            if PADDED:
+                a *= row_inside.to(tl.float32)[:, None]
+        return a.to(value.dtype)
+    return value
 
 
 @triton.jit
 def activation_tile(
     x, mean, invstd, weight, bias, shift, rows, row_inside, channels, CHANNELS, PADDED: tl.constexpr = True
 ):
-    """a at the pixels ``rows`` of a tensor with CHANNELS channels.
-
-    ``PADDED``: it is 0 in rows outside, as padding of a is; else anything finite.
-    """
+    """a at the pixels ``rows`` of a tensor with CHANNELS channels; ``PADDED`` as in ``activated``."""
     inside = channels < CHANNELS
-    value = tl.load(
-        x + rows[:, None] * CHANNELS + channels[None, :], row_inside[:, None] & inside[None, :], other=0.0
+    centre, scale, offset, level = activation_terms(
+        mean, invstd, weight, bias, shift, channels, inside, x.dtype.element_ty
     )
-    if mean is not None:
-        centre, scale, offset = channel_affine(mean, invstd, weight, bias, channels, inside)
-        z = normed(value, centre, scale, offset)
-        if PADDED and shift is None:
-            z *= row_inside.to(tl.float32)[:, None]  # selecting would be done for every element by itself
-        a = tl.where(z <= 0, 0.0, z)
-        if shift is not None:
-            a -= tl.load(shift + channels, inside, 0.0)[None, :]
-            if PADDED:
-                a = tl.where(row_inside[:, None], a, 0.0)
-        value = a.to(x.dtype.element_ty)
-    elif shift is not None:
-        a = value.to(tl.float32) - tl.load(shift + channels, inside, 0.0)[None, :]
-        value = tl.where(row_inside[:, None], a, 0.0).to(x.dtype.element_ty)
-    return value
+    value = tile_of(x, rows, row_inside, channels, inside, CHANNELS)
+    return activated(value, mean, shift, centre, scale, offset, level, row_inside, PADDED)
+
+
+@triton.jit
+def tile_of(x, rows, row_inside, channels, inside, CHANNELS):
+    """What lies in memory; 0 outside."""
+    places = x + rows[:, None] * CHANNELS + channels[None, :]
+    return tl.load(places, row_inside[:, None] & inside[None, :], other=0.0)
 
 
 @triton.jit
@@ -90,48 +116,77 @@ def packed_bits(kept, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def gradient_terms(
+    y, mean, invstd, weight, bias, sum_dz, sum_dz_xhat, per_pixel, channels, inside, dtype: tl.constexpr
+):
+    """What ``gradient_of`` needs to know of channels; zeros for what there is not. ``per_pixel``: 1 / pixels."""
+    nothing = tl.zeros(channels.shape, tl.float32)
+    centre, scale, offset, level, slope = nothing, nothing, nothing, nothing, nothing
+    if mean is not None:
+        centre, scale, offset = channel_affine(mean, invstd, weight, bias, channels, inside, dtype)
+        if sum_dz is not None and y is not None:
+            level = tl.load(sum_dz + channels, inside, 0.0) * per_pixel
+            rate = tl.load(invstd + channels, inside, 0.0)
+            slope = tl.load(sum_dz_xhat + channels, inside, 0.0) * rate * per_pixel
+            if dtype != tl.float32:
+                slope *= scale
+                level = level * scale - centre * slope
+    return centre, scale, offset, level, slope
+
+
+@triton.jit
+def masked_tile(g, bits, rows, row_inside, first, CHANNELS, BLOCK: tl.constexpr):
+    """g, or what of it the mask bits let through, of BLOCK channels from ``first``; 0 outside."""
+    channels = first + tl.arange(0, BLOCK)
+    value = tile_of(g, rows, row_inside, channels, channels < CHANNELS, CHANNELS)
+    if bits is not None:
+        # Selected, not multiplied: what the ReLU held back may be infinite or NaN.
+        value = tl.where(bits_tile(bits, rows, row_inside, first, CHANNELS, BLOCK), value, 0.0)
+    return value
+
+
+@triton.jit
 def gradient_tile(
     g,
     bits,
     y,
     mean,
-    invstd,
-    weight,
-    bias,
     sum_dz,
-    sum_dz_xhat,
-    pixels,
+    centre,
+    scale,
+    offset,
+    level,
+    slope,
     rows,
     row_inside,
     first,
     CHANNELS,
     BLOCK: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
-    """dy at the pixels ``rows``, BLOCK channels from ``first``; 0 outside. ``pixels``: those of the statistics."""
-    channels = first + tl.arange(0, BLOCK)
-    inside = channels < CHANNELS
-    places = rows[:, None] * CHANNELS + channels[None, :]
-    tile_inside = row_inside[:, None] & inside[None, :]
-    value = tl.load(g + places, tile_inside, other=0.0)
-    if bits is not None:
-        # Selected, not multiplied: what the ReLU held back may be infinite or NaN.
-        value = tl.where(bits_tile(bits, rows, row_inside, first, CHANNELS, BLOCK), value, 0.0)
+    """dy at the pixels ``rows``, BLOCK channels from ``first``, whose terms are given; ``PADDED`` as in ``activated``.
+
+    dy = scale (dz - level - (y - mean) slope); of 16 bits two multiply-adds, as in ``normed``.
+    """
+    value = masked_tile(g, bits, rows, row_inside, first, CHANNELS, BLOCK)
     if mean is not None:
-        centre, scale, offset = channel_affine(mean, invstd, weight, bias, channels, inside)
         dz = value.to(tl.float32)
         if y is not None:
-            centred = tl.load(y + places, tile_inside, other=0.0).to(tl.float32) - centre[None, :]
+            channels = first + tl.arange(0, BLOCK)
+            seen = tile_of(y, rows, row_inside, channels, channels < CHANNELS, CHANNELS)
             if bits is None:
-                dz = tl.where(centred * scale[None, :] + offset[None, :] <= 0, 0.0, dz)
-            if sum_dz is not None:
-                level = tl.load(sum_dz + channels, inside, 0.0) / pixels
-                slope = (
-                    tl.load(sum_dz_xhat + channels, inside, 0.0)
-                    * tl.load(invstd + channels, inside, 0.0)
-                    / pixels
-                )
-                dz = dz - level[None, :] - centred * slope[None, :]
-        value = tl.where(row_inside[:, None], dz * scale[None, :], 0.0).to(g.dtype.element_ty)
+                dz = tl.where(normed(seen, centre, scale, offset) <= 0, 0.0, dz)
+            if sum_dz is None:
+                dy = dz * scale[None, :]
+            elif value.dtype == tl.float32:
+                dy = (dz - level[None, :] - (seen - centre[None, :]) * slope[None, :]) * scale[None, :]
+            else:
+                dy = dz * scale[None, :] - (seen.to(tl.float32) * slope[None, :] + level[None, :])
+        else:
+            dy = dz * scale[None, :]
+        if PADDED:
+            dy *= row_inside.to(tl.float32)[:, None]
+        value = dy.to(value.dtype)
     return value
 
 
@@ -140,6 +195,17 @@ def pixel_of(rows, HEIGHT, WIDTH):
     """Image, row and column of pixels that are counted through images of HEIGHT x WIDTH."""
     line = rows // WIDTH
     return line // HEIGHT, line % HEIGHT, rows % WIDTH
+
+
+@triton.jit
+def pixels_later(image, h, w, more_images, more_h, more_w, HEIGHT, WIDTH):
+    """``pixel_of`` of pixels that are later by so many images, rows and columns; divides nothing."""
+    w += more_w
+    over = (w >= WIDTH).to(tl.int32)
+    w -= over * WIDTH
+    h += more_h + over
+    over = (h >= HEIGHT).to(tl.int32)
+    return image + more_images + over, h - over * HEIGHT, w
 
 
 @triton.jit
@@ -156,11 +222,13 @@ def taps_inside(first, DILATION, SIZE, TAPS: tl.constexpr):
 def store_tile_sums(da, y, mean, invstd, weight, bias, sums, tile, tiles, rows, inside, channels, CHANNELS):
     """The sums over a tile's pixels of dz and of dz * (y - mean), dz = da behind relu(bn(y)), for ``sum_tiles``."""
     channel_inside = channels < CHANNELS
-    centre, scale, offset = channel_affine(mean, invstd, weight, bias, channels, channel_inside)
+    centre, scale, offset = channel_affine(
+        mean, invstd, weight, bias, channels, channel_inside, y.dtype.element_ty
+    )
     whole = inside[:, None] & channel_inside[None, :]
-    value = tl.load(y + rows[:, None] * CHANNELS + channels[None, :], whole, other=0.0)
-    centred = value.to(tl.float32) - centre[None, :]
-    dz = tl.where((centred * scale[None, :] + offset[None, :] <= 0) | ~whole, 0.0, da)
+    value = tile_of(y, rows, inside, channels, channel_inside, CHANNELS)
+    dz = tl.where((normed(value, centre, scale, offset) <= 0) | ~whole, 0.0, da)
     place = sums + tile * CHANNELS + channels
     tl.store(place, tl.sum(dz, 0), channel_inside)
+    centred = value.to(tl.float32) - centre[None, :]
     tl.store(place + tiles * CHANNELS, tl.sum(dz * centred, 0), channel_inside)

@@ -21,7 +21,15 @@ from resnet_fused.kernels.problem import (
     touched,
     window_sizes,
 )
-from resnet_fused.kernels.tiles import activation_tile, gradient_tile, pixel_of
+from resnet_fused.kernels.tiles import (
+    activated,
+    activation_terms,
+    gradient_terms,
+    gradient_tile,
+    pixel_of,
+    pixels_later,
+    tile_of,
+)
 from resnet_fused.reference.operands import Activation, Gradient, Window
 
 
@@ -71,29 +79,52 @@ def wgrad_kernel(
     channels = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     per_split = tl.cdiv(tl.cdiv(PIXELS, BLOCK_M), tl.num_programs(2))
     start = tl.program_id(2) * per_split * BLOCK_M
+    down, right = tap // KERNEL_W * DILATION_H - PAD_H, tap % KERNEL_W * DILATION_W - PAD_W
+    output_inside, channel_inside = outputs < OUTPUTS, channels < CHANNELS
+    centre, scale, offset, level, slope = gradient_terms(
+        y,
+        mean,
+        invstd,
+        weight,
+        bias,
+        sum_dz,
+        sum_dz_xhat,
+        1.0 / PIXELS,
+        outputs,
+        output_inside,
+        g.dtype.element_ty,
+    )
+    x_centre, x_scale, x_offset, x_level = activation_terms(
+        x_mean, x_invstd, x_weight, x_bias, x_shift, channels, channel_inside, x.dtype.element_ty
+    )
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    if not POINTWISE:
+        image, out_h, out_w = pixel_of(start + tl.arange(0, BLOCK_M), OUT_HEIGHT, OUT_WIDTH)
+        more_images, more_h, more_w = pixel_of(BLOCK_M, OUT_HEIGHT, OUT_WIDTH)
     for step in range(per_split):
         rows = start + step * BLOCK_M + tl.arange(0, BLOCK_M)
         row_inside = rows < PIXELS
+        # a is 0 in rows outside.
         dy = gradient_tile(
-            g, bits, y, mean, invstd, weight, bias, sum_dz, sum_dz_xhat, PIXELS, rows, row_inside, first, OUTPUTS,
-            BLOCK_N,
+            g, bits, y, mean, sum_dz, centre, scale, offset, level, slope, rows, row_inside, first, OUTPUTS, BLOCK_N,
+            False,
         )  # fmt: skip
         if POINTWISE:
             source, inside = rows, row_inside
         else:
-            image, out_h, out_w = pixel_of(rows, OUT_HEIGHT, OUT_WIDTH)
-            h = out_h * STRIDE_H + tap // KERNEL_W * DILATION_H - PAD_H
-            w = out_w * STRIDE_W + tap % KERNEL_W * DILATION_W - PAD_W
+            h, w = out_h * STRIDE_H + down, out_w * STRIDE_W + right
             inside = row_inside & (h >= 0) & (h < HEIGHT) & (w >= 0) & (w < WIDTH)
             source = (image * HEIGHT + h) * WIDTH + w
-        a = activation_tile(
-            x, x_mean, x_invstd, x_weight, x_bias, x_shift, source, inside, channels, CHANNELS
-        )
+        value = tile_of(x, source, inside, channels, channel_inside, CHANNELS)
+        a = activated(value, x_mean, x_shift, x_centre, x_scale, x_offset, x_level, inside, True)
         acc = tl.dot(tl.trans(dy), a, acc, input_precision=PRECISION)
+        if not POINTWISE:
+            image, out_h, out_w = pixels_later(
+                image, out_h, out_w, more_images, more_h, more_w, OUT_HEIGHT, OUT_WIDTH
+            )
     columns = tl.num_programs(0) // tiles_k * CHANNELS
     part = parts + tl.program_id(2) * OUTPUTS * columns
-    inside = (outputs < OUTPUTS)[:, None] & (channels < CHANNELS)[None, :]
+    inside = output_inside[:, None] & channel_inside[None, :]
     tl.store(part + outputs[:, None] * columns + tap * CHANNELS + channels[None, :], acc, inside)
 
 
