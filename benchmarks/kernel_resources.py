@@ -26,7 +26,16 @@ from torch import Tensor
 
 from resnet_fused.kernels.launch import Config, Launch, compiler_options
 
-__all__ = ["ARCHITECTURES", "CompileError", "Resources", "Specialisation", "compile_all", "compiled", "main"]
+__all__ = [
+    "ARCHITECTURES",
+    "CompileError",
+    "Resources",
+    "Specialisation",
+    "binary",
+    "compile_all",
+    "compiled",
+    "main",
+]
 
 #: Compute capability: bytes of shared memory that a program may have.
 ARCHITECTURES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -169,8 +178,8 @@ def _type(kernel: str, name: str, value: object) -> str:
     raise TypeError(f"{kernel}: {name} is {kind}, which kernels do not take")
 
 
-def compiled(what: Specialisation, arch: int) -> Resources:
-    """What it needs on an architecture, a key of ``ARCHITECTURES``.
+def binary(what: Specialisation, arch: int) -> Any:
+    """It as Triton's CompiledKernel, for an architecture, a key of ``ARCHITECTURES``.
 
     Raises:
         CompileError: it does not compile; the message says why.
@@ -186,26 +195,31 @@ def compiled(what: Specialisation, arch: int) -> Resources:
     source = ASTSource(what.function(), dict(what.signature), dict(what.constants), divisible)
     options = compiler_options(Config(warps=what.warps, stages=what.stages), arch)
     try:
-        binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except (
         CompilationError,
         PTXASError,
         RuntimeError,
     ) as error:  # RuntimeError: a pass of the compiler failed
         raise CompileError(f"{what.name} {what.config} on sm_{arch} does not compile: {error}") from error
-    usage, ptx = _usage(binary.asm["cubin"]), binary.asm["ptx"]
+
+
+def compiled(what: Specialisation, arch: int) -> Resources:
+    """What it needs on an architecture; raises as ``binary`` does."""
+    made = binary(what, arch)
+    usage, ptx = _usage(made.asm["cubin"]), made.asm["ptx"]
     # The driver's own KiB, which newer cubins list; the limits leave it out.
     static = usage["SHARED"] - (1024 if arch >= 90 and usage["SHARED"] else 0)
     products = frozenset(
         "tf32" if kind == "f32" and "inputPrecision = tf32" in operands else kind
-        for operands, kind in _DOT.findall(binary.asm["ttir"])
+        for operands, kind in _DOT.findall(made.asm["ttir"])
     )
     instructions = _MMA.findall(ptx)
     return Resources(
         registers=usage["REG"],
         # Spills are part of the stack, and Triton's kernels have nothing else there.
         spill_bytes=usage["STACK"] + usage["LOCAL"],
-        shared_bytes=binary.metadata.shared + static,
+        shared_bytes=made.metadata.shared + static,
         mma=len(instructions) if products else None,
         wgmma=instructions.count("wgmma.mma_async"),
         products=products,

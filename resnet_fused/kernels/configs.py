@@ -8,7 +8,8 @@ hold. It decides alone where nothing is measured; on a GPU ``tuning`` measures.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -76,9 +77,17 @@ def multiprocessors(x: Tensor) -> int:
 
 
 def gemm_configs(
-    x: Tensor, m: int, n: int, k: int, *, loaded: int = 1, epilogue: int = 1, products: int = 1
+    x: Tensor,
+    m: int,
+    n: int,
+    k: int,
+    *,
+    taps: int = 1,
+    loaded: int = 1,
+    epilogue: int = 1,
+    products: int = 1,
 ) -> list[Config]:
-    """For a result of m x n with sums of k products.
+    """For a result of m x n with sums of k products at each of some taps.
 
     Args:
         loaded: tiles of block_m x block_k that an operand is made of.
@@ -96,14 +105,15 @@ def gemm_configs(
         slots = processors * (2 if warps == 4 else 1)
         waves = cdiv(tiles, slots) * slots
         cost = waves * block_m * block_n * (1 + COPIED / block_m + MADE * loaded / block_n)
-        for block_k in {tile(k, 64), tile(k, 32)}:
+        for block_k in {tile(k, row // x.element_size()) for row in (64, 128)}:  # bytes
             made = loaded * block_k * block_m
             if limits is HOPPER:
                 held = products * block_m * block_n + max(made // 2, (epilogue - 1) * block_m * block_n)
             else:
                 held = products * block_m * block_n + max(made, epilogue * block_m * block_n)
             stage = (loaded * block_m + block_n) * block_k * x.element_size()
-            stages = min(4, limits.gemm_shared // stage)
+            # No more than there are steps: what is not needed is another program's.
+            stages = min(4, max(2, taps * cdiv(k, block_k)), limits.gemm_shared // stage)
             most = limits.gemm if warps == 8 else EVERYWHERE.gemm
             if held > most * 32 * warps or stages < 2:
                 continue
@@ -111,7 +121,7 @@ def gemm_configs(
             scored.append(
                 (cost * padded * (1 + 4 / block_k), Config(block_m, block_n, block_k, warps, stages))
             )
-    return [config for _, config in sorted(scored, key=lambda pair: (pair[0], str(pair[1])))]
+    return _varied(scored, lambda config: (config.block_m, config.block_n, config.warps))
 
 
 def sum_configs(
@@ -153,5 +163,15 @@ def sum_configs(
         parts = 0 if splits == 1 else 8 * splits * n * k * taps
         cost = work / FLOPS + parts / BANDWIDTH
         scored.append((cost, Config(block_m, block_n, block_k, warps, stages, splits)))
-    found = [config for _, config in sorted(scored, key=lambda pair: (pair[0], str(pair[1])))]
+    found = _varied(scored, lambda config: (config.block_n, config.block_k, config.splits))
     return list(dict.fromkeys(found))
+
+
+def _varied(scored: list[tuple[float, Config]], kind: Callable[[Config], object]) -> list[Config]:
+    """The cheapest first, then rather another kind than nearly the same again: only the first few are measured."""
+    seen: Counter[object] = Counter()
+    ranked = []
+    for cost, config in sorted(scored, key=lambda pair: (pair[0], str(pair[1]))):
+        ranked.append((cost * (1 + seen[kind(config)] / 4), config))
+        seen[kind(config)] += 1
+    return [config for _, config in sorted(ranked, key=lambda pair: (pair[0], str(pair[1])))]

@@ -120,7 +120,7 @@ def conv_kernel(
 def configs(source: Activation, conv: Tensor, window: Window, *_: object) -> list[Config]:
     height, width = window.out_size(source.x, conv)
     pixels = source.x.shape[0] * height * width
-    return gemm_configs(source.x, pixels, conv.shape[0], source.x.shape[1])
+    return gemm_configs(source.x, pixels, *conv.shape[:2], taps=conv.shape[2] * conv.shape[3])
 
 
 def conv_stats(

@@ -166,9 +166,10 @@ def _pixels_of_a_class(x: Tensor, window: Window) -> int:
 
 
 def configs(gradient: Gradient, conv: Tensor, window: Window, below: Activation, *_: object) -> list[Config]:
-    outputs, channels = conv.shape[:2]
+    outputs, channels, *kernel = conv.shape
+    taps = cdiv(kernel[0] * kernel[1], window.stride[0] * window.stride[1])
     pixels, loaded = _pixels_of_a_class(below.x, window), 1 if gradient.y is None else 2
-    return gemm_configs(below.x, pixels, channels, outputs, loaded=loaded, epilogue=2)
+    return gemm_configs(below.x, pixels, channels, outputs, taps=taps, loaded=loaded, epilogue=2)
 
 
 def dgrad(

@@ -1,0 +1,202 @@
+"""What the kernels of a training step ask of the schedulers of an H100: ``python -m benchmarks.kernel_instructions [--help]``.
+
+Without a GPU: every pass is compiled for sm_90, the instructions in its loop are counted, and how often programs go
+through it is known. A multiprocessor issues four instructions in a cycle at best. Where that takes longer than memory
+and tensor cores need, a kernel is late before anything stalls. It is a lower bound of the time, not an estimate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.kernel_resources import Specialisation, binary, specialisation
+from benchmarks.page import show
+from benchmarks.roofline import H100
+from benchmarks.roofline_model import Kernel
+from resnet_fused.kernels.configs import MULTIPROCESSORS
+from resnet_fused.kernels.launch import Launch, cdiv
+from resnet_fused.plan import PASSES, launches
+from resnet_fused.reference.resnet import ARCHITECTURES
+
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+#: Instructions of a warp that a multiprocessor issues at a time, and its cycles in a second, as under load.
+ISSUED, CLOCK = 4, 1.7e9
+#: Part of the instructions outside of loops that a program runs, of paths for all shapes. Assumed.
+STRAIGHT = 0.7
+_LABEL = re.compile(r"\s*(\.L_\w+):")
+_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);")
+_BRANCH = re.compile(r"\bBRA\b.*`\((\.L_\w+)\)")
+_PRODUCT = re.compile(r"\b(?:HGMMA|HMMA)\b")
+
+
+@dataclass(frozen=True)
+class Code:
+    """Instructions of a kernel: in each loop that multiplies, in order, and in all else."""
+
+    loops: tuple[int, ...]
+    rest: int
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Seconds that a launch takes at least, by what it waits for."""
+
+    issue: float
+    memory: float
+    products: float
+
+    @property
+    def limit(self) -> float:
+        """The roofline's."""
+        return max(self.memory, self.products)
+
+    @property
+    def late(self) -> float:
+        return max(0.0, self.issue - self.limit)
+
+
+def code_of(listing: str) -> Code:
+    """From what nvdisasm prints of one kernel."""
+    labels: dict[str, int] = {}
+    lines: list[str] = []
+    for line in listing.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(lines)
+        elif instruction := _INSTRUCTION.match(line):
+            lines.append(instruction[1])
+    found = []
+    for end, line in enumerate(lines):
+        branch = _BRANCH.search(line)
+        begin = labels.get(branch[1], end) if branch else end
+        if begin < end and any(_PRODUCT.search(each) for each in lines[begin : end + 1]):
+            found.append((begin, end))
+    inner = [
+        (begin, end)
+        for begin, end in found
+        if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in found)
+    ]
+    loops = tuple(end - begin + 1 for begin, end in inner)
+    return Code(loops, len(lines) - sum(loops))
+
+
+def steps_of(launch: Launch) -> list[float]:
+    """How often a program goes through each of its loops."""
+    given, config = {**launch.arguments, **launch.constants}, launch.config
+    if launch.name in ("wgrad", "gram", "folded_wgrad"):
+        return [cdiv(cdiv(given["PIXELS"], config.splits), config.block_m)]
+    channels = cdiv(given["CHANNELS"], config.block_k)
+    if launch.name == "conv":
+        return [given["KERNEL_H"] * given["KERNEL_W"] * channels]
+    if launch.name == "expand":
+        skip = [] if given["skip_conv"] is None else [cdiv(given["SKIP_CHANNELS"], config.block_k)]
+        return [channels, *skip]
+    outputs = cdiv(given["OUTPUTS"], config.block_k)
+    if launch.name == "folded_dgrad":
+        return [outputs, channels]
+    if launch.name == "dgrad":
+        taps = given["KERNEL_H"] * given["KERNEL_W"] / (given["STRIDE_H"] * given["STRIDE_W"])
+        return [max(1.0, taps) * outputs]
+    raise ValueError(f"{launch.name} is no pass over activations: choose of {', '.join(PASSES)}")
+
+
+def bound(launch: Launch, code: Code) -> Bound:
+    """Loops that the compiler made one of stand for both."""
+    loops = code.loops or (0,)
+    steps = steps_of(launch)
+    each = sum(count * loops[min(i, len(loops) - 1)] for i, count in enumerate(steps)) + STRAIGHT * code.rest
+    cycles = math.prod(launch.grid) * launch.config.warps * each / ISSUED / MULTIPROCESSORS
+    kernel = Kernel(launch.name, "", "", launch.bytes, launch.flops)
+    return Bound(cycles / CLOCK, H100.memory_seconds(kernel), H100.compute_seconds(kernel))
+
+
+def disassembled(what: Specialisation) -> Code:
+    """Compiles a kernel for sm_90 and counts; raises CompileError where it does not compile."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary(what, 90).asm["cubin"])
+        file.flush()
+        listing = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    return code_of(listing)
+
+
+def bounds_of(arch: str, batch: int) -> list[tuple[Launch, Bound]]:
+    """Of all passes of a step in bf16."""
+    passes = [launch for launch in launches(arch, batch, "bf16") if launch.name in PASSES]
+    needed = list(dict.fromkeys(map(specialisation, passes)))
+    with ThreadPoolExecutor() as pool:
+        codes = dict(zip(needed, pool.map(disassembled, needed), strict=True))
+    return [(launch, bound(launch, codes[specialisation(launch)])) for launch in passes]
+
+
+def kernel_table(found: Sequence[tuple[Launch, Bound]]) -> str:
+    """By kernel, in milliseconds of a step."""
+    lines = [
+        "| kernel | launches | memory ms | tensor cores ms | roofline ms | instructions ms | late ms |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+
+    def add(name: str, bounds: Iterable[Bound]) -> None:
+        bounds = list(bounds)
+        columns = (
+            [getattr(b, field) for b in bounds] for field in ("memory", "products", "limit", "issue", "late")
+        )
+        figures = " | ".join(f"{sum(column) * 1e3:.2f}" for column in columns)
+        lines.append(f"| {name} | {len(bounds)} | {figures} |")
+
+    for name in PASSES:
+        add(name, [b for launch, b in found if launch.name == name])
+    add("all", [b for _, b in found])
+    return "\n".join(lines)
+
+
+def late_table(found: Sequence[tuple[Launch, Bound]], most: int) -> str:
+    """The launches that are latest, alike ones together."""
+    groups: dict[tuple[str, str, str, Bound], int] = {}
+    for launch, b in found:
+        shape = "x".join(map(str, next(iter(launch.arguments.values())).shape))
+        key = (launch.name, str(launch.config), shape, b)
+        groups[key] = groups.get(key, 0) + 1
+    lines = [
+        "| kernel | configuration | first operand | launches | roofline us | instructions us |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
+    ]
+    for (name, config, shape, b), count in sorted(
+        groups.items(), key=lambda item: -item[0][3].late * item[1]
+    )[:most]:
+        lines.append(f"| {name} | {config} | {shape} | {count} | {b.limit * 1e6:.0f} | {b.issue * 1e6:.0f} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_instructions", description=__doc__)
+    parser.add_argument("--arch", default="resnet50", choices=ARCHITECTURES, metavar="ARCH")
+    parser.add_argument("--batch", type=int, default=256, help="images a step (default: 256)")
+    parser.add_argument(
+        "--most", type=int, default=12, help="launches that are shown by themselves (default: 12)"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="put the tables of ResNet-50 into docs/performance.md"
+    )
+    options = parser.parse_args(arguments)
+    if options.batch < 2 or options.most < 1:
+        parser.error("--batch must be at least 2 and --most at least 1")
+    if options.write and (options.arch, options.batch) != ("resnet50", 256):
+        parser.error("the page shows resnet50 at batch 256: leave out --arch and --batch")
+    found = bounds_of(options.arch, options.batch)
+    tables = {"kernels": kernel_table(found), "late": late_table(found, options.most)}
+    return show(tables, PAGE, options.write)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
