@@ -1,4 +1,4 @@
-"""What the kernels of a training step ask of the schedulers of an H100: ``python -m benchmarks.kernel_instructions [--help]``.
+"""What a step asks of the schedulers of an H100: ``python -m benchmarks.kernel_instructions [--help]``.
 
 Without a GPU: every pass is compiled for sm_90, the instructions in its loop are counted, and how often programs go
 through it is known. A multiprocessor issues four instructions in a cycle at best. Where that takes longer than memory
