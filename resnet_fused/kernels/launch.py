@@ -46,6 +46,18 @@ class Config:
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
 
 
+def _told_apart(arguments: Mapping[str, Any]) -> list[Any]:
+    """By what Triton compiles kernels anew: types, alignment to 16 bytes, sizes of 1 and multiples of 16."""
+    return [
+        (x.dtype, x.data_ptr() % 16)
+        if isinstance(x, Tensor)
+        else (x % 16 if x != 1 else "one")
+        if type(x) is int
+        else x
+        for x in arguments.values()
+    ]
+
+
 @dataclass(frozen=True)
 class Launch:
     """One launch of a kernel.
@@ -138,8 +150,7 @@ def _start(
         with torch.cuda.device(device):
             return _start(kernel, grid, arguments, constants, config)
     # Triton's own search takes as long as all else that a launch takes of the processor: it is left out the next time.
-    told_apart = [(x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in arguments.values()]
-    seen = (kernel.fn, device, config.warps, config.stages, *told_apart, *constants.values())
+    seen = (kernel.fn, device, config.warps, config.stages, *_told_apart(arguments), *constants.values())
     found = _compiled.get(seen)
     if found is None:
         options = compiler_options(config, architecture(device))

@@ -119,7 +119,7 @@ def packed_bits(kept, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 def gradient_terms(
     y, mean, invstd, weight, bias, sum_dz, sum_dz_xhat, per_pixel, channels, inside, dtype: tl.constexpr
 ):
-    """What ``gradient_of`` needs to know of channels; zeros for what there is not. ``per_pixel``: 1 / pixels."""
+    """What ``gradient_tile`` needs to know of channels; zeros for what there is not. ``per_pixel``: 1 / pixels."""
     nothing = tl.zeros(channels.shape, tl.float32)
     centre, scale, offset, level, slope = nothing, nothing, nothing, nothing, nothing
     if mean is not None:

@@ -32,6 +32,8 @@ from resnet_fused.reference.passes import Fields, activation, gradient, nothing,
 
 #: Elements of a tensor that Triton kernels can address: they count in 32 bits.
 COUNTABLE = 2**31
+#: Rows or columns of a kernel that they have a bit for.
+MOST_TAPS = 31
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
 
 
@@ -140,7 +142,8 @@ def _conv_stats(
         return y, *(batch_norm_stats(y, eps) if measure else nothing(y, 3))
 
     height, width = geometry.out_size(a.x, conv)
-    if not runs_triton(a.x, groups) or len(a.x) * height * width * len(conv) >= COUNTABLE:
+    countable = len(a.x) * height * width * len(conv) < COUNTABLE and max(conv.shape[2:]) <= MOST_TAPS
+    if not runs_triton(a.x, groups) or not countable:
         return vendor()
     sizes = (*a.x.shape, *conv.shape, *stride, *padding, *dilation, *_given(source[1:]), measure)
     found: tuple[Tensor, Tensor, Tensor, Tensor]
@@ -412,8 +415,8 @@ def _dgrad(
                 da[:, :, :: every[0], :: every[1]] += gradient_of(Gradient(residual, residual_bits))
         return da, *_sums_below(da, source)
 
-    strided_and_dilated = max(stride) > 1 and max(dilation) > 1
-    if not runs_triton(source.x, groups) or not runs_triton(given.g) or strided_and_dilated:
+    unknown = (max(stride) > 1 and max(dilation) > 1) or max(conv.shape[2:]) > MOST_TAPS
+    if not runs_triton(source.x, groups) or not runs_triton(given.g) or unknown:
         return vendor()
     flags = _given((*dy[1:], *below[1:], residual, residual_bits))
     sizes = (*source.x.shape, *conv.shape, *stride, *padding, *dilation, *every, *flags)

@@ -65,16 +65,24 @@ def test_a_launch_like_the_last_is_not_searched_for_again(kernel: Kernel) -> Non
     assert kernel.ran == [((2, 1, 1), other, None, 5, 32)]
 
 
+@pytest.mark.parametrize("size", [21, 37])
+def test_sizes_alike_are_not_compiled_apart(kernel: Kernel, size: int) -> None:
+    start(kernel, torch.empty(8))
+    start(kernel, torch.empty(8), size=size)
+    assert len(kernel.compiled) == 1 and kernel.ran[0][3] == size
+
+
 @pytest.mark.parametrize(
     "other",
     [
         {"x": torch.empty(8, dtype=torch.float16)},
         {"x": torch.empty(8)[1:]},
         {"size": 16},
+        {"size": 1},
         {"block": 64},
         {"warps": 8},
     ],
-    ids=["dtype", "alignment", "size", "constant", "warps"],
+    ids=["dtype", "alignment", "by 16", "one", "constant", "warps"],
 )
 def test_what_triton_tells_apart_is_compiled_apart(kernel: Kernel, other: dict[str, Any]) -> None:
     start(kernel, torch.empty(8))

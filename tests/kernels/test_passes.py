@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import resnet_fused
+from resnet_fused.kernels.launch import observing
 from resnet_fused.ops import passes
 from resnet_fused.reference import passes as reference
 from resnet_fused.reference.layout import pack_mask
@@ -273,3 +274,15 @@ def test_what_a_relu_held_back_may_be_nan(device: str) -> None:
             *passes.dgrad([*Gradient(g, bits)], conv, *Window(), [*x], None, None, (1, 1)),
         ]
     assert not any(t.isnan().any() for t in found)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("taps", "family"), [(31, ["conv", "dgrad"]), (32, [])])
+def test_kernels_with_more_taps_than_bits(taps: int, family: list[str], device: str) -> None:
+    m, seen = Maker(torch.float32, device), []
+    x, conv, window = Activation(m.activation(8, 33, 2)), m.conv(8, 8, taps, 1), Window((1, 1), (15, 0))
+    g = m.activation(8, 33 + 30 - taps + 1, 2)
+    with observing(lambda launch: seen.append(launch.name)):
+        check("conv_stats", m.dtype, [*x], conv, *window, 1e-5, False)
+        check("dgrad", m.dtype, [*Gradient(g)], conv, *window, [*x], None, None, (1, 1))
+    assert seen == family
