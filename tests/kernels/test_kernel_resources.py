@@ -320,7 +320,7 @@ class FakePlan(ModuleType):
 
     given: list[Launch]
 
-    def launches(self, arch: str, batch: int, dtype: str, image_size: int = 224) -> list[Launch]:
+    def launches(self, arch: str, batch: int, dtype: str, capability: int) -> list[Launch]:
         if arch != "toy":
             raise ValueError(f"unknown arch {arch!r}")
         return self.given
@@ -341,7 +341,7 @@ def test_rows(plan: FakePlan, capsys: pytest.CaptureFixture[str]) -> None:
     keys = "kernel arch config registers spill_bytes shared_bytes mma vector_load_bytes"
     assert {" ".join(x) for x in rows} == {keys}
     assert [(x["kernel"], x["arch"]) for x in rows] == [
-        ("product", "sm_90"), ("product", "sm_80"), ("scale", "sm_90"), ("scale", "sm_80")
+        ("product", "sm_90"), ("scale", "sm_90"), ("product", "sm_80"), ("scale", "sm_80")
     ]  # fmt: skip
     assert rows[0]["config"] == "64x64x32 4w3s; *bf16; PRECISION=tf32"
     assert rows[3]["config"] == "1024 4w3s; *bf16; without shift; not by 16: factor"

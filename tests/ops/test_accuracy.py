@@ -12,7 +12,7 @@ from torch import Tensor
 from resnet_fused import functional as fused
 from resnet_fused.ops import Norm
 from resnet_fused.reference.layout import dense, memory_format
-from tests.accuracy import HOSTILE_CASES, Case, assert_as_accurate, hostile_input
+from tests.accuracy import HOSTILE_CASES, Case, assert_as_accurate, hostile_input, in_some_draw
 
 #: Both: fused or plain op of (case's tensors by name, training) to the output, with running statistics updated.
 Op = Callable[[dict[str, Tensor], bool], Tensor]
@@ -112,6 +112,7 @@ def gradient_for(case: Case, out: Tensor) -> Tensor:
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("hostile", HOSTILE_CASES)
 @pytest.mark.parametrize("name", OPS)
+@in_some_draw
 def test_accuracy(
     name: str, hostile: str, training: bool, dtype: torch.dtype, layout: str, device: str
 ) -> None:
