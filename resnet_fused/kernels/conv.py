@@ -24,7 +24,7 @@ from resnet_fused.kernels.problem import (
     touched,
     window_sizes,
 )
-from resnet_fused.kernels.tiles import activation_tile, pixel_of, taps_inside
+from resnet_fused.kernels.tiles import activation_tile, next_step, pixel_of, taps_inside
 from resnet_fused.reference.operands import Activation, Window
 
 
@@ -76,7 +76,6 @@ def conv_kernel(
         seen_w = taps_inside(left, DILATION_W, WIDTH, KERNEL_W)
         seen_h = tl.where(row_inside, seen_h, 0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # Counted instead of divided: the loop is as busy with addresses as with anything else.
     r, s, first = 0, 0, 0
     for _ in range(KERNEL_H * KERNEL_W * tl.cdiv(CHANNELS, BLOCK_K)):
         channels = first + tl.arange(0, BLOCK_K)
@@ -94,14 +93,10 @@ def conv_kernel(
             other=0.0,
         )
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        first += BLOCK_K
         if KERNEL_H * KERNEL_W > 1:
-            tap_done = first >= CHANNELS
-            first = tl.where(tap_done, 0, first)
-            s = tl.where(tap_done, s + 1, s)
-            row_done = s == KERNEL_W
-            s = tl.where(row_done, 0, s)
-            r = tl.where(row_done, r + 1, r)
+            r, s, first = next_step(r, s, first, CHANNELS, KERNEL_W, BLOCK_K)
+        else:
+            first += BLOCK_K
     out = acc.to(y.dtype.element_ty)
     column_inside = outputs < OUTPUTS
     whole = row_inside[:, None] & column_inside[None, :]

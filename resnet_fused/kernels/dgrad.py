@@ -29,6 +29,7 @@ from resnet_fused.kernels.tiles import (
     bits_tile,
     gradient_terms,
     gradient_tile,
+    next_step,
     pixel_of,
     store_tile_sums,
     taps_inside,
@@ -103,7 +104,6 @@ def dgrad_kernel(
         seen_w = taps_inside(out_w, -DILATION_W, OUT_WIDTH, KERNEL_W)
     per_pixel = 1.0 / (IMAGES * OUT_HEIGHT * OUT_WIDTH)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # Counted instead of divided, as in conv.
     i, j, first = 0, 0, 0
     for _ in range(taps_h * taps_w * tl.cdiv(OUTPUTS, BLOCK_K)):
         outputs = first + tl.arange(0, BLOCK_K)
@@ -127,14 +127,10 @@ def dgrad_kernel(
             other=0.0,
         )
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        first += BLOCK_K
         if KERNEL_H * KERNEL_W > 1:
-            tap_done = first >= OUTPUTS
-            first = tl.where(tap_done, 0, first)
-            j = tl.where(tap_done, j + 1, j)
-            row_done = j == taps_w
-            j = tl.where(row_done, 0, j)
-            i = tl.where(row_done, i + 1, i)
+            i, j, first = next_step(i, j, first, OUTPUTS, taps_w, BLOCK_K)
+        else:
+            first += BLOCK_K
     column_inside = channels < CHANNELS
     if residual is not None:
         kept = row_inside & (h % EVERY_H == 0) & (w % EVERY_W == 0)

@@ -219,6 +219,17 @@ def taps_inside(first, DILATION, SIZE, TAPS: tl.constexpr):
 
 
 @triton.jit
+def next_step(r, s, first, CHANNELS, TAPS_W, BLOCK: tl.constexpr):
+    """Row and column of the tap and the first channel of a loop's next step: counted, since divisions take longer."""
+    first += BLOCK
+    tap_done = first >= CHANNELS
+    first = tl.where(tap_done, 0, first)
+    s = tl.where(tap_done, s + 1, s)
+    row_done = s == TAPS_W
+    return tl.where(row_done, r + 1, r), tl.where(row_done, 0, s), first
+
+
+@triton.jit
 def store_tile_sums(da, y, mean, invstd, weight, bias, sums, tile, tiles, rows, inside, channels, CHANNELS):
     """The sums over a tile's pixels of dz and of dz * (y - mean), dz = da behind relu(bn(y)), for ``sum_tiles``."""
     channel_inside = channels < CHANNELS
