@@ -75,7 +75,7 @@ def conv_kernel(
         seen_h = taps_inside(top, DILATION_H, HEIGHT, KERNEL_H)
         seen_w = taps_inside(left, DILATION_W, WIDTH, KERNEL_W)
         seen_h = tl.where(row_inside, seen_h, 0)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     r, s, first = 0, 0, 0
     for _ in range(KERNEL_H * KERNEL_W * tl.cdiv(CHANNELS, BLOCK_K)):
         channels = first + tl.arange(0, BLOCK_K)
@@ -87,17 +87,17 @@ def conv_kernel(
         )
         b = tl.load(
             conv
-            + (outputs[None, :] * (KERNEL_H * KERNEL_W) + r * KERNEL_W + s) * CHANNELS
-            + channels[:, None],
-            (channels < CHANNELS)[:, None] & (outputs < OUTPUTS)[None, :],
+            + (outputs[:, None] * (KERNEL_H * KERNEL_W) + r * KERNEL_W + s) * CHANNELS
+            + channels[None, :],
+            (channels < CHANNELS)[None, :] & (outputs < OUTPUTS)[:, None],
             other=0.0,
         )
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(b, tl.trans(a), acc, input_precision=PRECISION)
         if KERNEL_H * KERNEL_W > 1:
             r, s, first = next_step(r, s, first, CHANNELS, KERNEL_W, BLOCK_K)
         else:
             first += BLOCK_K
-    out = acc.to(y.dtype.element_ty)
+    out = tl.trans(acc).to(y.dtype.element_ty)
     column_inside = outputs < OUTPUTS
     whole = row_inside[:, None] & column_inside[None, :]
     tl.store(y + rows[:, None] * OUTPUTS + outputs[None, :], out, whole)

@@ -103,7 +103,7 @@ def dgrad_kernel(
         seen_h = tl.where(row_inside, taps_inside(out_h, -DILATION_H, OUT_HEIGHT, KERNEL_H), 0)
         seen_w = taps_inside(out_w, -DILATION_W, OUT_WIDTH, KERNEL_W)
     per_pixel = 1.0 / (IMAGES * OUT_HEIGHT * OUT_WIDTH)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     i, j, first = 0, 0, 0
     for _ in range(taps_h * taps_w * tl.cdiv(OUTPUTS, BLOCK_K)):
         outputs = first + tl.arange(0, BLOCK_K)
@@ -126,11 +126,12 @@ def dgrad_kernel(
             (outputs < OUTPUTS)[:, None] & (channels < CHANNELS)[None, :],
             other=0.0,
         )
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION)
         if KERNEL_H * KERNEL_W > 1:
             i, j, first = next_step(i, j, first, OUTPUTS, taps_w, BLOCK_K)
         else:
             first += BLOCK_K
+    acc = tl.trans(acc)
     column_inside = channels < CHANNELS
     if residual is not None:
         kept = row_inside & (h % EVERY_H == 0) & (w % EVERY_W == 0)

@@ -40,17 +40,17 @@ def _product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for first in range(0, CHANNELS, BLOCK_K):
         channels = first + tl.arange(0, BLOCK_K)
         a = activation_tile(x, mean, invstd, weight, bias, shift, source, inside, channels, CHANNELS, False)
         b = tl.load(
-            conv + outputs[None, :] * CHANNELS + channels[:, None],
-            (channels < CHANNELS)[:, None] & (outputs < OUTPUTS)[None, :],
+            conv + outputs[:, None] * CHANNELS + channels[None, :],
+            (channels < CHANNELS)[None, :] & (outputs < OUTPUTS)[:, None],
             other=0.0,
         )
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    return acc
+        acc = tl.dot(b, tl.trans(a), acc, input_precision=PRECISION)
+    return tl.trans(acc)
 
 
 @triton.jit

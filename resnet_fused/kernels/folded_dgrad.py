@@ -64,7 +64,7 @@ def _input_gradient(
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     inside, column_inside = rows < PIXELS, columns < CHANNELS
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for first in range(0, OUTPUTS, BLOCK_K):
         outputs = first + tl.arange(0, BLOCK_K)
         dz = masked_tile(g, bits, rows, inside, first, OUTPUTS, BLOCK_K)
@@ -73,7 +73,7 @@ def _input_gradient(
             (outputs < OUTPUTS)[:, None] & column_inside[None, :],
             other=0.0,
         )
-        acc = tl.dot(dz, b, acc, input_precision=PRECISION)
+        acc = tl.dot(tl.trans(b), tl.trans(dz), acc, input_precision=PRECISION)
     if square is not None:
         source = rows
         if not POINTWISE:
@@ -85,13 +85,13 @@ def _input_gradient(
                 x, mean, invstd, weight, bias, shift, source, inside, channels, CHANNELS, False
             )
             b = tl.load(
-                square + columns[None, :] * CHANNELS + channels[:, None],
-                (channels < CHANNELS)[:, None] & column_inside[None, :],
+                square + columns[:, None] * CHANNELS + channels[None, :],
+                (channels < CHANNELS)[None, :] & column_inside[:, None],
                 other=0.0,
             )
-            acc = tl.dot(c, b, acc, input_precision=PRECISION)
-        acc += tl.load(vector + columns, column_inside, 0.0)[None, :]
-    out = acc.to(da.dtype.element_ty)
+            acc = tl.dot(b, tl.trans(c), acc, input_precision=PRECISION)
+        acc += tl.load(vector + columns, column_inside, 0.0)[:, None]
+    out = tl.trans(acc).to(da.dtype.element_ty)
     tl.store(da + rows[:, None] * CHANNELS + columns[None, :], out, inside[:, None] & column_inside[None, :])
     if sums is not None:
         store_tile_sums(

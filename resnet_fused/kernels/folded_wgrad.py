@@ -59,7 +59,11 @@ def _products(
     channels = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     per_split = tl.cdiv(tl.cdiv(PIXELS, BLOCK_M), tl.num_programs(2))
     start = tl.program_id(2) * per_split * BLOCK_M
-    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    LOADED: tl.constexpr = mean is None and shift is None  # the first operand, as in wgrad
+    if LOADED:
+        acc = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     channel_inside = channels < CHANNELS
     centre, scale, offset, level = activation_terms(
@@ -80,9 +84,14 @@ def _products(
         c = activated(value, mean, shift, centre, scale, offset, level, inside, False)
         if sums is not None:
             total += tl.sum(dz.to(tl.float32), 0)
-        acc = tl.dot(tl.trans(dz), c, acc, input_precision=PRECISION)
+        if LOADED:
+            acc = tl.dot(tl.trans(c), dz, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(tl.trans(dz), c, acc, input_precision=PRECISION)
         if not POINTWISE:
             image, h, w = pixels_later(image, h, w, more_images, more_h, more_w, OUT_HEIGHT, OUT_WIDTH)
+    if LOADED:
+        acc = tl.trans(acc)
     whole = (outputs < OUTPUTS)[:, None] & (channels < CHANNELS)[None, :]
     tl.store(part + outputs[:, None] * CHANNELS + channels[None, :], acc, whole)
     if sums is not None:

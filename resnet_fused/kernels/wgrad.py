@@ -97,7 +97,13 @@ def wgrad_kernel(
     x_centre, x_scale, x_offset, x_level = activation_terms(
         x_mean, x_invstd, x_weight, x_bias, x_shift, channels, channel_inside, x.dtype.element_ty
     )
-    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    # On sm_90 the second operand of a product comes from shared memory and the first one does if it is loaded as it
+    # is: what is computed is second. A first operand in registers would change while wgmma may still read it.
+    LOADED: tl.constexpr = x_mean is None and x_shift is None
+    if LOADED:
+        acc = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     if not POINTWISE:
         image, out_h, out_w = pixel_of(start + tl.arange(0, BLOCK_M), OUT_HEIGHT, OUT_WIDTH)
         more_images, more_h, more_w = pixel_of(BLOCK_M, OUT_HEIGHT, OUT_WIDTH)
@@ -117,11 +123,16 @@ def wgrad_kernel(
             source = (image * HEIGHT + h) * WIDTH + w
         value = tile_of(x, source, inside, channels, channel_inside, CHANNELS)
         a = activated(value, x_mean, x_shift, x_centre, x_scale, x_offset, x_level, inside, True)
-        acc = tl.dot(tl.trans(dy), a, acc, input_precision=PRECISION)
+        if LOADED:
+            acc = tl.dot(tl.trans(a), dy, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(tl.trans(dy), a, acc, input_precision=PRECISION)
         if not POINTWISE:
             image, out_h, out_w = pixels_later(
                 image, out_h, out_w, more_images, more_h, more_w, OUT_HEIGHT, OUT_WIDTH
             )
+    if LOADED:
+        acc = tl.trans(acc)
     columns = tl.num_programs(0) // tiles_k * CHANNELS
     part = parts + tl.program_id(2) * OUTPUTS * columns
     inside = output_inside[:, None] & channel_inside[None, :]
