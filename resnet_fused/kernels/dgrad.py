@@ -20,19 +20,21 @@ from resnet_fused.kernels.problem import (
     every_sizes,
     input_sizes,
     is_pointwise,
+    mask_words,
     new_activation,
     precision,
     row_matrix,
     window_sizes,
 )
 from resnet_fused.kernels.tiles import (
-    bits_tile,
     gradient_terms,
     gradient_tile,
+    masked_tile,
     next_step,
     pixel_of,
     store_tile_sums,
     taps_inside,
+    tile_of,
 )
 from resnet_fused.reference.operands import Activation, Gradient, Pair, Window
 
@@ -102,6 +104,16 @@ def dgrad_kernel(
         corner = (image * OUT_HEIGHT + out_h) * OUT_WIDTH + out_w
         seen_h = tl.where(row_inside, taps_inside(out_h, -DILATION_H, OUT_HEIGHT, KERNEL_H), 0)
         seen_w = taps_inside(out_w, -DILATION_W, OUT_WIDTH, KERNEL_W)
+    column_inside = channels < CHANNELS
+    whole = row_inside[:, None] & column_inside[None, :]
+    # What the epilogue needs is loaded before the loop, which hides how long that takes.
+    if residual is not None:
+        kept = row_inside & (h % EVERY_H == 0) & (w % EVERY_W == 0)
+        across, down = (WIDTH + EVERY_W - 1) // EVERY_W, (HEIGHT + EVERY_H - 1) // EVERY_H
+        added_rows = (image * down + h // EVERY_H) * across + w // EVERY_W
+        added = masked_tile(residual, residual_bits, added_rows, kept, tile_n * BLOCK_N, CHANNELS, BLOCK_N)
+    if sums is not None:
+        below_value = tile_of(below, rows, row_inside, channels, column_inside, CHANNELS)
     per_pixel = 1.0 / (IMAGES * OUT_HEIGHT * OUT_WIDTH)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     i, j, first = 0, 0, 0
@@ -132,29 +144,15 @@ def dgrad_kernel(
         else:
             first += BLOCK_K
     acc = tl.trans(acc)
-    column_inside = channels < CHANNELS
     if residual is not None:
-        kept = row_inside & (h % EVERY_H == 0) & (w % EVERY_W == 0)
-        across, down = (WIDTH + EVERY_W - 1) // EVERY_W, (HEIGHT + EVERY_H - 1) // EVERY_H
-        source = (image * down + h // EVERY_H) * across + w // EVERY_W
-        added = tl.load(
-            residual + source[:, None] * CHANNELS + channels[None, :],
-            kept[:, None] & column_inside[None, :],
-            other=0.0,
-        )
-        if residual_bits is not None:
-            column = tile_n * BLOCK_N
-            added = tl.where(bits_tile(residual_bits, source, kept, column, CHANNELS, BLOCK_N), added, 0.0)
         acc += added
     out = acc.to(da.dtype.element_ty)
-    tl.store(
-        da + rows[:, None] * CHANNELS + channels[None, :], out, row_inside[:, None] & column_inside[None, :]
-    )
+    tl.store(da + rows[:, None] * CHANNELS + channels[None, :], out, whole)
     if sums is not None:
         tile = tl.program_id(1) * (tl.num_programs(0) // tiles_n) + tile_m
         store_tile_sums(
-            out.to(tl.float32), below, below_mean, below_invstd, below_weight, below_bias, sums, tile,
-            tl.num_programs(0) // tiles_n * tl.num_programs(1), rows, row_inside, channels, CHANNELS,
+            out.to(tl.float32), below_value, below_mean, below_invstd, below_weight, below_bias, sums, tile,
+            tl.num_programs(0) // tiles_n * tl.num_programs(1), whole, channels, CHANNELS,
         )  # fmt: skip
 
 
@@ -198,10 +196,11 @@ def dgrad(
         dgrad_kernel,
         (tiles * cdiv(x.shape[1], config.block_n), classes),
         {
-            **gradient._asdict(), "conv": row_matrix(conv, x.dtype), "da": da,
+            **gradient._asdict(), "bits": mask_words(gradient.bits, outputs, config.block_k),
+            "conv": row_matrix(conv, x.dtype), "da": da,
             "below": summed.x, "below_mean": summed.mean, "below_invstd": summed.invstd,
             "below_weight": summed.weight, "below_bias": summed.bias, "sums": sums,
-            "residual": residual, "residual_bits": residual_bits,
+            "residual": residual, "residual_bits": mask_words(residual_bits, x.shape[1], config.block_n),
             **input_sizes(x), "OUT_HEIGHT": gradient.g.shape[2], "OUT_WIDTH": gradient.g.shape[3], "OUTPUTS": outputs,
             "IMAGES": x.shape[0], **window_sizes(window), **every_sizes(every),
         },

@@ -15,8 +15,15 @@ from torch import Tensor
 
 from resnet_fused.kernels.configs import gemm_configs
 from resnet_fused.kernels.launch import Config, cdiv, launch
-from resnet_fused.kernels.problem import every_sizes, new_activation, precision, row_matrix, touched
-from resnet_fused.kernels.tiles import activation_tile, channel_affine, normed, packed_bits, pixel_of
+from resnet_fused.kernels.problem import (
+    every_sizes,
+    mask_words,
+    new_activation,
+    precision,
+    row_matrix,
+    touched,
+)
+from resnet_fused.kernels.tiles import activation_tile, channel_affine, normed, pixel_of, store_bits, tile_of
 from resnet_fused.reference.layout import mask_shape
 from resnet_fused.reference.operands import Activation, Pair
 
@@ -105,13 +112,15 @@ def expand_kernel(
     outputs = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     inside, column_inside = rows < PIXELS, outputs < OUTPUTS
     whole = inside[:, None] & column_inside[None, :]
+    if skip_conv is None:  # before the loop, which hides how long that takes
+        other = tile_of(skip, rows, inside, outputs, column_inside, OUTPUTS)
     if conv is not None:
         z = _product(
             x, x_mean, x_invstd, x_weight, x_bias, x_shift, conv, rows, inside, outputs, CHANNELS, OUTPUTS,
             PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
-        z = tl.load(x + rows[:, None] * OUTPUTS + outputs[None, :], whole, other=0.0).to(tl.float32)
+        z = tile_of(x, rows, inside, outputs, column_inside, OUTPUTS).to(tl.float32)
     z = _normed(z, mean, invstd, weight, bias, outputs, OUTPUTS)
     if skip_conv is not None:
         source = rows
@@ -122,8 +131,6 @@ def expand_kernel(
             skip, None, None, None, None, skip_shift, skip_conv, source, inside, outputs, SKIP_CHANNELS, OUTPUTS,
             PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-    else:
-        other = tl.load(skip + rows[:, None] * OUTPUTS + outputs[None, :], whole, other=0.0).to(tl.float32)
     if skip_mean is not None:
         other = _normed(other, skip_mean, skip_invstd, skip_weight, skip_bias, outputs, OUTPUTS)
     z += other
@@ -133,13 +140,7 @@ def expand_kernel(
         tl.where(held, 0.0, z).to(out.dtype.element_ty),
         whole,
     )
-    pitch = (OUTPUTS + 7) // 8
-    places = tile_n * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
-    tl.store(
-        bits + rows[:, None] * pitch + places[None, :],
-        packed_bits(~held & whole, BLOCK_M, BLOCK_N),
-        inside[:, None] & (places < pitch)[None, :],
-    )
+    store_bits(bits, ~held & whole, rows, inside, tile_n * BLOCK_N, OUTPUTS, BLOCK_N)
 
 
 #: mean, invstd, weight and bias of a batch norm.
@@ -188,7 +189,8 @@ def expand(
             "skip": skip, "skip_shift": skip_shift,
             "skip_conv": None if skip_conv is None else row_matrix(skip_conv, x.dtype),
             **{f"skip_{name}": v for name, v in zip(_VECTORS, skip_norm, strict=True)},
-            "out": out, "bits": bits, "CHANNELS": x.shape[1], "SKIP_CHANNELS": skip.shape[1], "OUTPUTS": outputs,
+            "out": out, "bits": mask_words(bits, outputs, config.block_n),
+            "CHANNELS": x.shape[1], "SKIP_CHANNELS": skip.shape[1], "OUTPUTS": outputs,
             "PIXELS": pixels, "HEIGHT": skip.shape[2], "WIDTH": skip.shape[3],
             "OUT_HEIGHT": height, "OUT_WIDTH": width, **every_sizes(every),
         },

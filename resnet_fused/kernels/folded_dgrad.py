@@ -17,13 +17,14 @@ from resnet_fused.kernels.configs import gemm_configs
 from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.problem import (
     every_sizes,
+    mask_words,
     new_activation,
     precision,
     row_matrix,
     skip_fields,
     touched_of_both,
 )
-from resnet_fused.kernels.tiles import activation_tile, masked_tile, pixel_of, store_tile_sums
+from resnet_fused.kernels.tiles import activation_tile, masked_tile, pixel_of, store_tile_sums, tile_of
 from resnet_fused.reference.operands import Activation, Pair
 
 
@@ -64,6 +65,9 @@ def _input_gradient(
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     inside, column_inside = rows < PIXELS, columns < CHANNELS
+    whole = inside[:, None] & column_inside[None, :]
+    if sums is not None:  # before the loops, which hide how long that takes
+        below = tile_of(x, rows, inside, columns, column_inside, CHANNELS)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for first in range(0, OUTPUTS, BLOCK_K):
         outputs = first + tl.arange(0, BLOCK_K)
@@ -92,11 +96,11 @@ def _input_gradient(
             acc = tl.dot(b, tl.trans(c), acc, input_precision=PRECISION)
         acc += tl.load(vector + columns, column_inside, 0.0)[:, None]
     out = tl.trans(acc).to(da.dtype.element_ty)
-    tl.store(da + rows[:, None] * CHANNELS + columns[None, :], out, inside[:, None] & column_inside[None, :])
+    tl.store(da + rows[:, None] * CHANNELS + columns[None, :], out, whole)
     if sums is not None:
         store_tile_sums(
             out.to(tl.float32),
-            x,
+            below,
             mean,
             invstd,
             weight,
@@ -104,8 +108,7 @@ def _input_gradient(
             sums,
             tile_m,
             tiles_m,
-            rows,
-            inside,
+            whole,
             columns,
             CHANNELS,
         )
@@ -237,7 +240,8 @@ def folded_dgrad(
         folded_dgrad_kernel,
         (tiles * (cdiv(channels, config.block_n) + cdiv(others, config.block_n)),),
         {
-            "g": grad, "bits": bits, **factors.arguments(grad), **source._asdict(), "da": da, "sums": sums,
+            "g": grad, "bits": mask_words(bits, outputs, config.block_k), **factors.arguments(grad),
+            **source._asdict(), "da": da, "sums": sums,
             **skip_factors.arguments(grad, "skip_"), **skip_fields(skip), "dskip": dskip,
             "HEIGHT": x.shape[2], "WIDTH": x.shape[3], "CHANNELS": channels,
             "SKIP_HEIGHT": 0 if skip is None else skip.x.shape[2], "SKIP_WIDTH": 0 if skip is None else skip.x.shape[3],

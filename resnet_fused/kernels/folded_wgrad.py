@@ -13,7 +13,14 @@ from torch import Tensor
 from resnet_fused.kernels import reductions
 from resnet_fused.kernels.configs import sum_configs
 from resnet_fused.kernels.launch import Config, cdiv, launch
-from resnet_fused.kernels.problem import every_sizes, new_float, precision, skip_fields, touched_of_both
+from resnet_fused.kernels.problem import (
+    every_sizes,
+    mask_words,
+    new_float,
+    precision,
+    skip_fields,
+    touched_of_both,
+)
 from resnet_fused.kernels.tiles import (
     activated,
     activation_terms,
@@ -60,10 +67,7 @@ def _products(
     per_split = tl.cdiv(tl.cdiv(PIXELS, BLOCK_M), tl.num_programs(2))
     start = tl.program_id(2) * per_split * BLOCK_M
     LOADED: tl.constexpr = mean is None and shift is None  # the first operand, as in wgrad
-    if LOADED:
-        acc = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    acc = tl.zeros((BLOCK_K, BLOCK_N) if LOADED else (BLOCK_N, BLOCK_K), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     channel_inside = channels < CHANNELS
     centre, scale, offset, level = activation_terms(
@@ -185,7 +189,8 @@ def folded_wgrad(
             config.splits,
         ),
         {
-            "g": grad, "bits": bits, **source._asdict(), **skip_fields(skip), "parts": parts,
+            "g": grad, "bits": mask_words(bits, outputs, config.block_n),
+            **source._asdict(), **skip_fields(skip), "parts": parts,
             "HEIGHT": source.x.shape[2], "WIDTH": source.x.shape[3], "CHANNELS": channels,
             "SKIP_HEIGHT": 0 if skip is None else skip.x.shape[2], "SKIP_WIDTH": 0 if skip is None else skip.x.shape[3],
             "SKIP_CHANNELS": others, "OUT_HEIGHT": height, "OUT_WIDTH": width, "OUTPUTS": outputs, "PIXELS": pixels,

@@ -42,6 +42,14 @@ def new_activation(like: Tensor, channels: int, height: int, width: int) -> Tens
     )
 
 
+def mask_words(bits: Tensor | None, channels: int, block: int) -> Tensor | None:
+    """A mask (pixels, ceil(channels / 8)) as 32-bit words where whole words are read: bytes cannot be copied
+    asynchronously. The bits stay in place: the first byte of a word is its lowest."""
+    if bits is None or channels % 32 or block % 32:
+        return bits
+    return bits.view(torch.int32)
+
+
 def new_float(like: Tensor, *sizes: int) -> Tensor:
     return torch.empty(sizes, dtype=statistics_dtype(like.dtype), device=like.device)
 

@@ -96,23 +96,32 @@ def tile_of(x, rows, row_inside, channels, inside, CHANNELS):
 
 @triton.jit
 def bits_tile(bits, rows, row_inside, first, CHANNELS, BLOCK: tl.constexpr):
-    """Mask bits of BLOCK channels from ``first``, a multiple of 8, as booleans; one byte is loaded for eight."""
-    pitch = (CHANNELS + 7) // 8
-    places = first // 8 + tl.arange(0, BLOCK // 8)
+    """Mask bits of BLOCK channels from ``first``, a multiple of 8, as booleans; ``bits`` are bytes or words."""
+    WIDTH: tl.constexpr = bits.dtype.element_ty.primitive_bitwidth
+    pitch = (CHANNELS + WIDTH - 1) // WIDTH
+    places = first // WIDTH + tl.arange(0, BLOCK // WIDTH)
     packed = tl.load(
         bits + rows[:, None] * pitch + places[None, :],
         row_inside[:, None] & (places < pitch)[None, :],
         other=0,
     )
-    each = (packed.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    each = (packed.to(tl.int32)[:, :, None] >> tl.arange(0, WIDTH)[None, None, :]) & 1
     return tl.reshape(each, (rows.shape[0], BLOCK)) != 0
 
 
 @triton.jit
-def packed_bits(kept, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The bytes of a tile of booleans, (ROWS, BLOCK / 8)."""
-    each = tl.reshape(kept.to(tl.int32), (ROWS, BLOCK // 8, 8)) << tl.arange(0, 8)[None, None, :]
-    return tl.sum(each, 2).to(tl.uint8)
+def store_bits(bits, kept, rows, row_inside, first, CHANNELS, BLOCK: tl.constexpr):
+    """Writes a tile of booleans, BLOCK channels from ``first``, as mask bits; the counterpart of ``bits_tile``."""
+    WIDTH: tl.constexpr = bits.dtype.element_ty.primitive_bitwidth
+    pitch = (CHANNELS + WIDTH - 1) // WIDTH
+    places = first // WIDTH + tl.arange(0, BLOCK // WIDTH)
+    each = tl.reshape(kept.to(tl.int32), (rows.shape[0], BLOCK // WIDTH, WIDTH))
+    packed = tl.sum(each << tl.arange(0, WIDTH)[None, None, :], 2)
+    tl.store(
+        bits + rows[:, None] * pitch + places[None, :],
+        packed.to(bits.dtype.element_ty),
+        row_inside[:, None] & (places < pitch)[None, :],
+    )
 
 
 @triton.jit
@@ -230,14 +239,13 @@ def next_step(r, s, first, CHANNELS, TAPS_W, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_tile_sums(da, y, mean, invstd, weight, bias, sums, tile, tiles, rows, inside, channels, CHANNELS):
-    """The sums over a tile's pixels of dz and of dz * (y - mean), dz = da behind relu(bn(y)), for ``sum_tiles``."""
+def store_tile_sums(da, value, mean, invstd, weight, bias, sums, tile, tiles, whole, channels, CHANNELS):
+    """The sums over a tile's pixels of dz and of dz * (y - mean), dz = da behind relu(bn(y)), for ``sum_tiles``.
+
+    ``value``: the tile of y as it was loaded; ``whole``: which elements are inside.
+    """
     channel_inside = channels < CHANNELS
-    centre, scale, offset = channel_affine(
-        mean, invstd, weight, bias, channels, channel_inside, y.dtype.element_ty
-    )
-    whole = inside[:, None] & channel_inside[None, :]
-    value = tile_of(y, rows, inside, channels, channel_inside, CHANNELS)
+    centre, scale, offset = channel_affine(mean, invstd, weight, bias, channels, channel_inside, value.dtype)
     dz = tl.where((normed(value, centre, scale, offset) <= 0) | ~whole, 0.0, da)
     place = sums + tile * CHANNELS + channels
     tl.store(place, tl.sum(dz, 0), channel_inside)

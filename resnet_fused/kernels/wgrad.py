@@ -16,6 +16,7 @@ from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.problem import (
     input_sizes,
     is_pointwise,
+    mask_words,
     new_float,
     precision,
     touched,
@@ -100,10 +101,7 @@ def wgrad_kernel(
     # On sm_90 the second operand of a product comes from shared memory and the first one does if it is loaded as it
     # is: what is computed is second. A first operand in registers would change while wgmma may still read it.
     LOADED: tl.constexpr = x_mean is None and x_shift is None
-    if LOADED:
-        acc = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    acc = tl.zeros((BLOCK_K, BLOCK_N) if LOADED else (BLOCK_N, BLOCK_K), tl.float32)
     if not POINTWISE:
         image, out_h, out_w = pixel_of(start + tl.arange(0, BLOCK_M), OUT_HEIGHT, OUT_WIDTH)
         more_images, more_h, more_w = pixel_of(BLOCK_M, OUT_HEIGHT, OUT_WIDTH)
@@ -165,7 +163,8 @@ def wgrad(gradient: Gradient, source: Activation, conv: Tensor, window: Window, 
             config.splits,
         ),
         {
-            **gradient._asdict(), **{("x" if name == "x" else f"x_{name}"): v for name, v in source._asdict().items()},
+            **gradient._asdict(), "bits": mask_words(gradient.bits, outputs, config.block_n),
+            **{("x" if name == "x" else f"x_{name}"): v for name, v in source._asdict().items()},
             "parts": parts,
             **input_sizes(x), "OUT_HEIGHT": g.shape[2], "OUT_WIDTH": g.shape[3], "OUTPUTS": outputs, "PIXELS": pixels,
             **window_sizes(window), "KERNEL_W": kernel_w,
