@@ -83,7 +83,7 @@ SMALL = (
     ),
     (
         "the algebra of folded convolutions",
-        ("rectified_mean", "fold_statistics", "fold_dweight", "fold_matrix", "mean"),
+        ("rectified_mean", "fold_statistics", "merge_statistics", "fold_dweight", "fold_matrix", "mean"),
     ),
     (
         "running statistics, unbiased variances, batch counters",

@@ -107,9 +107,10 @@ def conv_kernel(
         count = tl.minimum(BLOCK_M, PIXELS - tile_m * BLOCK_M)
         tile_mean = tl.sum(value, 0) / count
         deviation = tl.where(whole, value - tile_mean[None, :], 0.0)
-        place = statistics + tile_m * OUTPUTS + outputs
+        tiles_m = tl.cdiv(PIXELS, BLOCK_M)
+        place = statistics + outputs * tiles_m + tile_m
         tl.store(place, tile_mean, column_inside)
-        tl.store(place + tl.cdiv(PIXELS, BLOCK_M) * OUTPUTS, tl.sum(deviation * deviation, 0), column_inside)
+        tl.store(place + OUTPUTS * tiles_m, tl.sum(deviation * deviation, 0), column_inside)
 
 
 def configs(source: Activation, conv: Tensor, window: Window, *_: object) -> list[Config]:

@@ -15,6 +15,9 @@ from torch import Tensor
 from resnet_fused.kernels.configs import tile
 from resnet_fused.kernels.launch import Config, cdiv, launch
 
+#: Channels from which the columns of W S are split over programs: fewer take at most 8 steps.
+SPLIT_FROM = 256
+
 
 @triton.jit
 def _tile(matrix, rows, columns, ROWS, COLUMNS):
@@ -46,11 +49,22 @@ def _covariance_product(
 
 
 @triton.jit
+def _store_statistics(total, square, moved, mean_y, true_mean, var, invstd, EPS, rows, inside):
+    # Selected by what is below zero: a NaN stays one.
+    variance = tl.where(square < 0, 0.0, square).to(tl.float32)
+    tl.store(mean_y + rows, total.to(tl.float32), inside)
+    tl.store(true_mean + rows, (total + moved).to(tl.float32), inside)
+    tl.store(var + rows, variance, inside)
+    tl.store(invstd + rows, tl.rsqrt(variance + EPS), inside)
+
+
+@triton.jit
 def fold_statistics_kernel(
     weight,
     mean,
     covariance,
     shift,
+    parts,
     mean_y,
     true_mean,
     var,
@@ -63,11 +77,12 @@ def fold_statistics_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """Columns of S are split over programs where ``parts``, (3, splits, OUTPUTS) float64, take what they have found."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     total = tl.zeros((BLOCK_M,), tl.float64)
     square = tl.zeros((BLOCK_M,), tl.float64)
     moved = tl.zeros((BLOCK_M,), tl.float64)
-    for start in range(0, CHANNELS, BLOCK_N):
+    for start in range(tl.program_id(1) * BLOCK_N, CHANNELS, tl.num_programs(1) * BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         acc = _covariance_product(weight, covariance, rows, columns, OUTPUTS, CHANNELS, PRECISION, BLOCK_K)
         w = _tile(weight, rows, columns, OUTPUTS, CHANNELS).to(tl.float64)
@@ -76,13 +91,30 @@ def fold_statistics_kernel(
         square += tl.sum(w * acc.to(tl.float64), 1)
         if shift is not None:
             moved += tl.sum(w * tl.load(shift + columns, columns < CHANNELS, 0.0).to(tl.float64)[None, :], 1)
-    # Selected by what is below zero: a NaN stays one.
-    variance = tl.where(square < 0, 0.0, square).to(tl.float32)
     inside = rows < OUTPUTS
-    tl.store(mean_y + rows, total.to(tl.float32), inside)
-    tl.store(true_mean + rows, (total + moved).to(tl.float32), inside)
-    tl.store(var + rows, variance, inside)
-    tl.store(invstd + rows, tl.rsqrt(variance + EPS), inside)
+    if parts is None:
+        _store_statistics(total, square, moved, mean_y, true_mean, var, invstd, EPS, rows, inside)
+    else:
+        place = parts + tl.program_id(1) * OUTPUTS + rows
+        size = tl.num_programs(1) * OUTPUTS
+        tl.store(place, total, inside)
+        tl.store(place + size, square, inside)
+        tl.store(place + 2 * size, moved, inside)
+
+
+@triton.jit
+def merge_statistics_kernel(
+    parts, mean_y, true_mean, var, invstd, EPS, SPLITS, OUTPUTS, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr
+):
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    split = tl.arange(0, AT_ONCE)
+    inside = (split < SPLITS)[:, None] & (rows < OUTPUTS)[None, :]
+    place = parts + split[:, None] * OUTPUTS + rows[None, :]
+    size = SPLITS * OUTPUTS
+    total = tl.sum(tl.load(place, inside, other=0.0), 0)
+    square = tl.sum(tl.load(place + size, inside, other=0.0), 0)
+    moved = tl.sum(tl.load(place + 2 * size, inside, other=0.0), 0)
+    _store_statistics(total, square, moved, mean_y, true_mean, var, invstd, EPS, rows, rows < OUTPUTS)
 
 
 @triton.jit
@@ -226,7 +258,9 @@ def fold_statistics(
     eps: float,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Statistics of y = c W^T from those of c: mean_y = W mean, var = max(diag(W S W^T), 0), invstd; one launch.
+    """Statistics of y = c W^T from those of c: mean_y = W mean, var = max(diag(W S W^T), 0), invstd.
+
+    One launch; two where W S has so many steps that its columns are split over programs.
 
     Args:
         weight: W, (N, K) or (N, K, 1, 1), float32, bfloat16 or float16.
@@ -239,21 +273,33 @@ def fold_statistics(
     """
     w = _matrix(weight)
     outputs, channels = w.shape
-    config = Config(16, tile(channels, 64), tile(channels, 32))
-    mean_y, true_mean, var, invstd = (mean.new_empty(outputs) for _ in range(4))
+    split = channels >= SPLIT_FROM
+    # More rows read S fewer times; float32 products hold their operands in registers, where more would spill.
+    config = Config(32 if split and w.dtype != torch.float32 else 16, tile(channels, 64), tile(channels, 32))
+    splits = cdiv(channels, config.block_n) if split else 1
+    parts = None if splits == 1 else mean.new_empty(3, splits, outputs, dtype=torch.float64)
+    results = {name: mean.new_empty(outputs) for name in ("mean_y", "true_mean", "var", "invstd")}
     launch(
         fold_statistics_kernel,
-        (cdiv(outputs, config.block_m),),
+        (cdiv(outputs, config.block_m), splits),
         {
-            "weight": w, "mean": mean, "covariance": covariance, "shift": shift,
-            "mean_y": mean_y, "true_mean": true_mean, "var": var, "invstd": invstd,
+            "weight": w, "mean": mean, "covariance": covariance, "shift": shift, "parts": parts, **results,
             "EPS": eps, "OUTPUTS": outputs, "CHANNELS": channels,
         },
         {"PRECISION": precision or _as_float32(w.dtype), **config.blocks()},
         config,
         flops=2 * outputs * channels * (channels + 2),
     )  # fmt: skip
-    return mean_y, true_mean, var, invstd
+    if parts is not None:
+        block = 128
+        launch(
+            merge_statistics_kernel,
+            (cdiv(outputs, block),),
+            {"parts": parts, **results, "EPS": eps, "SPLITS": splits, "OUTPUTS": outputs},
+            {"AT_ONCE": 1 << (splits - 1).bit_length(), "BLOCK": block},
+            Config(warps=4, stages=1),
+        )
+    return results["mean_y"], results["true_mean"], results["var"], results["invstd"]
 
 
 def fold_gradients(

@@ -1,7 +1,8 @@
 """What is left of a sum over the pixels once every tile or split has its part: merged in a fixed order, in float64.
 
 Few bytes, but a program that goes through hundreds of parts one after the other waits for memory each time: every
-kernel loads a tile of many parts at once, and there are as many programs as the elements of the result allow.
+kernel loads many parts at once, and there are as many programs as the elements of the result allow. What the tiles of
+a channel have found lies side by side, so that a program can have one channel of thousands of tiles.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from resnet_fused.kernels.launch import Config, cdiv, launch
 
-#: Parts of a sum, and elements of a tile of parts, that a program loads at once.
-MOST_TILES, MOST_SPLITS, ELEMENTS = 1024, 64, 4096
+#: Elements that a program loads at once, and of how many splits and channels at most.
+ELEMENTS, MOST_SPLITS, MOST_CHANNELS = 4096, 64, 8
 
 
 @triton.jit
@@ -34,20 +35,20 @@ def norm_statistics_kernel(
     channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = channels < CHANNELS
     # From the first tile's mean: then sums of squares cancel no more than the tiles differ.
-    origin = tl.load(tiles + channels, inside, 0.0).to(tl.float64)
-    total = tl.zeros((AT_ONCE, BLOCK), tl.float64)
-    squares = tl.zeros((AT_ONCE, BLOCK), tl.float64)
+    origin = tl.load(tiles + channels * COUNT, inside, 0.0).to(tl.float64)
+    total = tl.zeros((BLOCK, AT_ONCE), tl.float64)
+    squares = tl.zeros((BLOCK, AT_ONCE), tl.float64)
     for first in range(0, COUNT, AT_ONCE):
         tile = first + tl.arange(0, AT_ONCE)
-        pixels = tl.maximum(tl.minimum(TILE_PIXELS, PIXELS - tile * TILE_PIXELS), 0)[:, None]
-        place = tiles + tile[:, None] * CHANNELS + channels[None, :]
-        whole = (tile < COUNT)[:, None] & inside[None, :]
-        off = tl.load(place, whole, other=0.0).to(tl.float64) - origin[None, :]
+        pixels = tl.maximum(tl.minimum(TILE_PIXELS, PIXELS - tile * TILE_PIXELS), 0)[None, :]
+        place = tiles + channels[:, None] * COUNT + tile[None, :]
+        whole = inside[:, None] & (tile < COUNT)[None, :]
+        off = tl.load(place, whole, other=0.0).to(tl.float64) - origin[:, None]
         total += off * pixels
-        squares += tl.load(place + COUNT * CHANNELS, whole, other=0.0) + off * off * pixels
-    shift = tl.sum(total, 0) / PIXELS
+        squares += tl.load(place + CHANNELS * COUNT, whole, other=0.0) + off * off * pixels
+    shift = tl.sum(total, 1) / PIXELS
     centre = origin + shift
-    variance = tl.sum(squares, 0) / PIXELS - shift * shift
+    variance = tl.sum(squares, 1) / PIXELS - shift * shift
     variance = tl.where(variance < 0.0, 0.0, variance)
     tl.store(mean + channels, centre.to(tl.float32), inside)
     tl.store(var + channels, variance.to(tl.float32), inside)
@@ -60,10 +61,10 @@ def norm_statistics(
     """mean, biased variance and 1/sqrt(var + eps), (C,) float32, merged by Chan's formula.
 
     Args:
-        tiles: (2, T, C), of each tile of ``tile_pixels`` pixels mean and sum of squared deviations; the last tile has
+        tiles: (2, C, T), of each tile of ``tile_pixels`` pixels mean and sum of squared deviations; the last tile has
             what is left of ``pixels``.
     """
-    _, count, channels = tiles.shape
+    _, channels, count = tiles.shape
     mean, var, invstd = (tiles.new_empty(channels) for _ in range(3))
     at_once, block, config = _tiles_at_once(count)
     launch(
@@ -85,22 +86,22 @@ def sum_tiles_kernel(
 ):
     channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = channels < CHANNELS
-    dz = tl.zeros((AT_ONCE, BLOCK), tl.float64)
-    dz_centred = tl.zeros((AT_ONCE, BLOCK), tl.float64)
+    dz = tl.zeros((BLOCK, AT_ONCE), tl.float64)
+    dz_centred = tl.zeros((BLOCK, AT_ONCE), tl.float64)
     for first in range(0, COUNT, AT_ONCE):
         tile = first + tl.arange(0, AT_ONCE)
-        place = tiles + tile[:, None] * CHANNELS + channels[None, :]
-        whole = (tile < COUNT)[:, None] & inside[None, :]
+        place = tiles + channels[:, None] * COUNT + tile[None, :]
+        whole = inside[:, None] & (tile < COUNT)[None, :]
         dz += tl.load(place, whole, other=0.0)
-        dz_centred += tl.load(place + COUNT * CHANNELS, whole, other=0.0)
+        dz_centred += tl.load(place + CHANNELS * COUNT, whole, other=0.0)
     scale = tl.load(invstd + channels, inside, 0.0)
-    tl.store(sum_dz + channels, tl.sum(dz, 0).to(tl.float32), inside)
-    tl.store(sum_dz_xhat + channels, (tl.sum(dz_centred, 0) * scale).to(tl.float32), inside)
+    tl.store(sum_dz + channels, tl.sum(dz, 1).to(tl.float32), inside)
+    tl.store(sum_dz_xhat + channels, (tl.sum(dz_centred, 1) * scale).to(tl.float32), inside)
 
 
 def sum_tiles(tiles: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_dz and sum_dz_xhat, (C,) float32, of the (2, T, C) that ``store_tile_sums`` has written."""
-    _, count, channels = tiles.shape
+    """sum_dz and sum_dz_xhat, (C,) float32, of the (2, C, T) that ``store_tile_sums`` has written."""
+    _, channels, count = tiles.shape
     sum_dz, sum_dz_xhat = tiles.new_empty(channels), tiles.new_empty(channels)
     at_once, block, config = _tiles_at_once(count)
     launch(
@@ -201,14 +202,14 @@ def covariance_of(parts: Tensor, channels: int, pixels: int) -> tuple[Tensor, Te
 
 
 def tile_sums(like: Tensor, tiles: int, channels: int) -> Tensor:
-    """Room for two vectors of each tile, (2, T, C)."""
-    return torch.empty(2, tiles, channels, dtype=torch.float32, device=like.device)
+    """Uninitialized (2, C, T): two numbers for each channel of each tile."""
+    return torch.empty(2, channels, tiles, dtype=torch.float32, device=like.device)
 
 
 def _tiles_at_once(count: int) -> tuple[int, int, Config]:
     """Tiles and channels that a program loads at once, and its warps; fewer channels, more programs."""
-    at_once = min(MOST_TILES, _power_of_2(count))
-    block = 4 if at_once > 512 else 8
+    at_once = min(ELEMENTS, _power_of_2(count))
+    block = min(MOST_CHANNELS, ELEMENTS // at_once)
     return at_once, block, Config(warps=8 if at_once * block == ELEMENTS else 4, stages=1)
 
 

@@ -247,7 +247,7 @@ def store_tile_sums(da, value, mean, invstd, weight, bias, sums, tile, tiles, wh
     channel_inside = channels < CHANNELS
     centre, scale, offset = channel_affine(mean, invstd, weight, bias, channels, channel_inside, value.dtype)
     dz = tl.where((normed(value, centre, scale, offset) <= 0) | ~whole, 0.0, da)
-    place = sums + tile * CHANNELS + channels
+    place = sums + channels * tiles + tile
     tl.store(place, tl.sum(dz, 0), channel_inside)
     centred = value.to(tl.float32) - centre[None, :]
-    tl.store(place + tiles * CHANNELS, tl.sum(dz * centred, 0), channel_inside)
+    tl.store(place + CHANNELS * tiles, tl.sum(dz * centred, 0), channel_inside)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from tests.accuracy import assert_as_accurate, in_some_draw
 
 pytestmark = pytest.mark.interpreter
 PIXELS, EPS = 500, 1e-5
-SHAPES = [(64, 16), (33, 7), (5, 3), (128, 64), (70, 130)]
+SHAPES = [(40, 270), (64, 16), (33, 7), (5, 3), (128, 64), (70, 130)]
 STAGE = Stage((1, 1), (1, 1), (0, 0), (1, 1), 1, EPS, None, None, folded=True)
 
 
@@ -203,7 +205,10 @@ def launched(n: int, k: int, dtype: torch.dtype, frozen: bool) -> list[Launch]:
 
 def test_launches() -> None:
     launches = launched(2048, 512, torch.bfloat16, frozen=False)
-    assert [each.name for each in launches] == ["fold_statistics", "fold_dweight", "fold_matrix"]
-    assert all(each.grid[0] >= 64 for each in launches)
-    assert [each.flops // (2 * 2048 * 512 * 512) for each in launches] == [1, 1, 1]
+    names = ["fold_statistics", "merge_statistics", "fold_dweight", "fold_matrix"]
+    assert [each.name for each in launches] == names
+    products = [each for each in launches if each.flops]
+    assert all(math.prod(each.grid) >= 64 for each in products)
+    assert [each.flops // (2 * 2048 * 512 * 512) for each in products] == [1, 1, 1]
+    assert [each.name for each in launched(256, 128, torch.bfloat16, frozen=False)] == names[:1] + names[2:]
     assert [each.name for each in launched(64, 16, torch.float16, frozen=True)] == ["fold_dweight"]
