@@ -140,7 +140,10 @@ def _images() -> Tensor:
 
 
 def resource_counts(built: Iterable[tuple[Specialisation, int, Resources | str]]) -> Counts:
-    """For each architecture and kernel the most registers, spilled and shared bytes of what was compiled."""
+    """For each architecture and kernel of what was compiled the most registers, spilled and shared bytes.
+
+    And how many are serialized: ptxas has every wgmma of them wait for the one before it.
+    """
     found: Counts = {}
     for what, arch, resources in built:
         if arch not in COMPILED or isinstance(resources, str):
@@ -148,6 +151,7 @@ def resource_counts(built: Iterable[tuple[Specialisation, int, Resources | str]]
         most = found.setdefault(f"sm_{arch}", {}).setdefault(what.name, Counter())
         for name in ("registers", "spill_bytes", "shared_bytes"):
             most[name] = max(most[name], getattr(resources, name))
+        most["serialized"] += resources.serialized
     return {
         arch: {name: dict(kernels[name]) for name in sorted(kernels)}
         for arch, kernels in sorted(found.items())

@@ -1,21 +1,24 @@
 """What the compiler makes of the kernels of a training step: ``python -m benchmarks.kernel_resources [--help]``.
 
 For every architecture and without a GPU. The exit status is 1, with a line per finding, when a kernel spills, needs
-more shared memory than there is, or multiplies without tensor cores.
+more shared memory than there is, multiplies without tensor cores, or may read registers while they change.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
+import functools
 import importlib
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.kernels.launch import Config, Launch, compiler_options
+from resnet_fused.kernels.launch import Config, Launch, compiler_options, reads_changing_registers
 
 __all__ = [
     "ARCHITECTURES",
@@ -34,6 +37,7 @@ __all__ = [
     "binary",
     "compile_all",
     "compiled",
+    "is_unsafe",
     "main",
 ]
 
@@ -113,6 +117,8 @@ class Resources:
         mma, wgmma: tensor-core instructions, and those that sm_90 alone has; None: it multiplies no matrices.
         products: what matrices are multiplied in: bf16, f16, tf32 or f32.
         vector_load_bytes: of the widest load from global memory by one thread; 0 for none.
+        unsafe: whether a product may read registers while they change (launch.reads_changing_registers).
+        serialized: whether ptxas has every wgmma wait for the one before it.
     """
 
     registers: int
@@ -122,6 +128,8 @@ class Resources:
     wgmma: int
     products: frozenset[str]
     vector_load_bytes: int
+    unsafe: bool
+    serialized: bool
 
 
 def _not_interpreted(kernel: Any) -> Any:
@@ -207,14 +215,14 @@ def binary(what: Specialisation, arch: int) -> Any:
 def compiled(what: Specialisation, arch: int) -> Resources:
     """What it needs on an architecture; raises as ``binary`` does."""
     made = binary(what, arch)
-    usage, ptx = _usage(made.asm["cubin"]), made.asm["ptx"]
+    usage, code = _usage(made.asm["cubin"]), made.asm["ptx"]
     # The driver's own KiB, which newer cubins list; the limits leave it out.
     static = usage["SHARED"] - (1024 if arch >= 90 and usage["SHARED"] else 0)
     products = frozenset(
         "tf32" if kind == "f32" and "inputPrecision = tf32" in operands else kind
         for operands, kind in _DOT.findall(made.asm["ttir"])
     )
-    instructions = _MMA.findall(ptx)
+    instructions = _MMA.findall(code)
     return Resources(
         registers=usage["REG"],
         # Spills are part of the stack, and Triton's kernels have nothing else there.
@@ -223,8 +231,61 @@ def compiled(what: Specialisation, arch: int) -> Resources:
         mma=len(instructions) if products else None,
         wgmma=instructions.count("wgmma.mma_async"),
         products=products,
-        vector_load_bytes=widest_load(ptx),
+        vector_load_bytes=widest_load(code),
+        unsafe=reads_changing_registers(code),
+        serialized="wgmma.mma_async" in instructions and _is_serialized(code),
     )
+
+
+def is_unsafe(what: Specialisation, arch: int) -> bool:
+    """``Resources.unsafe`` alone, in half of the time, since ptxas doesn't run; raises as ``binary`` does.
+
+    For a process that compiles nothing else: from here on its kernels have no cubin.
+    """
+    from triton import knobs
+
+    if knobs.runtime.add_stages_inspection_hook is not _without_cubin:
+        knobs.runtime.add_stages_inspection_hook = _without_cubin
+        # Triton 3.6 doesn't tell kernels without a cubin from others in its cache.
+        knobs.cache.dir = _folder()
+    return reads_changing_registers(binary(what, arch).asm["ptx"])
+
+
+#: Looks at what it makes of a kernel for an architecture.
+Compiler = Callable[[Specialisation, int], Any]
+
+
+@functools.cache
+def _folder() -> str:
+    folder = tempfile.mkdtemp(prefix="ptx-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _without_cubin(
+    self: Any = None, stages: Any = None, options: Any = None, language: Any = None, capability: Any = None
+) -> Any:
+    if stages is None:  # asked for what to tell kernels apart by
+        return "without cubin", "without cubin"
+    stages["cubin"] = lambda source, metadata: b""
+    return None
+
+
+def _tool(name: str) -> Path:
+    import triton
+
+    # Triton's own, which knows every architecture that it compiles for.
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def _is_serialized(code: str) -> bool:
+    """What ptxas warns of as C7510 to C7519, for sm_90."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(code)
+        command = [str(_tool("ptxas")), "-v", "--gpu-name=sm_90a", str(path), "-o", f"{path}.cubin"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return re.search(r"\bC751\d\b", told) is not None
 
 
 def widest_load(ptx: str) -> int:
@@ -235,14 +296,12 @@ def widest_load(ptx: str) -> int:
 
 
 def _usage(cubin: bytes) -> dict[str, int]:
-    import triton
-
-    # Triton's own, which knows every architecture that it compiles for.
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        told = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+        told = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", path], capture_output=True, text=True, check=True
+        ).stdout
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", told)}
 
 
@@ -265,6 +324,8 @@ def violations(what: Specialisation, arch: int, found: Resources | str) -> list[
         wrong.append("multiplies without tensor cores")
     elif arch == 90 and found.products & {"bf16", "f16"} and not found.wgmma:
         wrong.append("multiplies without wgmma")
+    if found.unsafe:
+        wrong.append("may read registers while they change")
     return [f"{what.name} {what.config} on sm_{arch}: {line} ({what.details})" for line in wrong]
 
 
@@ -281,21 +342,21 @@ def step_specialisations(
     return list(dict.fromkeys(map(specialisation, launches)))
 
 
-def _compiled_or_why_not(what: Specialisation, arch: int) -> Resources | str:
+def _compiled_or_why_not(what: Specialisation, arch: int, compiler: Compiler) -> Any:
     try:
-        return compiled(what, arch)
+        return compiler(what, arch)
     except CompileError as error:
         return str(error)
 
 
 def compile_all(
-    pairs: Iterable[tuple[Specialisation, int]], processes: int
-) -> Iterator[tuple[Specialisation, int, Resources | str]]:
-    """Compiles for architectures in several processes; as they are done. What does not compile gives the reason."""
+    pairs: Iterable[tuple[Specialisation, int]], processes: int, compiler: Compiler = compiled
+) -> Iterator[tuple[Specialisation, int, Any]]:
+    """What ``compiler`` returns, in several processes; as they are done. What does not compile gives the reason."""
     # A process of its own for each: a forked one would inherit the locks of torch's threads.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        waiting = {pool.submit(_compiled_or_why_not, what, arch): (what, arch) for what, arch in pairs}
+        waiting = {pool.submit(_compiled_or_why_not, *pair, compiler): pair for pair in pairs}
         try:
             for done in as_completed(waiting):
                 yield *waiting[done], done.result()
@@ -304,16 +365,16 @@ def compile_all(
 
 
 def row(what: Specialisation, arch: int, found: Resources) -> dict[str, Any]:
-    names = ("registers", "spill_bytes", "shared_bytes", "mma", "vector_load_bytes")
+    names = ("registers", "spill_bytes", "shared_bytes", "mma", "vector_load_bytes", "serialized")
     heads = {"kernel": what.name, "arch": f"sm_{arch}", "config": f"{what.config}; {what.details}"}
     return heads | {name: getattr(found, name) for name in names}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    heads = "".join(f"{head:>10}" for head in ("registers", "spilled", "shared", "mma", "load"))
+    heads = "".join(f"{head:>10}" for head in ("registers", "spilled", "shared", "mma", "load", "serial"))
     lines = [f"{'kernel':20}{'arch':8}{heads}  config"]
     for kernel, arch, config, *numbers in (x.values() for x in rows):
-        text = "".join(f"{'-' if number is None else number:>10}" for number in numbers)
+        text = "".join(f"{'-' if number is None else int(number):>10}" for number in numbers)
         lines.append(f"{kernel:20}{arch:8}{text}  {config}")
     return "\n".join(lines)
 

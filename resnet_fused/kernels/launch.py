@@ -6,6 +6,7 @@ what a step would launch.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -100,11 +101,25 @@ class Launch:
 
         Raises:
             triton.TritonError: it does not compile.
+            RuntimeError: it does, to code that would read registers while they change.
         """
         device = next(iter(self.arguments.values())).device
         options = compiler_options(self.config, architecture(device))
         with torch.cuda.device(device):
-            self.kernel.warmup(*self.arguments.values(), grid=self.grid, **self.constants, **options)
+            made = self.kernel.warmup(*self.arguments.values(), grid=self.grid, **self.constants, **options)
+        if made is not None and reads_changing_registers(made.asm.get("ptx", "")):
+            raise RuntimeError(
+                f"{self.name} {self.config} reads registers while they may change (triton#9433)"
+            )
+
+
+_REGISTER_OPERAND = re.compile(r"\bwgmma\.mma_async\S*\s*\{[^}]*\},\s*\{")
+_PARTIAL_WAIT = re.compile(r"\bwgmma\.wait_group\S*\s+[1-9]")
+
+
+def reads_changing_registers(ptx: str) -> bool:
+    """Whether a wgmma has an operand in registers and is not waited for at once: what is next in them it may read."""
+    return bool(_REGISTER_OPERAND.search(ptx) and _PARTIAL_WAIT.search(ptx))
 
 
 def cdiv(size: int, part: int) -> int:

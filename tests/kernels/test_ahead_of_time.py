@@ -99,6 +99,14 @@ def narrow_loads(x: Built, found: Resources) -> str:
     return ""
 
 
+def unsafe(_: Built, found: Resources) -> str:
+    return "may read registers while they change" if found.unsafe else ""
+
+
+def serialized(_: Built, found: Resources) -> str:
+    return "every wgmma waits for the one before it" if found.serialized else ""
+
+
 @pytest.fixture(scope="module")
 def steps() -> list[Built]:
     """The kernels of the steps of both kinds of blocks."""
@@ -121,7 +129,7 @@ def test_everything_compiles(steps: list[Built]) -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
     "wrong",
-    [spills, too_many_registers, too_much_shared_memory, no_tensor_cores, narrow_loads],
+    [spills, too_many_registers, too_much_shared_memory, no_tensor_cores, narrow_loads, unsafe, serialized],
     ids=lambda wrong: wrong.__name__,
 )
 def test_no_kernel_of_a_step(steps: list[Built], wrong: Callable[[Built, Resources], str], arch: int) -> None:

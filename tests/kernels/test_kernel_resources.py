@@ -21,6 +21,7 @@ from benchmarks.kernel_resources import (
     Specialisation,
     compile_all,
     compiled,
+    is_unsafe,
     main,
     specialisation,
     violations,
@@ -45,6 +46,24 @@ def product_kernel(
         x = tl.load(a + m[:, None] * K + k[None, :], (m < M)[:, None] & (k < K)[None, :], other=0.0)
         y = tl.load(b + k[:, None] * N + n[None, :], (k < K)[:, None] & (n < N)[None, :], other=0.0)
         acc = tl.dot(x, y, acc, input_precision=PRECISION)
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    tl.store(out + m[:, None] * N + n[None, :], acc.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def relu_product_kernel(
+    a, b, out, M, N, K,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Of which the first operand is computed."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, K, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        x = tl.load(a + m[:, None] * K + k[None, :], (m < M)[:, None] & (k < K)[None, :], other=0.0)
+        y = tl.load(b + k[:, None] * N + n[None, :], (k < K)[:, None] & (n < N)[None, :], other=0.0)
+        acc = tl.dot(tl.maximum(x, 0.0).to(y.dtype), y, acc, input_precision=PRECISION)
     inside = (m < M)[:, None] & (n < N)[None, :]
     tl.store(out + m[:, None] * N + n[None, :], acc.to(out.dtype.element_ty), inside)
 
@@ -338,7 +357,7 @@ def test_rows(plan: FakePlan, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--json", "--model", "toy", "--arch", "90", "80", "--processes", "2"]) == 0
     told = capsys.readouterr()
     rows = json.loads(told.out)
-    keys = "kernel arch config registers spill_bytes shared_bytes mma vector_load_bytes"
+    keys = "kernel arch config registers spill_bytes shared_bytes mma vector_load_bytes serialized"
     assert {" ".join(x) for x in rows} == {keys}
     assert [(x["kernel"], x["arch"]) for x in rows] == [
         ("product", "sm_90"), ("scale", "sm_90"), ("product", "sm_80"), ("scale", "sm_80")
@@ -354,7 +373,17 @@ def test_violations_are_told(plan: FakePlan, capsys: pytest.CaptureFixture[str])
     assert main(["--model", "toy", "--arch", "90", "--dtype", "bf16", "--processes", "1"]) == 1
     told = capsys.readouterr()
     table = told.out.splitlines()
-    assert table[0].split() == ["kernel", "arch", "registers", "spilled", "shared", "mma", "load", "config"]
+    assert table[0].split() == [
+        "kernel",
+        "arch",
+        "registers",
+        "spilled",
+        "shared",
+        "mma",
+        "load",
+        "serial",
+        "config",
+    ]
     assert table[1].split()[:2] == ["scale", "sm_90"]
     assert len(table) == 2
     assert "scale 16384 1w3s on sm_90: spills" in told.err
@@ -386,6 +415,20 @@ def test_the_interpreter_is_refused(
     with pytest.raises(SystemExit):
         main([])
     assert "unset TRITON_INTERPRET" in capsys.readouterr().err
+
+
+def test_a_computed_first_operand_is_unsafe() -> None:
+    """Held in registers, it is changed while wgmma may still read it; ptxas serializes some of such kernels."""
+    safe = product(config=Config(128, 64, 64, 4, 4))
+    unsafe = replace(safe, kernel=relu_product_kernel)
+    pairs = [(specialisation(x), 90) for x in (safe, unsafe)]
+    found = [compiled(*pair) for pair in pairs]
+    assert [(x.unsafe, x.serialized) for x in found] == [(False, False), (True, True)]
+    (line,) = violations(*pairs[1], found[1])
+    assert "may read registers while they change" in line
+    assert {what.name: x for what, _, x in compile_all(pairs, 1, is_unsafe)} == {
+        "product": False, "relu_product": True
+    }  # fmt: skip
 
 
 def test_compile_all_gives_every_pair() -> None:

@@ -1,0 +1,30 @@
+"""What a tuner may choose is safe to run: every candidate of the steps that are trained, compiled for sm_90.
+
+Run with the Triton that is installed, and with the oldest that torch >= 2.11 brings (make test).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+import pytest
+
+from benchmarks.kernel_resources import compile_all, is_unsafe, specialisation
+
+pytest.importorskip("triton")
+
+STEPS = [(arch, batch) for arch in ("resnet50", "resnet18") for batch in (256, 64)]
+
+
+def test_no_candidate_reads_registers_that_change() -> None:
+    plan = importlib.import_module("resnet_fused.plan")
+    launches = [launch for step in STEPS for launch in plan.candidates(*step, "bf16")]
+    multiplying = [launch for launch in launches if launch.name in plan.PASSES]
+    needed = list(dict.fromkeys(map(specialisation, multiplying)))
+    # As many as tuning may try: configurations that differ in splits alone are one kernel.
+    assert len(needed) > 300
+    processes = min(2, len(os.sched_getaffinity(0)))
+    found = list(compile_all([(what, 90) for what in needed], processes, is_unsafe))
+    wrong = [f"{what.name} {what.config}: {result}" for what, _, result in found if result is not False]
+    assert not wrong, "\n".join(wrong)
