@@ -1,8 +1,8 @@
 """The accuracy rule: a result may be half again as far from the exact one as the vendor's, plus four roundings.
 
 With e = |x - exact| / |exact| for a result x and the same computation in more bits on the same (rounded) inputs, a
-result passes if e <= 1.5 * e_vendor + 4 * eps(dtype). It is asked of the result as a vector and of its elements. Tensors
-may be as large as memory nearly allows: they are compared in parts.
+result passes if e <= 1.5 * e_vendor + 4 * eps(dtype). It is asked of the result as a vector and of its elements.
+Tensors may be as large as memory nearly allows: they are compared in parts.
 """
 
 from __future__ import annotations

@@ -76,8 +76,8 @@ def kernels(family: str) -> Any:
     return importlib.import_module(f"resnet_fused.kernels.{family}")
 
 
-#: Of each problem and device: launcher, configurations and the function that chooses one, so that a call is cheap.
-_known: dict[Any, tuple[Any, list[Any], Callable[..., Any]]] = {}
+#: Of each problem and device: launcher, configurations and the problem as it is remembered, so that a call is cheap.
+_known: dict[Any, tuple[Any, list[Any], Any]] = {}
 
 
 def forget() -> None:
@@ -85,37 +85,59 @@ def forget() -> None:
     _known.clear()
 
 
-def _fastest(
+def _work(
     family: str,
     x: Tensor,
     sizes: Sequence[Any],
-    launcher: str,
     arguments: tuple[Any, ...],
     vendor: Callable[[], Any],
+    exact: Callable[[], Any],
 ) -> Any:
-    """Runs kernels.<family>.<launcher> in the configuration that is fastest, or the vendor if that is.
+    """What kernels.<family> and the vendor can do alike, for the tuner; the launcher has the family's name.
 
     Args:
         sizes: what distinguishes problems for which the fastest may differ, beside the dtype.
         arguments: of the launcher, but for the configuration.
     """
+    tuning = kernels("tuning")
     dtype = kernels("problem").dtype_name(x.dtype)
     key = (family, *sizes, dtype, x.device)
     if key not in _known:
-        tuning = kernels("tuning")
+        home = kernels(family)
         problem = tuning.Problem(family, tuple(int(size) for size in sizes), dtype)
-        _known[key] = (
-            getattr(kernels(family), launcher),
-            kernels(family).configs(*arguments),
-            functools.partial(tuning.choose, problem),
-        )
-    run, candidates, choose = _known[key]
+        launcher = getattr(home, _LAUNCHERS.get(family, family))
+        _known[key] = launcher, home.configs(*arguments), problem
+    run, candidates, problem = _known[key]
+    return tuning.Work(problem, candidates, lambda config: run(*arguments, config), vendor, exact)
 
-    def with_config(config: Any) -> Any:
-        return run(*arguments, config)
 
-    chosen = choose(candidates, with_config, vendor, x.device)
-    return vendor() if chosen is None else with_config(chosen)
+_LAUNCHERS = {"conv": "conv_stats"}
+
+
+def _fastest(
+    family: str,
+    x: Tensor,
+    sizes: Sequence[Any],
+    arguments: tuple[Any, ...],
+    vendor: Callable[[], Any],
+    exact: Callable[[], Any],
+) -> Any:
+    """Runs a kernel in the configuration that is fastest, or the vendor if that is. Arguments: see ``_work``."""
+    work = _work(family, x, sizes, arguments, vendor, exact)
+    chosen = kernels("tuning").choose(work, x.device)
+    return vendor() if chosen is None else work.run(chosen)
+
+
+def _exactly(op: Callable[..., Any], x: Tensor, *arguments: Any) -> Callable[[], Any]:
+    """What the reference makes of an op's arguments in more bits than those of the activation ``x``."""
+    wide = torch.float64 if x.dtype == torch.float32 else torch.float32
+
+    def widened(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(wide) if value.is_floating_point() else value
+        return [widened(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+    return lambda: op(*widened(arguments))
 
 
 def _given(fields: Sequence[MaybeTensor]) -> list[bool]:
@@ -147,7 +169,8 @@ def _conv_stats(
         return vendor()
     sizes = (*a.x.shape, *conv.shape, *stride, *padding, *dilation, *_given(source[1:]), measure)
     found: tuple[Tensor, Tensor, Tensor, Tensor]
-    found = _fastest("conv", a.x, sizes, "conv_stats", (a, conv, geometry, eps, measure), vendor)
+    exact = _exactly(reference.conv_stats, a.x, source, conv, stride, padding, dilation, groups, eps, measure)
+    found = _fastest("conv", a.x, sizes, (a, conv, geometry, eps, measure), vendor, exact)
     return found
 
 
@@ -196,7 +219,8 @@ def _gram(source: Fields, every: list[int]) -> tuple[Tensor, Tensor]:
     if not runs_triton(a.x):
         return vendor()
     sizes = (*a.x.shape, *every, *_given(source[1:]))
-    found: tuple[Tensor, Tensor] = _fastest("gram", a.x, sizes, "gram", (a, _pair(every)), vendor)
+    exact = _exactly(reference.gram, a.x, source, every)
+    found: tuple[Tensor, Tensor] = _fastest("gram", a.x, sizes, (a, _pair(every)), vendor, exact)
     return found
 
 
@@ -242,7 +266,8 @@ def _expand(
         *_given((*source[1:], conv, *norm, skip_conv, *skip_norm)),
     )
     arguments = (a, conv, tuple(norm), skip, skip_shift, skip_conv, tuple(skip_norm), _pair(every))
-    found: tuple[Tensor, Tensor] = _fastest("expand", a.x, sizes, "expand", arguments, vendor)
+    exact = _exactly(reference.expand, a.x, source, conv, norm, skip, skip_shift, skip_conv, skip_norm, every)
+    found: tuple[Tensor, Tensor] = _fastest("expand", a.x, sizes, arguments, vendor, exact)
     return found
 
 
@@ -288,7 +313,8 @@ def _folded_wgrad(
         *skip_every,
     )
     arguments = (grad, bits, a, _pair(every), other, _pair(skip_every))
-    product, second, sums = _fastest("folded_wgrad", grad, sizes, "folded_wgrad", arguments, vendor)
+    exact = _exactly(reference.folded_wgrad, grad, grad, bits, source, every, skip, skip_every)
+    product, second, sums = _fastest("folded_wgrad", grad, sizes, arguments, vendor, exact)
     return product, nothing(grad, 1)[0] if second is None else second, sums
 
 
@@ -336,7 +362,10 @@ def _folded_dgrad(
     sizes = (*grad.shape, *a.x.shape, *every, *flags, *([] if other is None else other.x.shape), *skip_every)
     both = [kernels("folded_dgrad").Factors(*each) for each in (factors, skip_factors)]
     arguments = (grad, bits, both[0], a, _pair(every), both[1], other, _pair(skip_every))
-    da, dskip, *sums = _fastest("folded_dgrad", grad, sizes, "folded_dgrad", arguments, vendor)
+    exact = _exactly(
+        reference.folded_dgrad, grad, grad, bits, factors, source, every, skip_factors, skip, skip_every
+    )
+    da, dskip, *sums = _fastest("folded_dgrad", grad, sizes, arguments, vendor, exact)
     return da, grad.new_empty(0) if dskip is None else dskip, *(nothing(da, 2) if sums[0] is None else sums)
 
 
@@ -423,7 +452,10 @@ def _dgrad(
     arguments = (
         given, conv, window(stride, padding, dilation, groups), source, residual, residual_bits, _pair(every)
     )  # fmt: skip
-    da, *sums = _fastest("dgrad", source.x, sizes, "dgrad", arguments, vendor)
+    exact = _exactly(
+        reference.dgrad, source.x, dy, conv, stride, padding, dilation, groups, below, residual, residual_bits, every
+    )  # fmt: skip
+    da, *sums = _fastest("dgrad", source.x, sizes, arguments, vendor, exact)
     return da, *(nothing(da, 2) if sums[0] is None else sums)
 
 
@@ -466,7 +498,8 @@ def _wgrad(
     if not runs_triton(a.x, groups) or not runs_triton(given.g):
         return vendor()
     sizes = (*a.x.shape, *conv.shape, *stride, *padding, *dilation, *_given((*dy[1:], *source[1:])))
-    found: Tensor = _fastest("wgrad", a.x, sizes, "wgrad", (given, a, conv, geometry), vendor)
+    exact = _exactly(reference.wgrad, a.x, dy, source, conv, stride, padding, dilation, groups)
+    found: Tensor = _fastest("wgrad", a.x, sizes, (given, a, conv, geometry), vendor, exact)
     return found
 
 
