@@ -10,6 +10,7 @@ that never asks hangs nobody.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import os
@@ -80,6 +81,39 @@ def choose(work: Work, device: torch.device) -> Config | None:
     """
     times, vendor_allowed = _known(work, device)
     return _chosen(work, times, vendor_allowed)
+
+
+def choose_sharing(works: Sequence[Work], shared: Work, device: torch.device) -> list[Config | None]:
+    """As ``choose``, for all at once: what takes the least time in sum.
+
+    Args:
+        shared: has no candidates. What its vendor makes the vendors of ``works`` need; if any of those is chosen it is
+            made, once. Their own times are without it.
+    """
+    ways = [_ways(work, *_known(work, device)) for work in works]
+    fastest = [min(timings, key=lambda t: t.ms or 0.0) for timings in ways]
+    if any(timing.config is None for timing in fastest) and max(map(len, ways)) > 1:
+        times = _remembered_or_found(shared, device, True)
+        extra = (times[0].ms or 0.0) if times else 0.0
+
+        def cost(timings: tuple[Timing, ...]) -> float:
+            vendor = any(timing.config is None for timing in timings)
+            return sum(timing.ms or 0.0 for timing in timings) + (extra if vendor else 0.0)
+
+        fastest = [*min(itertools.product(*ways), key=cost)]
+    return [timing.config for timing in fastest]
+
+
+def _ways(work: Work, times: Times, vendor_allowed: bool) -> list[Timing]:
+    """The vendor and the fastest configuration, the faster first, as far as they are timed; else what is chosen."""
+    ways: dict[bool, Timing] = {}
+    for timing in times:
+        vendor = timing.config is None
+        if timing.ms is None or vendor in ways or (vendor and not vendor_allowed):
+            continue
+        if not tuning_files.is_foreign(timing.config, work.candidates):
+            ways[vendor] = timing
+    return [*ways.values()] or [Timing(_chosen(work, times, vendor_allowed))]
 
 
 def _known(work: Work, device: torch.device) -> tuple[Times, bool]:
