@@ -51,6 +51,8 @@ _log = logging.getLogger("resnet_fused")
 _lock = threading.RLock()
 _tries: Counter[_Key] = Counter()
 _alone: dict[_Key, Times] = {}
+#: What was chosen for several problems of a device, by all that was known of them and whether the vendor was allowed.
+_decided: dict[tuple[Any, ...], tuple[list[tuple[Times, bool]] | None, list[Config | None]]] = {}
 #: By process group: what was remembered before there was one could differ between its ranks.
 _together: WeakKeyDictionary[dist.ProcessGroup, dict[_Key, Times]] = WeakKeyDictionary()
 
@@ -90,9 +92,16 @@ def choose_sharing(works: Sequence[Work], shared: Work, device: torch.device) ->
         shared: has no candidates. What its vendor makes the vendors of ``works`` need; if any of those is chosen it is
             made, once. Their own times are without it.
     """
-    ways = [_ways(work, *_known(work, device)) for work in works]
+    known = [_known(work, device) for work in works]
+    key = device, *(work.problem for work in works)
+    before, chosen = _decided.get(key, (None, []))
+    if before == known:
+        return chosen
+    ways = [_ways(work, *known_of_it) for work, known_of_it in zip(works, known, strict=True)]
     fastest = [min(timings, key=lambda t: t.ms or 0.0) for timings in ways]
-    if any(timing.config is None for timing in fastest) and max(map(len, ways)) > 1:
+    times: Times = ()
+    needs_shared = any(timing.config is None for timing in fastest) and max(map(len, ways)) > 1
+    if needs_shared:
         times = _remembered_or_found(shared, device, True)
         extra = (times[0].ms or 0.0) if times else 0.0
 
@@ -101,7 +110,10 @@ def choose_sharing(works: Sequence[Work], shared: Work, device: torch.device) ->
             return sum(timing.ms or 0.0 for timing in timings) + (extra if vendor else 0.0)
 
         fastest = [*min(itertools.product(*ways), key=cost)]
-    return [timing.config for timing in fastest]
+    chosen = [timing.config for timing in fastest]
+    if all(found for found, _ in known) and bool(times) == needs_shared:
+        _decided[key] = known, chosen
+    return chosen
 
 
 def _ways(work: Work, times: Times, vendor_allowed: bool) -> list[Timing]:
@@ -178,6 +190,7 @@ def forget() -> None:
     with _lock:
         _alone.clear()
         _together.clear()
+        _decided.clear()
         _tries.clear()
         tuning_files.forget()
 
