@@ -1,8 +1,7 @@
 """The accuracy rule, and the inputs that try to break it.
 
-The rule: with e = |x - exact| / |exact| for a result x and the same computation in float64 on the same (rounded)
-inputs, a fused result passes if e_fused <= 1.5 * e_eager + 4 * eps(dtype), eager PyTorch run on the same inputs and
-device. It is asked of the result as a vector and of its elements. There are no other tolerances.
+The rule is resnet_fused.accuracy's, with the computation in float64 as the exact one and eager PyTorch, run on the same
+inputs and device, for the vendor. There are no other tolerances.
 """
 
 from __future__ import annotations
@@ -16,36 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def relative_error(x: Tensor, exact: Tensor) -> float:
-    """|x - exact| / |exact|, Euclidean norms in float64; 0 where both are zero, inf where only ``exact`` is."""
-    x, exact = x.detach().double(), exact.detach().double()
-    return _ratio((x - exact).norm().item(), exact.norm().item())
-
-
-def element_error(x: Tensor, exact: Tensor) -> float:
-    """The sixth-power mean of |x - exact| / (|exact| + rms) over all elements, with rms = sqrt(mean(exact^2)).
-
-    Rounding moves an element by up to eps/2 of its own size, and what it was summed from by some eps of the typical
-    size: the denominator is the sum of both scales, so that neither a large nor a cancelled element counts as wrong
-    for having been rounded. A high mean stands in for the maximum, which luck decides where errors are far above eps:
-    two results of equal accuracy differ in it by more than 1.5 in one of a hundred draws. One element that is off by
-    its own size and the rms still shows among 1e7 in bfloat16: (1e7)^(-1/6) = 0.068, twice 4 * eps = 0.031.
-    """
-    x, exact = x.detach().double(), exact.detach().double()
-    if exact.numel() == 0:
-        return 0.0
-    rms = exact.square().mean().sqrt()
-    if rms == 0:
-        return _ratio((x - exact).abs().max().item(), 0.0)
-    scaled = (x - exact).abs() / (exact.abs() + rms)
-    return scaled.pow(6).mean().pow(1 / 6).item()
-
-
-def _ratio(error: float, size: float) -> float:
-    if size == 0:
-        return 0.0 if error == 0 else math.inf
-    return error / size
+from resnet_fused.accuracy import element_error, limit, relative_error
 
 
 def assert_as_accurate(
@@ -70,9 +40,9 @@ def assert_as_accurate(
     eps = torch.finfo(dtype or fused.dtype).eps
     for measure in (relative_error, element_error):
         by_fused, by_eager = measure(fused, exact), measure(eager, exact)
-        limit = 1.5 * by_eager + 4 * eps
-        if not by_fused <= limit:
-            allowed = f"{limit:.3g} = 1.5 * {by_eager:.3g} (eager) + 4 * {eps:.3g}"
+        most = limit(by_eager, eps)
+        if not by_fused <= most:
+            allowed = f"{most:.3g} = 1.5 * {by_eager:.3g} (eager) + 4 * {eps:.3g}"
             raise Inaccurate(f"{name}: {measure.__name__} {by_fused:.3g} > {allowed}")
 
 

@@ -14,9 +14,10 @@ PACKAGE = Path(__file__).parent.parent / "resnet_fused"
 #: Room: rooms of this package that it may import from, beside itself. Everything may import _version.
 DOORS = {
     "reference": set(),
+    "accuracy": set(),
     "native": {"_C"},
     "backend": {"native", "ops"},
-    "kernels": {"backend", "reference"},
+    "kernels": {"accuracy", "backend", "reference"},
     "ops": {"backend", "kernels", "native", "reference"},
     "functional": {"ops"},
     "models": {"backend", "ops", "reference"},

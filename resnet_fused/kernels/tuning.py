@@ -1,35 +1,38 @@
 """What runs a kernel for a shape: which of its Triton configurations, or the vendor's library. Measured at first use.
 
 What was measured is looked for in this order: this process's memory, the table that is shipped for the device, the
-cache on disk. The ranks of a distributed job agree through its store: whoever asks first answers for all, so that a
-model's sums are made in the same order everywhere. Nothing in it is a collective: a rank that never asks hangs nobody.
+cache on disk. A configuration is timed only after its results were held to the accuracy rule (verification); what was
+refused is remembered like what was timed. The ranks of a distributed job agree through its store: whoever asks first
+answers for all, so that a model's sums are made in the same order everywhere. Nothing in it is a collective: a rank
+that never asks hangs nobody.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import itertools
 import json
 import logging
 import os
 import statistics
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-import triton
-from triton.runtime.errors import OutOfResources, PTXASError
 
 from resnet_fused.backend import choice
-from resnet_fused.kernels import tuning_files
+from resnet_fused.kernels import tuning_files, verification
 from resnet_fused.kernels.launch import Config, Launch, holding_back
-from resnet_fused.kernels.tuning_files import Problem, Times
+from resnet_fused.kernels.timing import measure
+from resnet_fused.kernels.tuning_files import Problem, Times, Timing
+from resnet_fused.kernels.verification import Unverifiable, Verifier, refusing
 
 #: A device's name, a problem, and whether it might be measured when it was asked for.
 _Key = tuple[str, Problem, bool]
@@ -41,66 +44,145 @@ ROUNDS = 3
 #: For all rounds of one candidate.
 MILLISECONDS = 5.0
 MOST_REPETITIONS = 20
-#: About a millisecond, in which the processor gets ahead of the GPU: then launches cost no time that is measured.
-_HEAD_START = 2_000_000
-#: Of a configuration: it does not compile, or not fit.
-_REFUSALS = (OutOfResources, PTXASError, triton.CompilationError)
+#: Times that a problem is asked for before it is left to the vendor because its operands verify nothing.
+TRIES = 10
 
 _log = logging.getLogger("resnet_fused")
 _lock = threading.RLock()
+_tries: Counter[_Key] = Counter()
 _alone: dict[_Key, Times] = {}
+#: What was chosen for several problems of a device, by all that was known of them and whether the vendor was allowed.
+_decided: dict[tuple[Any, ...], tuple[list[tuple[Times, bool]] | None, list[Config | None]]] = {}
 #: By process group: what was remembered before there was one could differ between its ranks.
 _together: WeakKeyDictionary[dist.ProcessGroup, dict[_Key, Times]] = WeakKeyDictionary()
 
 
-def choose(
-    problem: Problem,
-    candidates: Sequence[Config],
-    run: Callable[[Config], Any],
-    vendor: Callable[[], Any] | None,
-    device: torch.device,
-) -> Config | None:
-    """The configuration to run with; None: the vendor.
+class Work(NamedTuple):
+    """What a Triton kernel and the vendor's library can do alike.
 
     Args:
-        candidates: the most promising first, which is taken where nothing is known and nothing can be measured.
-        run, vendor: start the work on ``device``; called many times where the problem is measured.
+        problem: what it is remembered by.
+        candidates: configurations; the first is taken where nothing is known, nothing can be measured, and the vendor
+            is not allowed.
+        run, vendor: start it on a device; called many times where it is measured. vendor None: there is none.
+        exact: the same results in more bits.
+    """
+
+    problem: Problem
+    candidates: Sequence[Config]
+    run: Callable[[Config], Any]
+    vendor: Callable[[], Any] | None
+    exact: Callable[[], Any]
+
+
+def choose(work: Work, device: torch.device) -> Config | None:
+    """The configuration to run with; None: the vendor.
 
     Raises:
         ValueError: there is nothing to choose from.
     """
-    if not candidates:
-        if vendor is None:
-            raise ValueError(f"{problem}: neither a configuration nor a vendor to choose from")
-        return None
+    times, vendor_allowed = _known(work, device)
+    return _chosen(work, times, vendor_allowed)
+
+
+def choose_sharing(works: Sequence[Work], shared: Work, device: torch.device) -> list[Config | None]:
+    """As ``choose``, for all at once: what takes the least time in sum.
+
+    Args:
+        shared: has no candidates. What its vendor makes the vendors of ``works`` need; if any of those is chosen it is
+            made, once. Their own times are without it.
+    """
+    known = [_known(work, device) for work in works]
+    key = device, *(work.problem for work in works)
+    before, chosen = _decided.get(key, (None, []))
+    if before == known:
+        return chosen
+    ways = [_ways(work, *known_of_it) for work, known_of_it in zip(works, known, strict=True)]
+    fastest = [min(timings, key=lambda t: t.ms or 0.0) for timings in ways]
+    times: Times = ()
+    needs_shared = any(timing.config is None for timing in fastest) and max(map(len, ways)) > 1
+    if needs_shared:
+        times = _remembered_or_found(shared, device, True)
+        extra = (times[0].ms or 0.0) if times else 0.0
+
+        def cost(timings: tuple[Timing, ...]) -> float:
+            vendor = any(timing.config is None for timing in timings)
+            return sum(timing.ms or 0.0 for timing in timings) + (extra if vendor else 0.0)
+
+        fastest = [*min(itertools.product(*ways), key=cost)]
+    chosen = [timing.config for timing in fastest]
+    if all(found for found, _ in known) and bool(times) == needs_shared:
+        _decided[key] = known, chosen
+    return chosen
+
+
+def _ways(work: Work, times: Times, vendor_allowed: bool) -> list[Timing]:
+    """The vendor and the fastest configuration, the faster first, as far as they are timed; else what is chosen."""
+    ways: dict[bool, Timing] = {}
+    for timing in times:
+        vendor = timing.config is None
+        if timing.ms is None or vendor in ways or (vendor and not vendor_allowed):
+            continue
+        if not tuning_files.is_foreign(timing.config, work.candidates):
+            ways[vendor] = timing
+    return [*ways.values()] or [Timing(_chosen(work, times, vendor_allowed))]
+
+
+def _known(work: Work, device: torch.device) -> tuple[Times, bool]:
+    """What is known of a problem, and whether the vendor may be chosen."""
     backend = choice()
-    if vendor is not None and backend in ("vendor", "reference"):
-        return None
+    if not work.candidates or (work.vendor is not None and backend in ("vendor", "reference")):
+        return (), True
     if device.type != "cuda":
-        return candidates[0]
-    vendor_allowed = vendor is not None and backend == "auto"
+        return (), False
+    vendor_allowed = work.vendor is not None and backend == "auto"
+    return _remembered_or_found(work, device, vendor_allowed), vendor_allowed
+
+
+def _chosen(work: Work, times: Times, vendor_allowed: bool) -> Config | None:
+    """The fastest; what nothing is known of is the vendor's where that is allowed."""
+    found = tuning_files.fastest(times, vendor_allowed)
+    if found is not None and not tuning_files.is_foreign(found.config, work.candidates):
+        return found.config
+    if vendor_allowed and work.vendor is not None:
+        return None
+    refused = {time.config for time in times if time.refusal is not None}
+    first = next((config for config in work.candidates if config not in refused), None)
+    if first is None and work.vendor is None:
+        raise ValueError(f"{work.problem}: neither a configuration nor a vendor to choose from")
+    return first
+
+
+def _remembered_or_found(work: Work, device: torch.device, vendor_allowed: bool) -> Times:
+    """Nothing where it is neither known nor may be measured now."""
     group = _group()
     memory = _alone if group is None else _together.setdefault(group, {})
     name = tuning_files.device_name(device.index)
-    times = memory.get((name, problem, True))
-    if times is None:
-        asked = (name, problem, backend == "auto" and not _is_recording())
+    times = memory.get((name, work.problem, True))
+    if times is not None:
+        return times
+    asked = (name, work.problem, choice() == "auto" and not _is_recording())
 
-        def find() -> Times | None:
-            found = tuning_files.look_up(device, problem, candidates, vendor_allowed)
-            if found is None and asked[-1]:
-                found = _times(problem, candidates, run, vendor, device)
-                if found:
-                    tuning_files.keep(device, problem, found)
-            return found or None
+    def find() -> Times | None:
+        found = tuning_files.look_up(device, work.problem, work.candidates, vendor_allowed)
+        if found is None and asked[-1]:
+            found = _times(work, device)
+            tuning_files.keep(device, work.problem, found)
+        return found
 
-        with _lock:
-            if asked not in memory:
-                known = find() if group is None else _agree(asked, find)
-                memory[asked] = known or ((candidates[0], None),)
-            times = memory[asked]
-    found = tuning_files.fastest(times, vendor_allowed)
-    return candidates[0] if found is None or tuning_files.is_foreign(found[0], candidates) else found[0]
+    with _lock:
+        if asked not in memory:
+            try:
+                found = find() if group is None else _agree(asked, find)
+            except Unverifiable as error:
+                _tries[asked] += 1
+                level = logging.WARNING if _tries[asked] == 1 else logging.INFO
+                _log.log(level, "%s is not measured, the vendor runs it: %s", work.problem, error)
+                if group is None and _tries[asked] < TRIES:
+                    return ()
+                found = None
+            memory[asked] = found or ()
+        return memory[asked]
 
 
 def forget() -> None:
@@ -108,12 +190,38 @@ def forget() -> None:
     with _lock:
         _alone.clear()
         _together.clear()
+        _decided.clear()
+        _tries.clear()
         tuning_files.forget()
 
 
 def entries() -> list[tuple[Problem, Config | None, float | None]]:
     """What is remembered: the fastest of each problem and its milliseconds; None: the vendor, and never timed."""
-    return [(problem, *times[0]) for (_, problem), times in _remembered().items()]
+    fastest = {
+        problem: tuning_files.fastest(times, True) or Timing(None)
+        for (_, problem), times in _remembered().items()
+    }
+    return [(problem, found.config, found.ms) for problem, found in fastest.items()]
+
+
+def summary() -> dict[str, int]:
+    """Counts of what is remembered, files included.
+
+    problems that have configurations, candidates of them that were tried, those that were refused by why, problems for
+    which the vendor is the fastest, and those of which nothing is known.
+    """
+    tables = [
+        times for times in _remembered().values() if not times or any(t.config is not None for t in times)
+    ]
+    tried = [t for times in tables for t in times if t.config is not None]
+    reasons = Counter(t.refusal.partition(":")[0] for t in tried if t.refusal is not None)
+    return {
+        "problems": len(tables),
+        "candidates": len(tried),
+        **{reason: reasons[reason] for reason in verification.REASONS},
+        "vendor": sum(bool(times) and times[0].config is None for times in tables),
+        "unknown": sum(not times for times in tables),
+    }
 
 
 def write_table(path: Path, device: torch.device | None = None) -> None:
@@ -122,7 +230,7 @@ def write_table(path: Path, device: torch.device | None = None) -> None:
     rows = {
         problem: times
         for (name, problem), times in _remembered().items()
-        if name == tuning_files.device_name(device.index) and times[0][1] is not None
+        if name == tuning_files.device_name(device.index) and times
     }
     tuning_files.write(path, tuning_files.header(device), rows)
 
@@ -144,21 +252,10 @@ def _is_recording() -> bool:
 # Measuring
 
 
-def _measure(run: Callable[[], Any], device: torch.device, repetitions: int = 1) -> float:
-    """Milliseconds of one run. Waits for this stream alone: a collective on another one may wait for other ranks."""
-    with torch.cuda.device(device):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(_HEAD_START)
-        start.record()
-        for _ in range(repetitions):
-            run()
-        end.record()
-        end.synchronize()
-    return float(start.elapsed_time(end)) / repetitions
-
-
 def _pruned(problem: Problem, candidates: Sequence[Config], device: torch.device) -> list[Config]:
     """The first ``MOST`` that fit into the shared memory; the smallest alone where all seem too large."""
+    if not candidates:
+        return []
 
     def shared(config: Config) -> int:
         elements = config.stages * (config.block_m + config.block_n) * config.block_k
@@ -181,58 +278,92 @@ def _announce(device: str) -> None:
     )
 
 
-def _compile(run: Callable[[Config], Any], configs: Sequence[Config]) -> None:
-    """What the runs would compile one after the other, in as many threads as there are processors."""
+def _compile(work: Work, configs: Sequence[Config], device: torch.device) -> dict[Config, str]:
+    """Compiles what the runs would compile one after the other, in as many threads as there are processors.
 
-    def compile_one(launch: Launch) -> None:
-        with contextlib.suppress(*_REFUSALS):  # the run that needs it meets it again
+    Returns:
+        Why some do not compile.
+    """
+    refusals: dict[Config, str] = {}
+    launches: list[tuple[Config, Launch]] = []
+    for config in configs:
+        with refusing(refusals, config, work.problem, device):
+            with holding_back() as held:
+                work.run(config)
+            launches += [(config, launch) for launch in held]
+
+    def compile_one(pair: tuple[Config, Launch]) -> None:
+        config, launch = pair
+        with refusing(refusals, config, work.problem, device):
             launch.compile()
 
-    with holding_back() as held:
-        for config in configs:
-            with contextlib.suppress(*_REFUSALS):
-                run(config)
-    if held:
-        with ThreadPoolExecutor(min(len(held), os.cpu_count() or 1)) as pool:
-            list(pool.map(compile_one, held))
+    if launches:
+        with ThreadPoolExecutor(min(len(launches), os.cpu_count() or 1)) as pool:
+            list(pool.map(compile_one, launches))
+    return refusals
 
 
-def _times(
-    problem: Problem,
-    candidates: Sequence[Config],
-    run: Callable[[Config], Any],
-    vendor: Callable[[], Any] | None,
-    device: torch.device,
-) -> Times:
-    """Of every candidate that compiles and of the vendor, interleaved so that a changing clock is fair to all."""
+def _verify(work: Work, configs: Sequence[Config], device: torch.device) -> dict[Config, str]:
+    """Why some of the configurations are wrong."""
+    refusals: dict[Config, str] = {}
+    if configs:
+        verifier = Verifier(work.exact, work.vendor, verification.EPS[work.problem.dtype], device)
+    for config in configs:
+        with refusing(refusals, config, work.problem, device):
+            verifier.check(functools.partial(work.run, config))
+    return refusals
+
+
+@torch.no_grad()
+def _times(work: Work, device: torch.device) -> Times:
+    """Of every candidate that is right and of the vendor, interleaved so that a changing clock is fair to all.
+
+    Raises:
+        Unverifiable: see there.
+    """
+    problem = work.problem
     _announce(torch.cuda.get_device_name(device))
     _log.info("measuring %s", problem)
-    runs: dict[Config | None, Callable[[], Any]] = {}
-    refused: Exception | None = None
-    pruned = _pruned(problem, candidates, device)
-    _compile(run, pruned)
-    for config in pruned:
-        try:
-            run(config)
-        except _REFUSALS as error:
-            refused = error
+    pruned = _pruned(problem, work.candidates, device)
+    try:
+        refusals = _compile(work, pruned, device)
+        refusals |= _verify(work, [config for config in pruned if config not in refusals], device)
+        medians = _medians(work, [config for config in pruned if config not in refusals], device, refusals)
+    except torch.OutOfMemoryError as error:
+        raise Unverifiable(str(error)) from None
+    if pruned and len(refusals) == len(pruned):
+        reason = next(iter(refusals.values()))
+        warnings.warn(f"no configuration of {problem} is of use: {reason}", stacklevel=3)
+    times = [Timing(config, ms) for config, ms in medians.items()]
+    return tuning_files.sorted_times([*times, *(Timing(c, None, why) for c, why in refusals.items())])
+
+
+def _medians(
+    work: Work, configs: Sequence[Config], device: torch.device, refusals: dict[Config, str]
+) -> dict[Config | None, float]:
+    """Milliseconds of configurations and the vendor; what fails now is added to the refusals."""
+    runs: dict[Config | None, Callable[[], Any]] = {c: functools.partial(work.run, c) for c in configs}
+    if work.vendor is not None:
+        runs[None] = work.vendor
+    rounds: dict[Config | None, list[float]] = {config: [] for config in runs}
+    repetitions: dict[Config | None, int] = {}
+
+    def measure_one(config: Config | None) -> None:
+        ms = measure(runs[config], device, repetitions.get(config, 1))
+        if config in repetitions:
+            rounds[config].append(ms)
         else:
-            runs[config] = functools.partial(run, config)
-    if refused is not None and not runs:
-        warnings.warn(f"no configuration of {problem} compiles: {refused}", stacklevel=3)
-    if vendor is not None:
-        vendor()
-        runs[None] = vendor
-    repetitions = {
-        config: max(1, min(MOST_REPETITIONS, int(MILLISECONDS / ROUNDS / max(_measure(one, device), 1e-6))))
-        for config, one in runs.items()
-    }
-    rounds = [
-        {config: _measure(one, device, repetitions[config]) for config, one in runs.items()}
-        for _ in range(ROUNDS)
-    ]
-    medians = {config: statistics.median(times[config] for times in rounds) for config in runs}
-    return tuning_files.sorted_times(medians.items())
+            most = int(MILLISECONDS / ROUNDS / max(ms, 1e-6))
+            repetitions[config] = max(1, min(MOST_REPETITIONS, most))
+
+    for _ in range(1 + ROUNDS):
+        for config in [config for config in runs if config not in refusals]:
+            if config is None:
+                measure_one(config)
+            else:
+                with refusing(refusals, config, work.problem, device):
+                    measure_one(config)
+    return {config: statistics.median(times) for config, times in rounds.items() if config not in refusals}
 
 
 # The ranks of a job

@@ -40,8 +40,22 @@ class Problem(NamedTuple):
     dtype: str
 
 
-#: Milliseconds of everything that was timed, the fastest first. No configuration: the vendor. No time: never timed.
-Times = tuple[tuple[Config | None, float | None], ...]
+class Timing(NamedTuple):
+    """What is known of a configuration for a problem.
+
+    Args:
+        config: None: the vendor.
+        ms: None: it was not timed.
+        refusal: why it may not be chosen.
+    """
+
+    config: Config | None
+    ms: float | None = None
+    refusal: str | None = None
+
+
+#: All that was tried for a problem: the fastest first, what is refused last.
+Times = tuple[Timing, ...]
 
 TUNED = Path(__file__).parent / "tuned"
 _files: dict[Path, dict[Problem, Times]] = {}
@@ -55,17 +69,17 @@ def forget() -> None:
     device_name.cache_clear()
 
 
-def fastest(times: Times, vendor_allowed: bool) -> tuple[Config | None, float | None] | None:
-    return next((row for row in times if row[0] is not None or vendor_allowed), None)
+def fastest(times: Times, vendor_allowed: bool) -> Timing | None:
+    return next((t for t in times if t.refusal is None and (t.config is not None or vendor_allowed)), None)
 
 
 def is_foreign(config: Config | None, candidates: Sequence[Config]) -> bool:
     return config is not None and config not in candidates
 
 
-def sorted_times(times: Iterable[tuple[Config | None, float]]) -> Times:
+def sorted_times(times: Iterable[Timing]) -> Times:
     """The fastest first; the vendor before configurations that are no faster."""
-    return tuple(sorted(times, key=lambda row: (row[1], row[0] is not None)))
+    return tuple(sorted(times, key=lambda t: (t.refusal is not None, t.ms or 0.0, t.config is not None)))
 
 
 @functools.cache
@@ -87,10 +101,12 @@ def look_up(
             _files[path] = _read(path, belongs)
         times = _files[path].get(problem, ())
         found = fastest(times, vendor_allowed)
-        if found is not None and not is_foreign(found[0], candidates):
+        if found is not None and is_foreign(found.config, candidates):
+            warn(
+                str(path), f"{path} has {found.config} for {problem}, which is no candidate: delete the file"
+            )
+        elif times:
             return times
-        if found is not None:
-            warn(str(path), f"{path} has {found[0]} for {problem}, which is no candidate: delete the file")
     return None
 
 
@@ -183,7 +199,11 @@ def _check(holds: bool, otherwise: str) -> None:
 
 
 def rows_of(times: Times) -> list[dict[str, Any]]:
-    return [{"config": "vendor" if config is None else config.as_dict(), "ms": ms} for config, ms in times]
+    return [
+        {"config": "vendor" if config is None else config.as_dict()}
+        | ({"ms": ms} if refusal is None else {"refused": refusal})
+        for config, ms, refusal in times
+    ]
 
 
 def _as_row(problem: Problem, times: Times) -> dict[str, Any]:
@@ -203,15 +223,19 @@ def times_of(rows: Any) -> Times:
     return sorted_times(map(_parsed_time, rows))
 
 
-def _parsed_time(row: Any) -> tuple[Config | None, float]:
-    _check(isinstance(row, dict) and row.keys() == {"config", "ms"}, "a time has other fields")
-    config, ms = row["config"], row["ms"]
-    _check(type(ms) in (int, float) and 0 <= ms < 1e9, "a time is no number of milliseconds")
+def _parsed_time(row: Any) -> Timing:
+    _check(isinstance(row, dict) and len(row) == 2 and "config" in row, "a time has other fields")
+    config, ms, refusal = row["config"], row.get("ms"), row.get("refused")
+    if refusal is None:
+        _check(type(ms) in (int, float) and 0 <= ms < 1e9, "a time is no number of milliseconds")
+        ms = float(ms)
+    else:
+        _check(isinstance(refusal, str) and config != "vendor", "a refusal is no reason of a configuration")
     if config == "vendor":
-        return None, float(ms)
+        return Timing(None, ms)
     _check(isinstance(config, dict) and config.keys() == Config().as_dict().keys(), "no configuration")
     _check(all(type(value) is int and value > 0 for value in config.values()), "no configuration")
-    return Config(**config), float(ms)
+    return Timing(Config(**config), ms, refusal)
 
 
 def warn(about: str, text: str) -> None:

@@ -23,7 +23,7 @@ from resnet_fused.ops.batch_norm_stats import Statistics, check_pixels, shared_s
 from resnet_fused.ops.bn_add_relu import backward_reduce
 from resnet_fused.ops.fold import fold_gradients, fold_statistics, rectified_mean
 from resnet_fused.ops.folded import folded_add_relu
-from resnet_fused.ops.passes import conv_stats, dgrad, expand, folded_dgrad, folded_wgrad, gram_of, wgrad
+from resnet_fused.ops.passes import conv_backward, conv_stats, expand, folded_dgrad, folded_wgrad, gram_of
 from resnet_fused.reference.layout import statistics_dtype
 from resnet_fused.reference.operands import Activation, Gradient, Pair
 
@@ -161,11 +161,9 @@ class FusedBackward(Backward):
             da, *sums = self.through(self.dy(da, i, sums), i, self.plan.stages[i], self.source(i - 1))
         dy, stage, source = self.dy(da, 0, sums), self.plan.stages[0], Activation(self.x)
         del da
-        if not self.needs[0]:
-            self.weight_gradient(dy, 0, stage, source)
-            return None
-        dx, *_ = self.through(dy, 0, stage, source, residual, bits, every)
-        return dx
+        needs_input = self.needs[0]
+        dx, *_ = self.through(dy, 0, stage, source, residual, bits, every, needs_input)
+        return dx if needs_input else None
 
     def source(self, i: int, shift: MaybeTensor = None) -> Activation:
         """The input of the convolution behind the i-th of the chain."""
@@ -262,16 +260,14 @@ class FusedBackward(Backward):
         residual: MaybeTensor = None,
         bits: MaybeTensor = None,
         every: Pair = (1, 1),
+        needs_input: bool = True,
     ) -> tuple[Tensor, ...]:
         """The gradient of a convolution's input and its sums; that of its weight is noted."""
-        self.weight_gradient(dy, place, stage, source)
         geometry = (stage.stride, stage.padding, stage.dilation, stage.groups)
-        gradients: tuple[Tensor, ...] = dgrad(
-            [*dy], self.weights[place], *geometry, [*source], residual, bits, every
+        needs = [needs_input, self.needs[2 + 3 * place]]
+        *gradients, dconv = conv_backward(
+            [*dy], [*source], self.weights[place], *geometry, residual, bits, every, needs
         )
-        return gradients
-
-    def weight_gradient(self, dy: Gradient, place: int, stage: Stage, source: Activation) -> None:
-        if self.needs[2 + 3 * place]:
-            geometry = (stage.stride, stage.padding, stage.dilation, stage.groups)
-            self.note_weight(place, wgrad([*dy], [*source], self.weights[place], *geometry))
+        if needs[1]:
+            self.note_weight(place, dconv)
+        return tuple(gradients)

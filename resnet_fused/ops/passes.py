@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,8 +76,8 @@ def kernels(family: str) -> Any:
     return importlib.import_module(f"resnet_fused.kernels.{family}")
 
 
-#: Of each problem and device: launcher, configurations and the function that chooses one, so that a call is cheap.
-_known: dict[Any, tuple[Any, list[Any], Callable[..., Any]]] = {}
+#: Of each problem and device: launcher, configurations and the problem as it is remembered, so that a call is cheap.
+_known: dict[Any, tuple[Any, list[Any], Any]] = {}
 
 
 def forget() -> None:
@@ -85,37 +85,72 @@ def forget() -> None:
     _known.clear()
 
 
-def _fastest(
+def _work(
     family: str,
     x: Tensor,
     sizes: Sequence[Any],
-    launcher: str,
     arguments: tuple[Any, ...],
     vendor: Callable[[], Any],
+    exact: Callable[[], Any],
+    has_kernel: bool = True,
 ) -> Any:
-    """Runs kernels.<family>.<launcher> in the configuration that is fastest, or the vendor if that is.
+    """What kernels.<family> and the vendor can do alike, for the tuner; the launcher has the family's name.
 
     Args:
         sizes: what distinguishes problems for which the fastest may differ, beside the dtype.
         arguments: of the launcher, but for the configuration.
+        has_kernel: else there is only the vendor.
     """
+    tuning = kernels("tuning")
     dtype = kernels("problem").dtype_name(x.dtype)
     key = (family, *sizes, dtype, x.device)
     if key not in _known:
-        tuning = kernels("tuning")
         problem = tuning.Problem(family, tuple(int(size) for size in sizes), dtype)
-        _known[key] = (
-            getattr(kernels(family), launcher),
-            kernels(family).configs(*arguments),
-            functools.partial(tuning.choose, problem),
-        )
-    run, candidates, choose = _known[key]
+        launcher, candidates = None, []
+        if has_kernel:
+            home = kernels(family)
+            launcher, candidates = getattr(home, _LAUNCHERS.get(family, family)), home.configs(*arguments)
+        _known[key] = launcher, candidates, problem
+    run, candidates, problem = _known[key]
+    return tuning.Work(problem, candidates, lambda config: run(*arguments, config), vendor, exact)
 
-    def with_config(config: Any) -> Any:
-        return run(*arguments, config)
 
-    chosen = choose(candidates, with_config, vendor, x.device)
-    return vendor() if chosen is None else with_config(chosen)
+_LAUNCHERS = {"conv": "conv_stats"}
+
+
+def _fastest(
+    family: str,
+    x: Tensor,
+    sizes: Sequence[Any],
+    arguments: tuple[Any, ...],
+    vendor: Callable[[], Any],
+    exact: Callable[[], Any],
+) -> Any:
+    """Runs a kernel in the configuration that is fastest, or the vendor if that is. Arguments: see ``_work``."""
+    work = _work(family, x, sizes, arguments, vendor, exact)
+    chosen = kernels("tuning").choose(work, x.device)
+    return vendor() if chosen is None else work.run(chosen)
+
+
+def _fastest_sharing(works: list[Any], shared: Any, x: Tensor) -> list[Any]:
+    """The results of works whose vendors all need what ``shared`` makes, in the way that is fastest in sum."""
+    chosen = kernels("tuning").choose_sharing(works, shared, x.device)
+    return [
+        work.vendor() if config is None else work.run(config)
+        for work, config in zip(works, chosen, strict=True)
+    ]
+
+
+def _exactly(op: Callable[..., Any], x: Tensor, *arguments: Any) -> Callable[[], Any]:
+    """What the reference makes of an op's arguments in more bits than those of the activation ``x``."""
+    wide = torch.float64 if x.dtype == torch.float32 else torch.float32
+
+    def widened(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(wide) if value.is_floating_point() else value
+        return [widened(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+    return lambda: op(*widened(arguments))
 
 
 def _given(fields: Sequence[MaybeTensor]) -> list[bool]:
@@ -147,7 +182,8 @@ def _conv_stats(
         return vendor()
     sizes = (*a.x.shape, *conv.shape, *stride, *padding, *dilation, *_given(source[1:]), measure)
     found: tuple[Tensor, Tensor, Tensor, Tensor]
-    found = _fastest("conv", a.x, sizes, "conv_stats", (a, conv, geometry, eps, measure), vendor)
+    exact = _exactly(reference.conv_stats, a.x, source, conv, stride, padding, dilation, groups, eps, measure)
+    found = _fastest("conv", a.x, sizes, (a, conv, geometry, eps, measure), vendor, exact)
     return found
 
 
@@ -196,7 +232,8 @@ def _gram(source: Fields, every: list[int]) -> tuple[Tensor, Tensor]:
     if not runs_triton(a.x):
         return vendor()
     sizes = (*a.x.shape, *every, *_given(source[1:]))
-    found: tuple[Tensor, Tensor] = _fastest("gram", a.x, sizes, "gram", (a, _pair(every)), vendor)
+    exact = _exactly(reference.gram, a.x, source, every)
+    found: tuple[Tensor, Tensor] = _fastest("gram", a.x, sizes, (a, _pair(every)), vendor, exact)
     return found
 
 
@@ -242,7 +279,8 @@ def _expand(
         *_given((*source[1:], conv, *norm, skip_conv, *skip_norm)),
     )
     arguments = (a, conv, tuple(norm), skip, skip_shift, skip_conv, tuple(skip_norm), _pair(every))
-    found: tuple[Tensor, Tensor] = _fastest("expand", a.x, sizes, "expand", arguments, vendor)
+    exact = _exactly(reference.expand, a.x, source, conv, norm, skip, skip_shift, skip_conv, skip_norm, every)
+    found: tuple[Tensor, Tensor] = _fastest("expand", a.x, sizes, arguments, vendor, exact)
     return found
 
 
@@ -288,7 +326,8 @@ def _folded_wgrad(
         *skip_every,
     )
     arguments = (grad, bits, a, _pair(every), other, _pair(skip_every))
-    product, second, sums = _fastest("folded_wgrad", grad, sizes, "folded_wgrad", arguments, vendor)
+    exact = _exactly(reference.folded_wgrad, grad, grad, bits, source, every, skip, skip_every)
+    product, second, sums = _fastest("folded_wgrad", grad, sizes, arguments, vendor, exact)
     return product, nothing(grad, 1)[0] if second is None else second, sums
 
 
@@ -336,7 +375,10 @@ def _folded_dgrad(
     sizes = (*grad.shape, *a.x.shape, *every, *flags, *([] if other is None else other.x.shape), *skip_every)
     both = [kernels("folded_dgrad").Factors(*each) for each in (factors, skip_factors)]
     arguments = (grad, bits, both[0], a, _pair(every), both[1], other, _pair(skip_every))
-    da, dskip, *sums = _fastest("folded_dgrad", grad, sizes, "folded_dgrad", arguments, vendor)
+    exact = _exactly(
+        reference.folded_dgrad, grad, grad, bits, factors, source, every, skip_factors, skip, skip_every
+    )
+    da, dskip, *sums = _fastest("folded_dgrad", grad, sizes, arguments, vendor, exact)
     return da, grad.new_empty(0) if dskip is None else dskip, *(nothing(da, 2) if sums[0] is None else sums)
 
 
@@ -388,61 +430,7 @@ folded_dgrad = primitive(
 )
 
 
-def _dgrad(
-    dy: Fields,
-    conv: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    below: Fields,
-    residual: MaybeTensor,
-    residual_bits: MaybeTensor,
-    every: list[int],
-) -> tuple[Tensor, ...]:
-    given, source = gradient(dy), activation(below)
-
-    def vendor() -> tuple[Tensor, ...]:
-        found, _, _ = torch.ops.aten.convolution_backward.default(
-            gradient_of(given), source.x, conv, None, stride, padding, dilation, False, [0, 0], groups,
-            [True, False, False],
-        )  # fmt: skip
-        da = found.contiguous(memory_format=torch.channels_last)
-        if residual is not None:
-            if residual_bits is not None and tuple(every) == (1, 1):
-                masked_grad(residual, residual_bits, da, True, None)
-            else:
-                da[:, :, :: every[0], :: every[1]] += gradient_of(Gradient(residual, residual_bits))
-        return da, *_sums_below(da, source)
-
-    unknown = (max(stride) > 1 and max(dilation) > 1) or max(conv.shape[2:]) > MOST_TAPS
-    if not runs_triton(source.x, groups) or not runs_triton(given.g) or unknown:
-        return vendor()
-    flags = _given((*dy[1:], *below[1:], residual, residual_bits))
-    sizes = (*source.x.shape, *conv.shape, *stride, *padding, *dilation, *every, *flags)
-    arguments = (
-        given, conv, window(stride, padding, dilation, groups), source, residual, residual_bits, _pair(every)
-    )  # fmt: skip
-    da, *sums = _fastest("dgrad", source.x, sizes, "dgrad", arguments, vendor)
-    return da, *(nothing(da, 2) if sums[0] is None else sums)
-
-
-def _fake_dgrad(dy: Fields, conv: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    below = activation(arguments[4])
-    return torch.empty_like(below.x), *_fake_sums(below)
-
-
-dgrad = primitive(
-    f"dgrad(Tensor?[] dy, Tensor conv, {_GEOMETRY}, Tensor?[] below, Tensor? residual, Tensor? residual_bits,"
-    " int[] every) -> (Tensor da, Tensor sum_dz, Tensor sum_dz_xhat)",
-    reference.dgrad,
-    _fake_dgrad,
-    _dgrad,
-    triton=True,
-)
-
-
-def _wgrad(
+def _conv_backward(
     dy: Fields,
     source: Fields,
     conv: Tensor,
@@ -450,11 +438,33 @@ def _wgrad(
     padding: list[int],
     dilation: list[int],
     groups: int,
-) -> Tensor:
+    residual: MaybeTensor,
+    residual_bits: MaybeTensor,
+    every: list[int],
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
     given, a, geometry = gradient(dy), activation(source), window(stride, padding, dilation, groups)
+    convolution = (stride, padding, dilation, groups)
 
-    def vendor() -> Tensor:
-        g = gradient_of(given)
+    def make(config: Any = None) -> Tensor:
+        return gradient_of(given)
+
+    made = functools.cache(make)
+
+    def vendor_input() -> tuple[Tensor, ...]:
+        found, _, _ = torch.ops.aten.convolution_backward.default(
+            made(), a.x, conv, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+        )
+        da = found.contiguous(memory_format=torch.channels_last)
+        if residual is not None:
+            if residual_bits is not None and tuple(every) == (1, 1):
+                masked_grad(residual, residual_bits, da, True, None)
+            else:
+                da[:, :, :: every[0], :: every[1]] += gradient_of(Gradient(residual, residual_bits))
+        return da, *_sums_below(da, a)
+
+    def vendor_weight() -> Tensor:
+        g = made()
         if conv.shape[2:] == (1, 1) and geometry.padding == (0, 0) and groups == 1:
             product = sum_of_inner(g, value_of(a._replace(x=seen(a.x, stride))))
             return product[:, None, None].permute(0, 3, 1, 2)
@@ -463,24 +473,48 @@ def _wgrad(
         )
         return found.to(statistics_dtype(g.dtype)).contiguous(memory_format=torch.channels_last)
 
-    if not runs_triton(a.x, groups) or not runs_triton(given.g):
-        return vendor()
-    sizes = (*a.x.shape, *conv.shape, *stride, *padding, *dilation, *_given((*dy[1:], *source[1:])))
-    found: Tensor = _fastest("wgrad", a.x, sizes, "wgrad", (given, a, conv, geometry), vendor)
-    return found
+    def ways() -> Iterator[Any]:
+        """The gradients that are needed, the weight's first, for the tuner."""
+        sizes = (*a.x.shape, *conv.shape, *stride, *padding, *dilation)
+        if needs[1]:
+            exact = _exactly(reference.wgrad, a.x, dy, source, conv, *convolution)
+            flags = _given((*dy[1:], *source[1:]))
+            yield _work("wgrad", a.x, (*sizes, *flags), (given, a, conv, geometry), vendor_weight, exact)
+        if needs[0]:
+            rest = residual, residual_bits
+            exact = _exactly(reference.dgrad, a.x, dy, conv, *convolution, source, *rest, every)
+            flags = _given((*dy[1:], *source[1:], *rest))
+            known = (max(stride) == 1 or max(dilation) == 1) and max(conv.shape[2:]) <= MOST_TAPS
+            arguments = (given, conv, geometry, a, *rest, _pair(every))
+            yield _work("dgrad", a.x, (*sizes, *every, *flags), arguments, vendor_input, exact, known)
+
+    if runs_triton(a.x, groups) and runs_triton(given.g):
+        shared = _work("gradient", given.g, (*given.g.shape, *_given(dy[1:])), (), make, make, False)
+        found = _fastest_sharing([*ways()], shared, a.x)
+    else:
+        vendors = [*([vendor_weight] if needs[1] else []), *([vendor_input] if needs[0] else [])]
+        found = [vendor() for vendor in vendors]
+    dconv = found[0] if needs[1] else nothing(a.x, 1)[0]
+    da, *sums = found[-1] if needs[0] else (a.x.new_empty(0), None)
+    return da, *(nothing(a.x, 2) if sums[0] is None else sums), dconv
 
 
-def _fake_wgrad(dy: Fields, source: Fields, conv: Tensor, *_: Any) -> Tensor:
-    x = activation(source).x
-    return torch.empty(
-        conv.shape, dtype=statistics_dtype(x.dtype), device=x.device, memory_format=torch.channels_last
-    )
+def _fake_conv_backward(dy: Fields, source: Fields, conv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    a, (needs_input, needs_weight) = activation(source), rest[-1]
+    x, dtype = a.x, statistics_dtype(a.x.dtype)
+    da, sums, dconv = x.new_empty(0), nothing(x, 2), nothing(x, 1)[0]
+    if needs_input:
+        da, sums = torch.empty_like(x), _fake_sums(a)
+    if needs_weight:
+        dconv = torch.empty(conv.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    return da, *sums, dconv
 
 
-wgrad = primitive(
-    f"wgrad(Tensor?[] dy, Tensor?[] source, Tensor conv, {_GEOMETRY}) -> Tensor",
-    reference.wgrad,
-    _fake_wgrad,
-    _wgrad,
+conv_backward = primitive(
+    f"conv_backward(Tensor?[] dy, Tensor?[] source, Tensor conv, {_GEOMETRY}, Tensor? residual, Tensor? residual_bits,"
+    " int[] every, bool[] needs) -> (Tensor da, Tensor sum_dz, Tensor sum_dz_xhat, Tensor dconv)",
+    reference.conv_backward,
+    _fake_conv_backward,
+    _conv_backward,
     triton=True,
 )

@@ -195,6 +195,32 @@ def wgrad(
     return found.contiguous(memory_format=torch.channels_last)
 
 
+def conv_backward(
+    dy: Fields,
+    source: Fields,
+    conv: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    residual: MaybeTensor,
+    residual_bits: MaybeTensor,
+    every: list[int],
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """What ``dgrad`` and ``wgrad`` return of one convolution; empty what is not needed.
+
+    Args:
+        needs: whether the gradient of the input is needed, and that of the weight.
+    """
+    x, geometry = activation(source).x, (stride, padding, dilation, groups)
+    of_input: tuple[Tensor, ...] = x.new_empty(0), *nothing(x, 2)
+    if needs[0]:
+        of_input = dgrad(dy, conv, *geometry, source, residual, residual_bits, every)
+    dconv = wgrad(dy, source, conv, *geometry) if needs[1] else nothing(x, 1)[0]
+    return *of_input, dconv
+
+
 def sums_below(da: Tensor, below: Activation) -> tuple[Tensor, ...]:
     if below.mean is None or below.invstd is None:
         return nothing(da, 2)

@@ -130,36 +130,22 @@ def test_conv_stats(name: str, make: Callable[[str], Maker], device: str) -> Non
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CONVS)
 @in_some_draw
-def test_dgrad(name: str, make: Callable[[str], Maker], device: str) -> None:
+def test_conv_backward(name: str, make: Callable[[str], Maker], device: str) -> None:
     m = make(device)
     inputs, _, _, window, height, width = CONVS[name]
     conv = weight_of(m, name)
-    below = sources(m, inputs, height, width)
-    size = window.out_size(below["plain"].x, conv)
+    found = sources(m, inputs, height, width)
+    size = window.out_size(found["plain"].x, conv)
     residual, sparse = (
         m.activation(inputs, height, width),
         m.activation(inputs, -(-height // 2), -(-width // 3)),
     )
     shortcuts = [(None, None, (1, 1)), (residual, m.bits(residual), (1, 1)), (sparse, None, (2, 3))]
     kinds = zip(
-        gradients(m, len(conv), *size).values(), itertools.cycle(below.values()), itertools.cycle(shortcuts)
+        gradients(m, len(conv), *size).values(), itertools.cycle(found.values()), itertools.cycle(shortcuts)
     )
     for dy, source, shortcut in kinds:
-        check("dgrad", m.dtype, [*dy], conv, *window, [*source], *shortcut)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", CONVS)
-@in_some_draw
-def test_wgrad(name: str, make: Callable[[str], Maker], device: str) -> None:
-    m = make(device)
-    inputs, _, _, window, height, width = CONVS[name]
-    conv = weight_of(m, name)
-    found = sources(m, inputs, height, width)
-    size = window.out_size(found["plain"].x, conv)
-    kinds = zip(gradients(m, len(conv), *size).values(), itertools.cycle(found.values()))
-    for dy, source in kinds:
-        check("wgrad", m.dtype, [*dy], [*source], conv, *window)
+        check("conv_backward", m.dtype, [*dy], [*source], conv, *window, *shortcut, [True, True])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -269,9 +255,10 @@ def test_what_a_relu_held_back_may_be_nan(device: str) -> None:
     x, conv = Activation(m.activation(8, 4, 4)), m.conv(16, 8)
     with resnet_fused.backend("triton"):
         found = [
-            passes.wgrad([*Gradient(g, bits)], [*x], conv, *Window()),
             *passes.folded_wgrad(g, bits, [*x], (1, 1), [], (1, 1)),
-            *passes.dgrad([*Gradient(g, bits)], conv, *Window(), [*x], None, None, (1, 1)),
+            *passes.conv_backward(
+                [*Gradient(g, bits)], [*x], conv, *Window(), None, None, (1, 1), [True, True]
+            ),
         ]
     assert not any(t.isnan().any() for t in found)
 
@@ -284,5 +271,7 @@ def test_kernels_with_more_taps_than_bits(taps: int, family: list[str], device: 
     g = m.activation(8, 33 + 30 - taps + 1, 2)
     with observing(lambda launch: seen.append(launch.name)):
         check("conv_stats", m.dtype, [*x], conv, *window, 1e-5, False)
-        check("dgrad", m.dtype, [*Gradient(g)], conv, *window, [*x], None, None, (1, 1))
+        check(
+            "conv_backward", m.dtype, [*Gradient(g)], [*x], conv, *window, None, None, (1, 1), [True, False]
+        )
     assert seen == family
