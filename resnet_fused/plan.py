@@ -190,6 +190,14 @@ def launches(arch: str, batch: int, dtype: str, image_size: int = 224, capabilit
     return found
 
 
+def candidates(
+    arch: str, batch: int, dtype: str, image_size: int = 224, capability: int = 90
+) -> list[Launch]:
+    """As ``launches``, and those of every configuration that tuning would try on such a GPU."""
+    with kernels("tuning").collecting() as collected:
+        return launches(arch, batch, dtype, image_size, capability) + collected
+
+
 def table(planned: Sequence[Planned], batch: int) -> str:
     """Launches by kind of block and kernel, passes first, with their bytes per image."""
     lines = [f"{'kernel':34}{'source':8}{'launches':>9}{'MB/image':>10}{'GFLOP/image':>13}"]

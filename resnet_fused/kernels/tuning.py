@@ -18,8 +18,9 @@ import statistics
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -29,6 +30,7 @@ import torch.distributed as dist
 
 from resnet_fused.backend import choice
 from resnet_fused.kernels import tuning_files, verification
+from resnet_fused.kernels.configs import SHARED
 from resnet_fused.kernels.launch import Config, Launch, holding_back
 from resnet_fused.kernels.timing import measure
 from resnet_fused.kernels.tuning_files import Problem, Times, Timing
@@ -49,6 +51,7 @@ TRIES = 10
 
 _log = logging.getLogger("resnet_fused")
 _lock = threading.RLock()
+_collected: list[Launch] | None = None
 _tries: Counter[_Key] = Counter()
 _alone: dict[_Key, Times] = {}
 #: What was chosen for several problems of a device, by all that was known of them and whether the vendor was allowed.
@@ -134,6 +137,11 @@ def _known(work: Work, device: torch.device) -> tuple[Times, bool]:
     if not work.candidates or (work.vendor is not None and backend in ("vendor", "reference")):
         return (), True
     if device.type != "cuda":
+        if _collected is not None:
+            with holding_back() as held:
+                for config in _pruned(work, device):
+                    work.run(config)
+            _collected.extend(held)
         return (), False
     vendor_allowed = work.vendor is not None and backend == "auto"
     return _remembered_or_found(work, device, vendor_allowed), vendor_allowed
@@ -252,19 +260,32 @@ def _is_recording() -> bool:
 # Measuring
 
 
-def _pruned(problem: Problem, candidates: Sequence[Config], device: torch.device) -> list[Config]:
+def _pruned(work: Work, device: torch.device) -> list[Config]:
     """The first ``MOST`` that fit into the shared memory; the smallest alone where all seem too large."""
-    if not candidates:
+    if not work.candidates:
         return []
 
     def shared(config: Config) -> int:
         elements = config.stages * (config.block_m + config.block_n) * config.block_k
-        return elements * ELEMENT_BYTES[problem.dtype]
+        return elements * ELEMENT_BYTES[work.problem.dtype]
 
-    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack the field
-    limit = properties.shared_memory_per_block_optin
-    fitting = [config for config in candidates if shared(config) <= limit]
-    return fitting[:MOST] or [min(candidates, key=shared)]
+    limit = SHARED
+    if device.type == "cuda":
+        properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack the field
+        limit = properties.shared_memory_per_block_optin
+    fitting = [config for config in work.candidates if shared(config) <= limit]
+    return fitting[:MOST] or [min(work.candidates, key=shared)]
+
+
+@contextmanager
+def collecting() -> Iterator[list[Launch]]:
+    """Within, what a GPU would try for tensors that are on none is put into the list: launches that are not started."""
+    global _collected
+    before, _collected = _collected, []
+    try:
+        yield _collected
+    finally:
+        _collected = before
 
 
 @functools.cache
@@ -324,7 +345,7 @@ def _times(work: Work, device: torch.device) -> Times:
     problem = work.problem
     _announce(torch.cuda.get_device_name(device))
     _log.info("measuring %s", problem)
-    pruned = _pruned(problem, work.candidates, device)
+    pruned = _pruned(work, device)
     try:
         refusals = _compile(work, pruned, device)
         refusals |= _verify(work, [config for config in pruned if config not in refusals], device)
