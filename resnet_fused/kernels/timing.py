@@ -19,7 +19,7 @@ def measure(run: Callable[[], Any], device: torch.device, repetitions: int = 1) 
     """Milliseconds of one run. Waits for this stream alone: a collective on another one may wait for other ranks.
 
     The processor gets a head start, so that all runs wait on the device before the first one begins. Where it was too
-    short it is at least doubled, up to what half again as long as the processor took is.
+    short it is doubled, or made half again as long as the processor took to launch, whichever is longer.
     """
     with torch.cuda.device(device):
         head_start = max(LEAST, EACH * repetitions)

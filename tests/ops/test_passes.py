@@ -163,7 +163,7 @@ CASES: dict[str, Callable[[Maker], Arguments]] = {
         m.gradient(NORMAL, 3, True), m.source(), m.conv(OUTPUTS, INPUTS, 3), *NORMAL, None, None, (1, 1),
         [False, True],
     ),
-    "conv_backward-none": lambda m: (
+    "conv_backward-neither": lambda m: (
         m.gradient(NORMAL, 3, True), m.source(), m.conv(OUTPUTS, INPUTS, 3), *NORMAL, None, None, (1, 1),
         [False, False],
     ),
