@@ -215,18 +215,18 @@ def binary(what: Specialisation, arch: int) -> Any:
 def compiled(what: Specialisation, arch: int) -> Resources:
     """What it needs on an architecture; raises as ``binary`` does."""
     made = binary(what, arch)
-    usage, code = _usage(made.asm["cubin"]), made.asm["ptx"]
+    needed, code = usage(made.asm["cubin"]), made.asm["ptx"]
     # The driver's own KiB, which newer cubins list; the limits leave it out.
-    static = usage["SHARED"] - (1024 if arch >= 90 and usage["SHARED"] else 0)
+    static = needed["SHARED"] - (1024 if arch >= 90 and needed["SHARED"] else 0)
     products = frozenset(
         "tf32" if kind == "f32" and "inputPrecision = tf32" in operands else kind
         for operands, kind in _DOT.findall(made.asm["ttir"])
     )
     instructions = _MMA.findall(code)
     return Resources(
-        registers=usage["REG"],
+        registers=needed["REG"],
         # Spills are part of the stack, and Triton's kernels have nothing else there.
-        spill_bytes=usage["STACK"] + usage["LOCAL"],
+        spill_bytes=needed["STACK"] + needed["LOCAL"],
         shared_bytes=made.metadata.shared + static,
         mma=len(instructions) if products else None,
         wgmma=instructions.count("wgmma.mma_async"),
@@ -271,7 +271,7 @@ def _without_cubin(
     return None
 
 
-def _tool(name: str) -> Path:
+def nvidia_tool(name: str) -> Path:
     import triton
 
     # Triton's own, which knows every architecture that it compiles for.
@@ -283,7 +283,7 @@ def _is_serialized(code: str) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(code)
-        command = [str(_tool("ptxas")), "-v", "--gpu-name=sm_90a", str(path), "-o", f"{path}.cubin"]
+        command = [str(nvidia_tool("ptxas")), "-v", "--gpu-name=sm_90a", str(path), "-o", f"{path}.cubin"]
         told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return re.search(r"\bC751\d\b", told) is not None
 
@@ -295,12 +295,12 @@ def widest_load(ptx: str) -> int:
     return max([0, *loads, *copies, *(16 for _ in _BULK.findall(ptx))])
 
 
-def _usage(cubin: bytes) -> dict[str, int]:
+def usage(cubin: bytes) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         told = subprocess.run(
-            [_tool("cuobjdump"), "-res-usage", path], capture_output=True, text=True, check=True
+            [nvidia_tool("cuobjdump"), "-res-usage", path], capture_output=True, text=True, check=True
         ).stdout
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", told)}
 

@@ -11,11 +11,12 @@ from benchmarks.kernel_instructions import (
     Bound,
     Code,
     bound,
-    bounds_of,
     code_of,
+    counted,
+    excess_table,
     kernel_table,
-    late_table,
     main,
+    resource_table,
     steps_of,
 )
 from resnet_fused.plan import PASSES, launches
@@ -65,16 +66,26 @@ def test_steps_cover_the_work() -> None:
 def test_bounds_are_summed_by_kernel() -> None:
     pytest.importorskip("triton")
     passes = [launch for launch in launches("resnet18", 32, "bf16") if launch.name in PASSES]
-    found = [(launch, bound(launch, Code((100, 50), 1000))) for launch in passes]
-    assert all(b.issue > 0 and b.limit == max(b.memory, b.products) for _, b in found)
+    code = Code((100, 50), 1000, registers=130, shared=60 << 10)
+    found = [(launch, code, bound(launch, code)) for launch in passes]
+    assert all(b.issue > 0 and b.expected > b.limit == max(b.memory, b.products) for *_, b in found)
     rows = [row.split(" | ") for row in kernel_table(found).splitlines()[2:]]
     assert sum(int(row[1]) for row in rows[:-1]) == int(rows[-1][1]) == len(passes)
-    assert len(late_table(found, 3).splitlines()) == 5
+    assert len(excess_table(found, 3).splitlines()) == 5
+    assert all("| 130 | 60 | " in row for row in resource_table(found).splitlines()[2:])
 
 
-def test_late_is_what_goes_beyond_the_roofline() -> None:
-    assert Bound(3.0, 1.0, 2.0).late == 1.0
-    assert Bound(1.0, 1.0, 2.0).late == 0.0
+def test_excess_is_what_goes_beyond_the_roofline() -> None:
+    assert Bound(3.0, 1.0, 2.0).excess == 1.0
+    assert Bound(1.0, 1.0, 2.0).excess == 0.0
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "programs"),
+    [(128, 0, 8, 2), (129, 0, 8, 1), (255, 0, 4, 2), (40, 113 << 10, 4, 2), (40, 114 << 10, 4, 1)],
+)
+def test_programs_of_a_multiprocessor(registers: int, shared: int, warps: int, programs: int) -> None:
+    assert Code((), 0, registers, shared).programs(warps) == programs
 
 
 def test_the_page_shows_what_is_counted() -> None:
@@ -82,8 +93,8 @@ def test_the_page_shows_what_is_counted() -> None:
     page = PAGE.read_text()
     if f"Triton {version}:" not in page:
         pytest.skip(f"the page is of another Triton than {version}")
-    found = bounds_of("resnet50", 256)
-    for table in (kernel_table(found), late_table(found, 12)):
+    found = counted("resnet50", 256)
+    for table in (kernel_table(found), resource_table(found), excess_table(found, 12)):
         assert table in page, "python -m benchmarks.kernel_instructions --write"
 
 
