@@ -41,8 +41,9 @@ class GraphedStep:
     The learning rate may change between steps: ``param_groups[i]["lr"]`` stays what the user or a scheduler made it, a
     number or a tensor, and its value is copied into a float32 tensor that the captured step reads.
 
-    Replaying runs no Python: hooks of the model and the optimizer run only in steps that are not replayed. Modules and
-    parameters must not be replaced by others. The graph keeps the memory of a step's activations for itself.
+    Replaying runs no Python: of hooks, the kernels that they launched during the capture are replayed and nothing else.
+    So gradients can be clipped in ``optimizer.register_step_pre_hook`` (not with a scaler, which unscales them later).
+    Modules and parameters must not be replaced by others. The graph keeps the memory of a step's activations.
 
     Args:
         model: called with the images. Its parameters are on one CUDA device.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +111,13 @@ def test_gpu(precision: str, cli: Cli, images: Path, tmp_path: Path) -> None:
     """A captured run is the same, whole or resumed, and close to one that launches its kernels one by one."""
     common = ("--data", images, "--image-size", 64, "--batch-size", 4, "--epochs", 3, "--workers", 1)
 
-    def run(out: str, *arguments: object) -> Callable[[], Any]:
+    def run(out: str, *arguments: object) -> torch.Tensor:
         with resnet_fused.backend("triton"):
             result = cli("train", *common, "--precision", precision, "--out", tmp_path / out, *arguments)
         assert result.code == 0, result.err
         assert "without --cuda-graph" not in result.err
-        return load(tmp_path / out / "last.pt")["progress"]["losses"]
+        losses: torch.Tensor = load(tmp_path / out / "last.pt")["progress"]["losses"]
+        return losses
 
     plain, captured = run("plain"), run("whole", "--cuda-graph")
     torch.testing.assert_close(captured, plain, rtol=0.1, atol=0.1)
