@@ -3,12 +3,14 @@
     model = resnet_fused.resnet50()            # where torchvision.models.resnet50() stood
 
 The front door: ten constructors with torchvision's names and arguments, ``explain`` (what does not run fused, and why),
-``functional`` (the fused ops), ``reference`` (the same in plain PyTorch) and ``backend`` (which implementation runs).
+``functional`` (the fused ops), ``reference`` (the same in plain PyTorch), ``backend`` (which implementation runs) and
+``GraphedStep`` (a training step as one CUDA graph).
 """
 
 from resnet_fused import functional, reference
 from resnet_fused._version import __version__
 from resnet_fused.backend import backend
+from resnet_fused.cuda_graph import GraphedStep
 from resnet_fused.models import (
     BasicBlock,
     Bottleneck,
@@ -29,6 +31,7 @@ from resnet_fused.models import (
 __all__ = [
     "BasicBlock",
     "Bottleneck",
+    "GraphedStep",
     "ResNet",
     "__version__",
     "backend",

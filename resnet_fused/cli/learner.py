@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from resnet_fused import GraphedStep
 from resnet_fused.cli import checkpoint
 from resnet_fused.cli.data import Batch, Source
 from resnet_fused.cli.distributed import World
@@ -60,6 +61,20 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise UserError(f"--precision {precision} is not supported on {device}: use --precision fp32")
 
 
+def why_no_cuda_graph(device: torch.device, world: World) -> str | None:
+    """Why a step cannot be captured as a CUDA graph; None where it can."""
+    if device.type != "cuda":
+        return f"it needs a CUDA GPU, and this run is on {device.type}"
+    if world.size > 1:
+        return f"gradients that {world.size} processes sum are not captured"
+    return None
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss, in float32 whatever the model computes in."""
+    return F.cross_entropy(logits.float(), labels)
+
+
 class Learner:
     """A model in training.
 
@@ -67,6 +82,7 @@ class Learner:
         name: `fused` or `reference`.
         model: the bare model; its `state_dict` is what checkpoints hold.
         progress: where it stands.
+        captures: whether steps are replayed as a CUDA graph.
     """
 
     def __init__(
@@ -96,8 +112,17 @@ class Learner:
             {"params": decayed, "weight_decay": settings.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
+        self.captures = settings.cuda_graph and why_no_cuda_graph(device, world) is None
+        # Only a fused optimizer can be captured; None leaves the choice to PyTorch.
+        fused = True if self.captures else None
+        self.optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=fused)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+        self._graphed: GraphedStep | None = None
+        if self.captures:
+            dtype = AUTOCAST.get(settings.precision)
+            self._graphed = GraphedStep(
+                self.model, self.optimizer, cross_entropy, autocast=dtype, scaler=self.scaler
+            )
         self._mean = torch.tensor(source.mean, device=device).view(1, 3, 1, 1) * 255
         self._std = torch.tensor(source.std, device=device).view(1, 3, 1, 1) * 255
         self._pending: list[Tensor] = []  # of each step not yet counted: [loss, correct answers]
@@ -126,13 +151,16 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(done, self.settings.epochs * self.steps_per_epoch, self.settings)
         self._parallel.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.autocast():
-            logits = self._parallel(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        if self._graphed is not None:
+            loss, logits = self._graphed(images, labels)
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+            with self.autocast():
+                logits = self._parallel(images)
+            loss = cross_entropy(logits, labels)
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         correct = (logits.detach().argmax(1) == labels).sum()
         self._pending.append(torch.stack([loss.detach().double(), correct.double()]))
         self.progress.step += 1
@@ -220,6 +248,10 @@ class Learner:
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            for (
+                group
+            ) in self.optimizer.param_groups:  # it may have been fused when the checkpoint was written
+                group["fused"] = self.optimizer.defaults["fused"]
             if state["scaler"]:  # empty where the checkpoint was not trained in fp16
                 self.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, ValueError, KeyError) as error:

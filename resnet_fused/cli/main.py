@@ -122,6 +122,10 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     add("--device", help="auto, cpu, cuda or cuda:N (auto)")
     help_layout = "memory layout of images and weights (channels_last)"
     add("--channels-last", action=argparse.BooleanOptionalAction, help=help_layout)
+    help_graph = (
+        "replay steps as a CUDA graph, on one GPU: for batches that take longer to launch than to run (no)"
+    )
+    add("--cuda-graph", action=argparse.BooleanOptionalAction, help=help_graph)
 
     add = parser.add_argument_group("how").add_argument
     add("--epochs", type=_count, metavar="N", help=f"({by_data('epochs')})")

@@ -52,6 +52,7 @@ class Settings:
     workers: int = -1
     device: str = "auto"
     channels_last: bool = True
+    cuda_graph: bool = False
 
 
 @dataclass(frozen=True)

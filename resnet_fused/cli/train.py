@@ -2,6 +2,7 @@
 
 import json
 import platform
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from resnet_fused.cli.data import Batch, Batches, open_source
 from resnet_fused.cli.distributed import World, from_environment, pick_device, process_group
 from resnet_fused.cli.errors import UserError, require
 from resnet_fused.cli.files import make_folder, share, write_text
-from resnet_fused.cli.learner import Learner, check_precision
+from resnet_fused.cli.learner import Learner, check_precision, why_no_cuda_graph
 from resnet_fused.cli.metrics import describe, write_metrics
 from resnet_fused.cli.plots import plot_curves
 from resnet_fused.cli.settings import Invocation, Settings, command_to_resume, remembered, settle
@@ -53,6 +54,9 @@ def train(given: dict[str, Any], invocation: Invocation) -> None:
         )
         if world.main:
             prepare_out(invocation, settings, world)
+            reason = why_no_cuda_graph(device, world) if settings.cuda_graph else None
+            if reason is not None:
+                print(f"resnet_fused: trains without --cuda-graph: {reason}", file=sys.stderr, flush=True)
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True
         with process_group(world, device):
@@ -315,5 +319,6 @@ class Run:
         many = f" x {self.world.size} processes" if self.world.size > 1 else ""
         return (
             f"{s.arch}, {s.impl}, {s.data} at {s.image_size}x{s.image_size}, batch {s.batch_size}{many}, "
-            f"{s.precision}{', channels_last' if s.channels_last else ''}, {self.device.type} ({where})"
+            f"{s.precision}{', channels_last' if s.channels_last else ''}"
+            f"{', CUDA graph' if self.learners[0].captures else ''}, {self.device.type} ({where})"
         )
