@@ -153,7 +153,7 @@ def test_replay_of_a_captured_step() -> None:
 
 @pytest.mark.gpu
 def test_graphed_callables() -> None:
-    """README's recipe for small batches."""
+    """PyTorch's recipe for small batches."""
     model = resnet_fused.resnet18(num_classes=10).cuda().to(memory_format=torch.channels_last)
     x = torch.randn(4, 3, 64, 64, device="cuda").to(memory_format=torch.channels_last)
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
