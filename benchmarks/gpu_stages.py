@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def compilations() -> Iterator[Callable[[], str]]:
         knobs.compilation.listener = before
 
 
-def environment(out: Path) -> int:
+def environment(out: Path, name: str = "cuda") -> int:
     """Versions, and this device's ceilings, which later stages read."""
     import torch
 
@@ -59,11 +60,12 @@ def environment(out: Path) -> int:
     from resnet_fused.cli.timing import header
 
     begun = time.monotonic()
-    subprocess.run(["nvidia-smi"], check=False)
+    print(platform.platform(), f"{os.cpu_count()} processors")
+    if find_tool("nvidia-smi"):
+        subprocess.run(["nvidia-smi"], check=False)
     for tool in ("nvcc", "ncu", "compute-sanitizer"):
         print(f"{tool}: {find_tool(tool) or 'not installed'}")
-    device = torch.device("cuda")
-    print(torch.cuda.get_device_properties(device))
+    device = torch.device(name)
     before = header(device, 0.0)
     convs = measure(DTYPE, device)
     a, b = (torch.randn(SIDE, SIDE, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -143,7 +145,7 @@ def tune(out: Path) -> int:
     return 0
 
 
-def launch_six() -> None:
+def launch_six(logs: Path) -> int:
     """Runs the launches of ``PROFILED``, inside of a step, where the profiler sees nothing else."""
     import torch
 
@@ -178,6 +180,7 @@ def launch_six() -> None:
         with observing(look):
             step()
         torch.cuda.synchronize()
+    return 0
 
 
 def most_operations(launches: Iterable[tuple[str, int]]) -> dict[str, int]:
@@ -259,18 +262,13 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name) or next((place for place in places if os.access(place, os.X_OK)), None)
 
 
-def _launch_six(folder: Path) -> int:
-    launch_six()
-    return 0
-
-
 STAGES: Mapping[str, Callable[[Path], int]] = {
     "environment": environment,
     "load": load,
     "tune": tune,
     "profile": profile,
     "sanitize": sanitize,
-    "launch_six": _launch_six,
+    "launch_six": launch_six,
 }
 
 

@@ -85,12 +85,16 @@ class Record:
         return contest
 
     def _exact(self) -> list[Outcome]:
-        """Of each draw, in float64."""
+        """Of each draw, in float64, whose convolutions are too slow to try several algorithms of each."""
         model = exactly(self.training.model(EAGER))
         found = []
-        for draw in range(self.draws):
-            images, labels = self.training.data(draw)
-            found.append(outcome(self.training, model, images.double(), labels))
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False):
+            for draw in range(self.draws):
+                images, labels = self.training.data(draw)
+                found.append(outcome(self.training, model, images.double(), labels))
+        del model, images
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         return found
 
     def _entrant(self, impl: str, exact: list[Outcome]) -> Entrant:

@@ -14,10 +14,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from benchmarks import gpu, gpu_stages
+from benchmarks import gpu, gpu_bundle, gpu_stages
 from benchmarks.gpu import CALLS, Stage
+from benchmarks.kernel_times import read_ceilings
+from benchmarks.roofline import Ceilings
 from resnet_fused.cli.main import make_parser
+from resnet_fused.kernels.launch import Config, Launch, launch
 
 ROOT = Path(__file__).parents[1]
 #: A module that does what its first argument says.
@@ -185,6 +189,64 @@ def test_misuse(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 
 
 # Stages
+
+
+def test_what_the_environment_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.roofline.measure", lambda dtype, device: Ceilings(2e12, 1e14))
+    monkeypatch.setattr("benchmarks.roofline._seconds", lambda run, device: run() is None or 1e-12)
+    monkeypatch.setattr(gpu_stages, "SIDE", 8)
+    assert gpu_stages.environment(tmp_path, "cpu") == 0
+    assert read_ceilings(tmp_path / "environment.json", "bf16") == Ceilings(2e12, 2 * 8**3 / 1e-12)
+    assert "copy 2.00 TB/s, bf16 product 1024 TFLOP/s" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_what_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, extension, built = tmp_path / "cache", tmp_path / "_C.so", tmp_path / "built.so"
+    (cache / "A").mkdir(parents=True)
+    (cache / "A" / "conv.cubin").write_bytes(b"")
+    extension.write_bytes(b"from the bundle")
+    built.write_bytes(b"compiled here")
+    bundle, there = tmp_path / "bundle.tar.xz", tmp_path / "resnet_fused" / "_C.abi3.so"
+    gpu_bundle.pack(bundle, cache, ["A"], extension, {})
+    for name, value in (("BUNDLE", bundle), ("ROOT", tmp_path)):
+        monkeypatch.setattr(gpu_stages, name, value)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "found"))
+    monkeypatch.setattr(gpu_bundle, "differences", lambda manifest: ["ptxas differs"])
+    monkeypatch.setattr(gpu_bundle, "build_extension", lambda folder: built)
+    answers = [(0, "")]
+    monkeypatch.setattr(gpu_stages, "_info", lambda: answers.pop(0))
+    assert gpu_stages.main(["load", str(tmp_path)]) == 0 and there.read_bytes() == extension.read_bytes()
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == "1 kernels, 0 launchers; ptxas differs; extension loads, with CUDA"
+    answers += [(1, "no libcudart"), (1, "no luck")]
+    assert gpu_stages.main(["load", str(tmp_path)]) == 1 and there.read_bytes() == built.read_bytes()
+    assert capsys.readouterr().out.endswith("extension compiled here; no luck\n")
+
+
+def test_only_six_launches_are_profiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran: list[tuple[str, int, bool]] = []
+    profiling = False
+
+    def profile(on: bool) -> None:
+        nonlocal profiling
+        profiling = on
+
+    def step() -> None:
+        for name, flops in (("conv", 1), ("sum", 9), ("conv", 2), ("dgrad", 3)):
+            launch(SimpleNamespace(__name__=f"{name}_kernel"), (1,), {"x": x}, {}, Config(), flops=flops)
+
+    x = torch.empty(1, device="meta")
+    monkeypatch.setattr(Launch, "run", lambda self: ran.append((self.name, self.flops, profiling)))
+    monkeypatch.setattr("benchmarks.kernel_times.make_step", lambda *_: step)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    monkeypatch.setattr("torch.cuda.profiler.start", lambda: profile(True))
+    monkeypatch.setattr("torch.cuda.profiler.stop", lambda: profile(False))
+    assert gpu_stages.main(["launch_six", str(tmp_path)]) == 0
+    assert ran == [("conv", 2, True), ("dgrad", 3, True)]
 
 
 def test_the_launches_that_are_profiled() -> None:
