@@ -114,8 +114,8 @@ def load(out: Path) -> int:
 def _info() -> tuple[int, str]:
     """Whether the package has its CUDA kernels, in a process that has not tried before; and why not."""
     code = (
-        "from resnet_fused import backend, native; from resnet_fused.cli.info import info; info();"
-        " print(backend.why_not_native('cuda') or ''); raise SystemExit(not native.has_cuda)"
+        "from resnet_fused.backend import why_not_native; from resnet_fused.cli.info import info; info();"
+        " why = why_not_native('cuda'); print(why or ''); raise SystemExit(why is not None)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE)
     print(done.stdout)

@@ -20,6 +20,7 @@ from benchmarks import gpu, gpu_bundle, gpu_stages
 from benchmarks.gpu import CALLS, Stage
 from benchmarks.kernel_times import read_ceilings
 from benchmarks.roofline import Ceilings
+from resnet_fused.backend import why_not_native
 from resnet_fused.cli.main import make_parser
 from resnet_fused.kernels.launch import Config, Launch, launch
 
@@ -225,6 +226,11 @@ def test_what_is_loaded(
     answers += [(1, "no libcudart"), (1, "no luck")]
     assert gpu_stages.main(["load", str(tmp_path)]) == 1 and there.read_bytes() == built.read_bytes()
     assert capsys.readouterr().out.endswith("extension compiled here; no luck\n")
+
+
+def test_why_the_package_does_not_load() -> None:
+    why = why_not_native("cuda")
+    assert gpu_stages._info() == (int(why is not None), why or "")
 
 
 def test_only_six_launches_are_profiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
