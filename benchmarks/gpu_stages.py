@@ -281,7 +281,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
-    return STAGES[options.stage](options.folder)
+    try:
+        return STAGES[options.stage](options.folder)
+    except KeyboardInterrupt:
+        return 130  # without a traceback: the last line says how far it came
 
 
 if __name__ == "__main__":

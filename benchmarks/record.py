@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpu_stages import compilations
 from benchmarks.harness import Case, Contest, Entrant, failure
 from benchmarks.implementations import begin
 from benchmarks.kernel_times import read_ceilings
@@ -71,6 +73,8 @@ class Record:
         pixels = self.training.batch * self.training.image_size**2
         self.draws = min(MOST_DRAWS, math.ceil(CHECKED_PIXELS / pixels))
         self.errors: dict[str, list[tuple[float, float]]] = {}
+        self.before: list[dict[str, Any]] = []
+        self.shown = "no round was finished"
 
     def run(self, providers: Sequence[str]) -> Rounds:
         """Checks and times; the last contest."""
@@ -79,6 +83,7 @@ class Record:
         others = [impl for impl in providers if impl not in (OURS, EAGER)]
         contest = self._timed(first, max(1, self.rounds // 4) if others else self.rounds)
         if others:
+            self.before = contest.rows()
             # Times anew: rounds are those in which everybody takes turns.
             again = [Entrant(e.impl, e.run, e.note) for e in first]
             contest = self._timed([*again, *(self._entrant(impl, exact) for impl in others)], self.rounds)
@@ -136,9 +141,10 @@ class Record:
             contest.others()
             contest.our_turn()
             self.save(self.found(contest))
+            self.shown = line(contest)
         self._clocks()
         self.save(self.found(contest))
-        print(line(contest), flush=True)
+        print(self.shown, flush=True)
         return contest
 
     def _clocks(self) -> None:
@@ -155,6 +161,7 @@ class Record:
             "steps_per_round": STEPS,
             "clocks": self.clocks,
             "rows": rows,
+            "rows_before_compiling": self.before,
         }
 
 
@@ -226,19 +233,19 @@ def main(arguments: Sequence[str]) -> int:
         )
 
     record = Record(training, options.rounds, roofline_ms, save)
-    if device.type != "cuda":
-        return _checked(record.run(options.providers), "")
-    from benchmarks.gpu_stages import compilations
-
-    with compilations() as compiled:
-        contest = record.run(options.providers)
-        return _checked(contest, compiled())
+    with compilations() if device.type == "cuda" else nullcontext(str) as compiled:
+        status = _status(record, options.providers)
+        # The last line is what a runner shows.
+        print("; ".join(part for part in (record.shown, compiled()) if part), flush=True)
+    return status
 
 
-def _checked(contest: Contest, compiled: str) -> int:
-    """The last line is what a runner shows. 1 where ours is wrong."""
-    print("; ".join(part for part in (line(contest), compiled) if part), flush=True)
-    return int(not contest.ours.checked)
+def _status(record: Record, providers: Sequence[str]) -> int:
+    """Of the process: 1 where ours is wrong, 130 where it was interrupted."""
+    try:
+        return int(not record.run(providers).ours.checked)
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
