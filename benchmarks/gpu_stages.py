@@ -27,6 +27,8 @@ ARCH, BATCH, DTYPE = "resnet50", 256, "bf16"
 #: Kernels that are looked at closely, each in its launch with most operations: of conv, dgrad and wgrad a 3x3.
 PROFILED = ("conv", "dgrad", "wgrad", "expand", "folded_dgrad", "folded_wgrad")
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis")
+#: Blocks of tests.gpu_small: every kernel is in one of them.
+SANITIZED = ("bottleneck_downsample", "basic_block")
 #: Side of a matrix product that keeps the tensor cores busy.
 SIDE = 8192
 
@@ -246,7 +248,7 @@ def sanitize(logs: Path) -> int:
     if tool is None:
         print("compute-sanitizer is not installed")
         return 1
-    blocks = [sys.executable, "-m", "tests.gpu_small", "triton", "bottleneck_downsample", "basic_block"]
+    blocks = [sys.executable, "-m", "tests.gpu_small", "triton", *SANITIZED]
     # Without the tool first: what Triton compiles now, the tool's run finds in its cache.
     if status := subprocess.run(blocks).returncode:
         print(f"the blocks fail without the checker already, exit status {status}")

@@ -23,6 +23,7 @@ from benchmarks.roofline import Ceilings
 from resnet_fused.backend import why_not_native
 from resnet_fused.cli.main import make_parser
 from resnet_fused.kernels.launch import Config, Launch, launch
+from tests.ops.test_residual_block import BLOCKS
 
 ROOT = Path(__file__).parents[1]
 #: A module that does what its first argument says.
@@ -283,6 +284,10 @@ def test_a_missing_tool_is_one_line(
     for name, tool in (("profile", "ncu"), ("sanitize", "compute-sanitizer")):
         assert gpu_stages.main([name, str(tmp_path)]) == 1
         assert capsys.readouterr().out == f"{tool} is not installed\n"
+
+
+def test_the_blocks_under_the_memory_checker_are_there() -> None:
+    assert set(gpu_stages.SANITIZED) <= set(BLOCKS)
 
 
 def test_hits_are_counted() -> None:
