@@ -4,13 +4,15 @@ PYTHON ?= python3
 VENV ?= .venv
 THREADS ?= 2
 RESULTS ?= build/bench.json
+# The interpreter, with the torch and Triton, of the machine with the GPU that `make gpu-bundle` compiles for.
+PYTHON312 ?= build/py312/bin/python
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 NATIVE := csrc tests/emulated_cuda
 
-.PHONY: demo test bench report lint format build clean
+.PHONY: demo test bench report lint format build gpu-bundle clean
 
 demo: build
 	$(BIN)/python -m resnet_fused train --impl compare --data digits --out runs/demo --overwrite
@@ -26,6 +28,14 @@ bench: build
 
 report: build
 	$(BIN)/python -m benchmarks.report
+
+# build/gpu-bundle.tar.xz: what `python -m benchmarks.gpu` would compile on an H100, compiled here, without a GPU.
+gpu-bundle: $(PYTHON312)
+	$(PYTHON312) -m benchmarks.gpu_bundle make build/gpu-bundle.tar.xz
+
+build/py312/bin/python:
+	python3.12 -m venv build/py312
+	$@ -m pip install --quiet --disable-pip-version-check torch==2.11.0 triton==3.6.0 numpy setuptools ninja wheel
 
 build: $(VENV)/.built
 

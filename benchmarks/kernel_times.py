@@ -189,30 +189,52 @@ def split(events: Iterable[Any], ours: set[str]) -> tuple[float, list[Other]]:
     return sum(ms for name, _, ms in times if name in ours), others
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_times", description=__doc__)
-    parser.add_argument("--arch", default="resnet50", choices=ARCHITECTURES, metavar="ARCH")
-    parser.add_argument("--batch", type=int, default=256, help="images a step (default: 256)")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels of a side (default: 224)")
-    parser.add_argument("--dtype", default="bf16", choices=list(ELEMENT), help="default: bf16")
-    parser.add_argument(
+def read_ceilings(file: Path | None, dtype: str) -> Ceilings | None:
+    """A device's own, as the stage environment of benchmarks.gpu has written them; None where it has not."""
+    if file is None:
+        return None
+    try:
+        return Ceilings(**json.loads(file.read_text())["ceilings"][dtype])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{file} has no ceilings for {dtype}: {error!r}", file=sys.stderr)
+        return None
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="python -m benchmarks.kernel_times", description=__doc__)
+    found.add_argument("--arch", default="resnet50", choices=ARCHITECTURES, metavar="ARCH")
+    found.add_argument("--batch", type=int, default=256, help="images a step (default: 256)")
+    found.add_argument("--image-size", type=int, default=224, help="pixels of a side (default: 224)")
+    found.add_argument("--dtype", default="bf16", choices=list(ELEMENT), help="default: bf16")
+    found.add_argument(
         "--backend",
         default="auto",
         choices=("auto", "triton", "vendor"),
         help="what runs a step (default: auto)",
     )
-    parser.add_argument(
+    found.add_argument(
         "--measure", action="store_true", help="this GPU's ceilings, not an H100's for bf16; others always"
     )
-    parser.add_argument("--json", type=Path, help="write header and rows to this file")
-    options = parser.parse_args(arguments)
+    found.add_argument(
+        "--ceilings",
+        type=Path,
+        help="a file of this GPU's ceilings, as the stage environment of benchmarks.gpu"
+        " writes it; where it has none they are as without",
+    )
+    found.add_argument("--json", type=Path, help="write header and rows to this file")
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    options = parser().parse_args(arguments)
     if not torch.cuda.is_available():
         print("kernel_times needs a CUDA device and this machine has none", file=sys.stderr)
         return 2
     device = torch.device("cuda")
     torch.backends.cudnn.allow_tf32 = options.dtype == "tf32"
     known = options.dtype in ("bf16", "fp16") and not options.measure
-    ceilings = H100 if known else measure(options.dtype, device)
+    ceilings = read_ceilings(options.ceilings, options.dtype)
+    ceilings = ceilings or (H100 if known else measure(options.dtype, device))
     with backend(options.backend):
         _show(options, device, ceilings)
     return 0

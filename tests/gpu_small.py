@@ -1,8 +1,12 @@
-"""Small blocks through all kernels, forward and backward, for the memory checker: ``python -m tests.gpu_small``."""
+"""Small blocks through all kernels, for the memory checker: ``python -m tests.gpu_small [BACKEND [BLOCK ...]]``.
+
+Forward and backward. Some blocks are run in bfloat16 alone; without any, all in both dtypes, and a model.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -10,13 +14,14 @@ import resnet_fused
 from tests.ops.test_residual_block import BLOCKS, fused, gradient_for, make_case, plain, results
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
     if not torch.cuda.is_available():
         print("gpu_small needs a CUDA device and this machine has none", file=sys.stderr)
         return 2
-    for choice in ("triton", "vendor"):
-        for name in BLOCKS:
-            for dtype in (torch.float32, torch.bfloat16):
+    choices, names = arguments[:1] or ("triton", "vendor"), arguments[1:]
+    for choice in choices:
+        for name in names or BLOCKS:
+            for dtype in (torch.bfloat16,) if names else (torch.float32, torch.bfloat16):
                 case = make_case(name, "odd_size", dtype, "cuda")
                 grad = gradient_for(plain(case.to(torch.float64), True).detach(), dtype)
                 with resnet_fused.backend(choice):
@@ -25,6 +30,8 @@ def main() -> int:
                 torch.cuda.synchronize()
                 assert not any(x.isnan().any() for x in found.values()), (choice, name, dtype)
                 print(choice, name, dtype, flush=True)
+    if names:
+        return 0
     model = resnet_fused.resnet18(num_classes=10).cuda().to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 64, 64, device="cuda").to(memory_format=torch.channels_last)
     model(x).square().mean().backward()
@@ -34,4 +41,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

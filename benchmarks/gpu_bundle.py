@@ -1,0 +1,401 @@
+"""What a first run on a GPU would compile, made without one: ``python -m benchmarks.gpu_bundle make FILE``.
+
+For sm_90, and for the Python, torch and Triton that run this, which have to be those of the machine with the GPU. In
+it: a Triton cache with every kernel that tuning may try for the steps of ``CASES``, the launchers that Triton compiles
+with the C compiler, and the extension. ``check FILE`` opens it as that machine would and exits with 1 unless nothing of
+it has to be compiled again; ``make`` ends with that too.
+
+Triton finds what it has compiled by a hash of its own wheel, of ptxas's version, of the kernel's source and line
+number, of types, alignments and constants, and of the compiler's options. All of it comes from Triton's own code here:
+kernels are looked up as a launch looks them up, with a driver that claims an H100 and tensors without memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import resource
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).parents[1]
+#: Architecture and batch of the training steps, in bf16 at 224x224.
+CASES = (("resnet50", 256), ("resnet50", 400), ("resnet50", 64), ("resnet18", 256))
+ARCH, MULTIPROCESSORS, SHARED_BYTES = 90, 132, 227 << 10
+#: Files of an entry of Triton's cache that it reads again; of the rest, text of the compiler's stages, nothing is.
+READ = (".cubin", ".json", ".so")
+GROUP = "__grp__"
+EXTENSION = "resnet_fused/_C.abi3.so"
+
+
+# Files
+
+
+def pack(
+    file: Path, cache: Path, entries: Iterable[str], extension: Path | None, manifest: dict[str, Any]
+) -> None:
+    """Writes a bundle of some entries (folders) of a Triton cache, and of all launchers in it, and the extension."""
+    wanted = set(entries)
+    with tarfile.open(file, "w:xz") as tar:
+
+        def add(name: str, content: bytes) -> None:
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mode = len(content), 0o755 if name.endswith(".so") else 0o644
+            tar.addfile(entry, io.BytesIO(content))
+
+        for path in sorted(p for p in cache.glob("*/*") if p.is_file() and p.suffix in READ):
+            if path.suffix != ".so" and path.parent.name not in wanted:
+                continue
+            content = path.read_bytes()
+            if path.name.startswith(GROUP):
+                names = [name for name in json.loads(content)["child_paths"] if Path(name).suffix in READ]
+                content = _group(names, "")
+            add(f"triton/{path.parent.name}/{path.name}", content)
+        if extension is not None:
+            add(EXTENSION, extension.read_bytes())
+        add("manifest.json", json.dumps(manifest, indent=1).encode())
+
+
+def extract(file: Path, cache: Path, root: Path) -> dict[str, Any]:
+    """Puts a bundle's kernels into the Triton cache ``cache`` and its extension below ``root``; its manifest.
+
+    Raises:
+        OSError, tarfile.TarError, lzma.LZMAError: it cannot be read or written.
+    """
+    manifest: dict[str, Any] = {}
+    with tarfile.open(file, "r:xz") as tar:
+        for entry in tar:
+            content = tar.extractfile(entry)
+            assert content is not None, f"{entry.name} is no file"
+            data = content.read()
+            if entry.name == "manifest.json":
+                manifest = json.loads(data)
+                continue
+            kind, _, rest = entry.name.partition("/")
+            path = cache / rest if kind == "triton" else root / entry.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.name.startswith(GROUP):
+                # Triton keeps absolute paths, and drops those that do not exist.
+                data = _group(json.loads(data)["child_paths"], f"{path.parent}/")
+            path.unlink(missing_ok=True)  # never into a library that a process has loaded
+            path.write_bytes(data)
+            path.chmod(entry.mode)
+    return manifest
+
+
+def _group(names: Iterable[str], folder: str) -> bytes:
+    """As Triton's cache has the files of an entry."""
+    return json.dumps({"child_paths": {name: folder + name for name in names}}).encode()
+
+
+def source_hash() -> str:
+    """Of everything that kernels are made of: another one, and a bundle's kernels may not be found."""
+    found = hashlib.sha256()
+    for path in sorted((ROOT / "resnet_fused" / "kernels").glob("*.py")):
+        found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
+
+
+def identity() -> dict[str, str]:
+    """What the kernels of two machines have to agree in to be found."""
+    import torch
+    import triton
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.cache import triton_key
+
+    return {
+        "python": ".".join(map(str, sys.version_info[:2])),
+        "torch": str(torch.__version__),
+        "triton": str(triton.__version__),
+        "triton wheel": hashlib.sha256(triton_key().encode()).hexdigest()[:16],
+        "ptxas": hashlib.sha256(make_backend(GPUTarget("cuda", ARCH, 32)).hash().encode()).hexdigest()[:16],
+        "environment": str(sorted(get_cache_invalidating_env_vars().items())),
+        "kernels": source_hash(),
+    }
+
+
+def differences(manifest: dict[str, Any]) -> list[str]:
+    """In what this machine differs from the one that made a bundle; then its kernels are compiled again."""
+    made, here = manifest.get("identity", {}), identity()
+    return [f"{name} {here[name]}, bundle {made.get(name)}" for name in here if made.get(name) != here[name]]
+
+
+# Kernels
+
+
+class _Driver:
+    """Stands for Triton's driver of an H100."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", ARCH, 32)
+
+
+def candidates(cases: Iterable[tuple[str, int]] = CASES) -> list[Any]:
+    """Each launch (resnet_fused.kernels.launch.Launch) of some steps, with everything that tuning may try for them.
+
+    A step is planned once for each place in the lists of configurations, with the one in that place alone.
+    """
+    import torch
+
+    from resnet_fused import kernels, plan
+
+    tuning: Any = importlib.import_module("resnet_fused.kernels.tuning")
+    names = [f"{kernels.__name__}.{each.name}" for each in pkgutil.iter_modules(kernels.__path__)]
+    families = [
+        family for family in map(importlib.import_module, names) if callable(getattr(family, "configs", None))
+    ]
+    properties = SimpleNamespace(
+        shared_memory_per_block_optin=SHARED_BYTES, multi_processor_count=MULTIPROCESSORS, major=9, minor=0
+    )
+
+    def only(place: int, configs: Any) -> Any:
+        def chosen(*arguments: Any) -> list[Any]:
+            tried = tuning._pruned(SimpleNamespace(dtype="bf16"), configs(*arguments), torch.device("meta"))
+            return list(tried[place : place + 1] or tried[-1:])
+
+        return chosen
+
+    # What is chosen where nothing was measured need not be among those that are tried.
+    found = [
+        launch for arch, batch in cases for launch in plan.launches(arch, batch, "bf16", capability=ARCH)
+    ]
+    for place in range(tuning.MOST):
+        with ExitStack() as patches:
+            properties_of = mock.patch.object(torch.cuda, "get_device_properties", lambda device: properties)
+            patches.enter_context(properties_of)
+            for family in families:
+                patches.enter_context(mock.patch.object(family, "configs", only(place, family.configs)))
+            for arch, batch in cases:
+                found += plan.launches(arch, batch, "bf16", capability=ARCH)
+    return found
+
+
+def warm_up(launch: Any) -> Any:
+    """Compiles what a launch needs, or finds it in the cache, as starting it would."""
+    from resnet_fused.kernels.launch import compiler_options
+
+    options = compiler_options(launch.config, ARCH)
+    return launch.kernel.warmup(*launch.arguments.values(), grid=launch.grid, **launch.constants, **options)
+
+
+def distinct(launches: Iterable[Any]) -> list[Any]:
+    """One launch of those for which Triton compiles the same kernel."""
+    from triton import knobs
+
+    chosen: dict[Any, Any] = {}
+
+    def note(*, key: Any, fn: Any, **_: Any) -> bool:
+        chosen.setdefault((fn.module, fn.name, key), launch)
+        return True  # do not compile
+
+    knobs.runtime.jit_cache_hook = note
+    try:
+        for launch in launches:
+            warm_up(launch)
+    finally:
+        knobs.runtime.jit_cache_hook = None
+    return list(chosen.values())
+
+
+@contextmanager
+def without_gpu() -> Iterator[None]:
+    """Triton takes this machine for one with an H100, for which it can compile but not launch."""
+    from triton.backends.nvidia import driver as nvidia
+    from triton.runtime import driver
+
+    driver.set_active(_Driver())
+    with tempfile.TemporaryDirectory() as folder:
+        # Triton links launchers with the CUDA driver's library, which only a machine with a GPU has.
+        source, library = Path(folder, "cuda.c"), Path(folder, "libcuda.so.1")
+        texts = Path(nvidia.dirname, "driver.c").read_text() + Path(nvidia.__file__).read_text()
+        names = sorted(set(re.findall(r"\bcu[A-Z]\w*", texts)))
+        source.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in names))
+        options = ["-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
+        subprocess.run([os.environ.get("CC", "cc"), *options, "-o", library, source], check=True)
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+        os.environ["TRITON_LIBCUDA_PATH"] = folder
+        yield
+
+
+def _make_launcher(kernel: Any) -> None:
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    CudaLauncher(kernel.src, kernel.metadata)
+
+
+_chosen: list[Any] = []
+
+
+def _begin() -> None:
+    """In a process that compiles: it finds the launches itself, which cannot be sent."""
+    from triton.backends.nvidia.driver import CudaUtils
+
+    context = without_gpu()
+    context.__enter__()
+    _chosen.append(context)  # for as long as the process lives
+    CudaUtils()
+    _chosen.extend(distinct(candidates()))
+
+
+def _compile(index: int) -> tuple[str, str]:
+    """Its entry in the cache, and what went wrong."""
+    launch = _chosen[1 + index]
+    try:
+        kernel = warm_up(launch)
+        _make_launcher(kernel)
+    except Exception as error:  # whatever the compiler raises: tuning leaves it out in the same way
+        return "", f"{launch.name} {launch.config}: {type(error).__name__}: {str(error)[:200]}"
+    return Path(next(iter(kernel.metadata_group.values()))).parent.name, ""
+
+
+def compile_all(cache: Path, processes: int) -> tuple[list[str], int]:
+    """Fills a Triton cache; its entries, and how many kernels do not compile."""
+    os.environ["TRITON_CACHE_DIR"] = str(cache)
+    with without_gpu():
+        count = len(distinct(candidates()))
+    begun, entries, refused = time.monotonic(), [], 0
+    # Fresh processes: a forked one would inherit the locks of torch's threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _begin) as pool:
+        for done, (entry, why) in enumerate(pool.map(_compile, range(count), chunksize=4), 1):
+            entries += [entry] if entry else []
+            refused += bool(why)
+            if why or done % 50 == 0 or done == count:
+                print(f"{done} of {count} kernels, {time.monotonic() - begun:.0f} s {why}", flush=True)
+    return entries, refused
+
+
+def build_extension(folder: Path) -> Path:
+    """Compiles the extension for ``ARCH`` with this interpreter's torch."""
+    environment = {"TORCH_CUDA_ARCH_LIST": f"{ARCH // 10}.{ARCH % 10}", "RESNET_FUSED_BUILD": "cuda"}
+    # nvcc on PATH may be a script that lies elsewhere than its libraries.
+    if Path("/usr/local/cuda/bin/nvcc").exists():
+        environment |= {"CUDA_HOME": os.environ.get("CUDA_HOME", "/usr/local/cuda")}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", f"{folder}/lib"]
+    command += ["--build-temp", f"{folder}/objects"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        sys.exit(f"{done.stdout[-4000:]}\nthe extension does not compile")
+    return folder / "lib" / EXTENSION
+
+
+def make(file: Path, processes: int, with_extension: bool) -> int:
+    begun = time.monotonic()
+    # Kept: what has not changed since need not be compiled again.
+    work = ROOT / "build" / "gpu-bundle"
+    extension = None
+    if with_extension:
+        print("compiling the extension", flush=True)
+        extension = build_extension(work)
+    entries, refused = compile_all(work / "triton", processes)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pack(
+        file,
+        work / "triton",
+        entries,
+        extension,
+        {"identity": identity(), "cases": CASES, "refused": refused},
+    )
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    cpu = sum(each.ru_utime + each.ru_stime for each in used)
+    print(
+        f"{file}: {len(entries)} kernels, {refused} that do not compile, {file.stat().st_size / 2**20:.1f} MiB;"
+        f" {time.monotonic() - begun:.0f} s, {cpu:.0f} s of processors",
+        flush=True,
+    )
+    # In a process of its own, which has compiled nothing.
+    return subprocess.run([sys.executable, "-m", "benchmarks.gpu_bundle", "check", file], cwd=ROOT).returncode
+
+
+def check(file: Path) -> int:
+    """Whether a machine with a GPU would compile nothing of what a bundle is made for; 1 if it would."""
+    from triton import knobs
+    from triton.compiler import ASTSource
+
+    def absent(*_: Any, **__: Any) -> Any:
+        raise LookupError("not in the bundle")
+
+    # Where Triton goes when it does not find a kernel, and when it does not find a launcher.
+    ASTSource.make_ir = absent
+    knobs.build.impl = absent
+    missed = Counter[str]()
+    with tempfile.TemporaryDirectory() as folder, without_gpu():
+        os.environ["TRITON_CACHE_DIR"] = folder
+        manifest = extract(file, Path(folder), Path(folder, "root"))
+        launches = distinct(candidates())
+        for launch in launches:
+            try:
+                _make_launcher(warm_up(launch))
+            except LookupError:
+                missed[launch.name] += 1
+        _utilities(missed)
+        launchers = len(list(Path(folder).glob("*/__triton_launcher*.so")))
+    print(f"hits {len(launches) - missed.total()} of {len(launches)} kernels, {launchers} launchers")
+    for line in (*differences(manifest), *(f"{name}: {n} not found" for name, n in missed.items())):
+        print(f"  {line}")
+    # What does not compile is not there: a GPU would not compile it either, but try.
+    return int(missed.total() > manifest["refused"])
+
+
+def _utilities(missed: Counter[str]) -> None:
+    """What Triton compiles of its own driver."""
+    from triton.backends.nvidia.driver import CudaUtils
+
+    try:
+        CudaUtils()
+    except LookupError:
+        missed["cuda_utils"] += 1
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_bundle", description=__doc__)
+    parser.add_argument("what", choices=("make", "check"))
+    parser.add_argument("file", type=Path)
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, help="(default: all processors)"
+    )
+    parser.add_argument("--no-extension", action="store_true", help="kernels only")
+    options = parser.parse_args(arguments)
+    if options.what == "check":
+        return check(options.file)
+    return make(options.file.absolute(), options.processes, not options.no_extension)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

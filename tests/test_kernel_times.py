@@ -1,0 +1,74 @@
+"""kernel_times where there is no GPU: what it refuses, and what it makes of results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.autograd import DeviceType
+
+from benchmarks import kernel_times
+from benchmarks.kernel_times import Row, grouped, read_ceilings, split, table, timed
+from benchmarks.roofline import Ceilings
+from resnet_fused.kernels.launch import Config, Launch
+from tests import gpu_small
+
+
+def test_needs_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert kernel_times.main([]) == 2 and "needs a CUDA device" in capsys.readouterr().err
+    assert gpu_small.main() == 2 and "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_ceilings_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "environment.json"
+    assert read_ceilings(None, "bf16") is None and not capsys.readouterr().err
+    assert read_ceilings(file, "bf16") is None and "has no ceilings for bf16" in capsys.readouterr().err
+    file.write_text('{"ceilings": {"bf16": {"bandwidth": 2e12, "flops": 7e14}}}')
+    assert read_ceilings(file, "bf16") == Ceilings(2e12, 7e14)
+    assert read_ceilings(file, "fp32") is None and "has no ceilings for fp32" in capsys.readouterr().err
+
+
+def launch(size: int, flops: int) -> Launch:
+    def some_kernel() -> None: ...
+
+    return Launch(
+        some_kernel, (3, 2), {"x": torch.empty(size, dtype=torch.uint8), "y": None}, {}, Config(), flops
+    )
+
+
+def test_rows_are_grouped_and_sorted_by_what_they_lose() -> None:
+    ceilings = Ceilings(bandwidth=1e6, flops=1e9)
+    memory_bound = timed(launch(1000, 10), ceilings, lambda run: 2.0)
+    assert (memory_bound.kernel, memory_bound.grid, memory_bound.limit_ms) == ("some", "3x2", 1.0)
+    assert memory_bound.share == 0.5
+    compute_bound = timed(launch(10, 10**6), ceilings, lambda run: 5.0)
+    assert compute_bound.limit_ms == pytest.approx(1.0)
+    slower = timed(launch(1000, 10), ceilings, lambda run: 4.0)
+    rows = grouped([memory_bound, compute_bound, slower, slower])
+    assert [(row.count, row.ms) for row in rows] == [(3, 4.0), (1, 5.0)]
+    lines = table(rows).splitlines()
+    assert "25%*" in lines[1] and "20%*" in lines[2] and lines[-1].startswith("all")
+    assert isinstance(rows[0], Row) and rows[0].lost_ms == 9.0
+    assert table([]).splitlines()[-1].startswith("all")  # nothing launched: no division by zero
+
+
+def test_what_the_profiler_saw_is_split() -> None:
+    def event(
+        key: str, us: float, kind: DeviceType = DeviceType.CUDA, marked: bool = False
+    ) -> SimpleNamespace:
+        return SimpleNamespace(
+            key=key, count=2, self_device_time_total=us, device_type=kind, is_user_annotation=marked
+        )
+
+    events = [
+        event("some_kernel", 3000.0),
+        event("vendor_gemm", 1000.0),
+        event("Memset", 2000.0),
+        event("cudaLaunchKernel", 500.0, DeviceType.CPU),
+        event("Optimizer.step", 9000.0, marked=True),
+        event("never_ran", 0.0),
+    ]
+    assert split(events, {"some_kernel"}) == (3.0, [("Memset", 2, 2.0), ("vendor_gemm", 2, 1.0)])
