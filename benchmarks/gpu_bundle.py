@@ -15,12 +15,10 @@ from __future__ import annotations
 import argparse
 import ctypes
 import hashlib
-import importlib
 import io
 import json
 import multiprocessing
 import os
-import pkgutil
 import re
 import resource
 import subprocess
@@ -31,16 +29,14 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 #: Architecture and batch of the training steps, in bf16 at 224x224.
 CASES = (("resnet50", 256), ("resnet50", 400), ("resnet50", 64), ("resnet18", 256))
-ARCH, MULTIPROCESSORS, SHARED_BYTES = 90, 132, 227 << 10
+ARCH = 90
 #: Files of an entry of Triton's cache that it reads again; of the rest, text of the compiler's stages, nothing is.
 READ = (".cubin", ".json", ".so")
 GROUP = "__grp__"
@@ -160,43 +156,12 @@ class _Driver:
 
 
 def candidates(cases: Iterable[tuple[str, int]] = CASES) -> list[Any]:
-    """Each launch (resnet_fused.kernels.launch.Launch) of some steps, with everything that tuning may try for them.
+    """Each launch (resnet_fused.kernels.launch.Launch) of some steps, with everything that tuning may try for them."""
+    from resnet_fused import plan
 
-    A step is planned once for each place in the lists of configurations, with the one in that place alone.
-    """
-    import torch
-
-    from resnet_fused import kernels, plan
-
-    tuning: Any = importlib.import_module("resnet_fused.kernels.tuning")
-    names = [f"{kernels.__name__}.{each.name}" for each in pkgutil.iter_modules(kernels.__path__)]
-    families = [
-        family for family in map(importlib.import_module, names) if callable(getattr(family, "configs", None))
+    return [
+        launch for arch, batch in cases for launch in plan.candidates(arch, batch, "bf16", capability=ARCH)
     ]
-    properties = SimpleNamespace(
-        shared_memory_per_block_optin=SHARED_BYTES, multi_processor_count=MULTIPROCESSORS, major=9, minor=0
-    )
-
-    def only(place: int, configs: Any) -> Any:
-        def chosen(*arguments: Any) -> list[Any]:
-            tried = tuning._pruned(SimpleNamespace(dtype="bf16"), configs(*arguments), torch.device("meta"))
-            return list(tried[place : place + 1] or tried[-1:])
-
-        return chosen
-
-    # What is chosen where nothing was measured need not be among those that are tried.
-    found = [
-        launch for arch, batch in cases for launch in plan.launches(arch, batch, "bf16", capability=ARCH)
-    ]
-    for place in range(tuning.MOST):
-        with ExitStack() as patches:
-            properties_of = mock.patch.object(torch.cuda, "get_device_properties", lambda device: properties)
-            patches.enter_context(properties_of)
-            for family in families:
-                patches.enter_context(mock.patch.object(family, "configs", only(place, family.configs)))
-            for arch, batch in cases:
-                found += plan.launches(arch, batch, "bf16", capability=ARCH)
-    return found
 
 
 def warm_up(launch: Any) -> Any:
