@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 THREADS ?= 2
 RESULTS ?= build/bench.json
+# The Triton of torch 2.11, the oldest torch that is supported: kernels are compiled with it too.
+OLDEST_TRITON ?= 3.6.0
 # The interpreter, with the torch and Triton, of the machine with the GPU that `make gpu-bundle` compiles for.
 PYTHON312 ?= build/py312/bin/python
 
@@ -18,8 +20,9 @@ demo: build
 	$(BIN)/python -m resnet_fused train --impl compare --data digits --out runs/demo --overwrite
 
 # Triton's interpreter has to be asked for before triton is imported: its tests have a process of their own.
-test: build lint
+test: build lint build/triton-$(OLDEST_TRITON)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/test_plan.py -m interpreter
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m pytest tests/kernels/test_ahead_of_time.py tests/kernels/test_code_generation.py
 	$(BIN)/python -m pytest
 
 # RESULTS=benchmarks/results/NAME.json keeps the figures; `make report` makes tables and pictures of what is there.
@@ -36,6 +39,10 @@ gpu-bundle: $(PYTHON312)
 build/py312/bin/python:
 	python3.12 -m venv build/py312
 	$@ -m pip install --quiet --disable-pip-version-check torch==2.11.0 triton==3.6.0 numpy setuptools ninja wheel
+
+build/triton-%: | $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@.tmp triton==$*
+	mv $@.tmp $@
 
 build: $(VENV)/.built
 

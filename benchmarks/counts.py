@@ -34,18 +34,18 @@ PLANNED_BATCH, PLANNED_DTYPES = 256, ("bf16", "fp32")
 BATCH, SIZE = 8, 96
 #: Bytes of a tensor that counts: half of the smallest activation between two convolutions in float32.
 LARGE = BATCH * 512 * (SIZE // 32) ** 2 * 4 // 2
+Counts = dict[str, Any]
+Builds = tuple[tuple[tuple[str, ...], str, tuple[int, ...]], ...]
 #: Models, dtypes and architectures that tests compile kernels for. bf16 is what is trained in; of the rest, to save
 #: time, what differs most: sm_80 has the instructions of all that have no wgmma. `benchmarks.kernel_resources` compiles
 #: everything.
-BUILDS = (
+BUILDS: Builds = (
     (("resnet50", "resnet18"), "bf16", tuple(ARCHITECTURES)),
     (("resnet50",), "fp16", (90,)),
     (("resnet50",), "tf32", (80, 90)),
 )
 #: Architectures of those whose registers are in the table.
 COMPILED = (80, 90)
-
-Counts = dict[str, Any]
 
 
 def launch_counts() -> Counts:

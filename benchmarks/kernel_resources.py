@@ -7,14 +7,11 @@ more shared memory than there is, multiplies without tensor cores, or may read r
 from __future__ import annotations
 
 import argparse
-import atexit
-import functools
 import importlib
 import json
 import multiprocessing
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -232,42 +229,42 @@ def compiled(what: Specialisation, arch: int) -> Resources:
         wgmma=instructions.count("wgmma.mma_async"),
         products=products,
         vector_load_bytes=widest_load(code),
-        unsafe=reads_changing_registers(code),
+        unsafe=reads_changing_registers(made.asm["ttgir"]),
         serialized="wgmma.mma_async" in instructions and _is_serialized(code),
     )
 
 
 def is_unsafe(what: Specialisation, arch: int) -> bool:
-    """``Resources.unsafe`` alone, in half of the time, since ptxas doesn't run; raises as ``binary`` does.
-
-    For a process that compiles nothing else: from here on its kernels have no cubin.
-    """
+    """``Resources.unsafe`` alone, in a third of the time: neither LLVM nor ptxas runs. Raises as ``binary`` does."""
     from triton import knobs
 
-    if knobs.runtime.add_stages_inspection_hook is not _without_cubin:
-        knobs.runtime.add_stages_inspection_hook = _without_cubin
-        # Triton 3.6 doesn't tell kernels without a cubin from others in its cache.
-        knobs.cache.dir = _folder()
-    return reads_changing_registers(binary(what, arch).asm["ptx"])
+    with knobs.runtime.scope():
+        knobs.runtime.add_stages_inspection_hook = _stop_before_llvm
+        try:
+            ttgir = binary(what, arch).asm["ttgir"]  # Triton 3.6 finds it in its cache all the same
+        except _Stopped as stopped:
+            ttgir = str(stopped)
+    return reads_changing_registers(ttgir)
 
 
 #: Looks at what it makes of a kernel for an architecture.
 Compiler = Callable[[Specialisation, int], Any]
 
 
-@functools.cache
-def _folder() -> str:
-    folder = tempfile.mkdtemp(prefix="ptx-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+class _Stopped(Exception):
+    """A kernel, instead of going on."""
 
 
-def _without_cubin(
+def _stop_before_llvm(
     self: Any = None, stages: Any = None, options: Any = None, language: Any = None, capability: Any = None
 ) -> Any:
     if stages is None:  # asked for what to tell kernels apart by
-        return "without cubin", "without cubin"
-    stages["cubin"] = lambda source, metadata: b""
+        return "before LLVM", "before LLVM"
+
+    def stop(module: Any, metadata: Any) -> None:
+        raise _Stopped(str(module))
+
+    stages["llir"] = stop
     return None
 
 

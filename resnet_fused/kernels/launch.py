@@ -107,19 +107,23 @@ class Launch:
         options = compiler_options(self.config, architecture(device))
         with torch.cuda.device(device):
             made = self.kernel.warmup(*self.arguments.values(), grid=self.grid, **self.constants, **options)
-        if made is not None and reads_changing_registers(made.asm.get("ptx", "")):
+        if made is not None and reads_changing_registers(made.asm.get("ttgir", "")):
             raise RuntimeError(
                 f"{self.name} {self.config} reads registers while they may change (triton#9433)"
             )
 
 
-_REGISTER_OPERAND = re.compile(r"\bwgmma\.mma_async\S*\s*\{[^}]*\},\s*\{")
-_PARTIAL_WAIT = re.compile(r"\bwgmma\.wait_group\S*\s+[1-9]")
+_REGISTER_OPERAND = re.compile(r"\bwarp_group_dot\b.* : tensor<")
+_PARTIAL_WAIT = re.compile(r"\bwarp_group_dot_wait\b.*\bpendings = [1-9]")
 
 
-def reads_changing_registers(ptx: str) -> bool:
-    """Whether a wgmma has an operand in registers and is not waited for at once: what is next in them it may read."""
-    return bool(_REGISTER_OPERAND.search(ptx) and _PARTIAL_WAIT.search(ptx))
+def reads_changing_registers(ttgir: str) -> bool:
+    """Whether a wgmma has an operand in registers and is not waited for at once: what is next in them it may read.
+
+    Args:
+        ttgir: a kernel as Triton has it before LLVM.
+    """
+    return bool(_REGISTER_OPERAND.search(ttgir) and _PARTIAL_WAIT.search(ttgir))
 
 
 def cdiv(size: int, part: int) -> int:

@@ -1,4 +1,7 @@
-"""Every kernel of a training step, compiled for every architecture without a GPU: nothing spills, nothing is slow."""
+"""Every kernel of a training step, compiled for every architecture without a GPU: nothing spills, nothing is slow.
+
+With another Triton than the pinned one (make test) for sm_90 alone.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,10 @@ from benchmarks.kernel_resources import (
 from resnet_fused.kernels.launch import Config, Launch
 
 pytest.importorskip("triton")
+
+IS_PINNED = counts.read()["compiler"] == counts.compiler()
+BUILDS: counts.Builds = counts.BUILDS if IS_PINNED else ((counts.ARCHS, "bf16", (90,)),)
+COMPILED_FOR = sorted({arch for *_, archs in BUILDS for arch in archs})
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ def steps() -> list[Built]:
     plan = importlib.import_module("resnet_fused.plan")
     launches = [
         (launch, [arch])
-        for models, dtype, archs in counts.BUILDS
+        for models, dtype, archs in BUILDS
         for arch in archs
         for model in models
         for launch in plan.launches(model, 256, dtype, capability=arch)
@@ -126,7 +133,7 @@ def test_everything_compiles(steps: list[Built]) -> None:
     assert uncompiled(steps) == []
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", COMPILED_FOR)
 @pytest.mark.parametrize(
     "wrong",
     [spills, too_many_registers, too_much_shared_memory, no_tensor_cores, narrow_loads, unsafe, serialized],
@@ -141,7 +148,7 @@ def test_no_kernel_of_a_step(steps: list[Built], wrong: Callable[[Built, Resourc
 
 def test_registers_are_those_of_the_table(steps: list[Built]) -> None:
     table = counts.read()
-    if table["compiler"] != counts.compiler():
+    if not IS_PINNED:
         pytest.skip(f"the table is of {table['compiler']}, this is {counts.compiler()}")
     found = counts.resource_counts((x.what, x.arch, x.found) for x in steps)
     changed = counts.differences(table["resources"], found)
