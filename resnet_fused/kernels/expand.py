@@ -25,7 +25,7 @@ from resnet_fused.kernels.problem import (
     row_matrix,
     touched,
 )
-from resnet_fused.kernels.tiles import activation_tile, normed, pixel_of, store_bits, tile_of
+from resnet_fused.kernels.tiles import activation_tile, pixel_of, store_bits, tile_of
 from resnet_fused.reference.layout import mask_shape
 from resnet_fused.reference.operands import Activation, Pair
 
@@ -64,12 +64,13 @@ def _product(
 def _normed(value, mean, invstd, weight, bias, outputs, OUTPUTS):
     """bn(value) of float32 values."""
     inside = outputs < OUTPUTS
-    scale, offset = tl.load(invstd + outputs, inside, 0.0), tl.zeros(outputs.shape, tl.float32)
+    scale = tl.load(invstd + outputs, inside, 0.0)
     if weight is not None:
         scale *= tl.load(weight + outputs, inside, 0.0)
+    z = (value - tl.load(mean + outputs, inside, 0.0)[None, :]) * scale[None, :]
     if bias is not None:
-        offset = tl.load(bias + outputs, inside, 0.0)
-    return normed(value, tl.load(mean + outputs, inside, 0.0), scale, offset)
+        z += tl.load(bias + outputs, inside, 0.0)[None, :]
+    return z
 
 
 @triton.jit
