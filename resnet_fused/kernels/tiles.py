@@ -33,6 +33,16 @@ def affine_terms(mean, terms, channels, inside, CHANNELS, dtype: tl.constexpr):
 
 
 @triton.jit
+def not_hoisted(vector, COUNT):
+    """``vector`` as it is, times a 1 that only runs tell, for a computed tile that is the first operand of a product.
+
+    Triton moves the conversion to that operand's layout up to the loads where all between is elementwise, so that the
+    product may start early; loads whose values are converted are no asynchronous copies any more. A splat ends that.
+    """
+    return vector * tl.where(COUNT > 0, 1.0, 0.0)
+
+
+@triton.jit
 def normed(value, centre, scale, offset):
     """bn(value) of a tile as it was loaded.
 

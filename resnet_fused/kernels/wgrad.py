@@ -28,6 +28,7 @@ from resnet_fused.kernels.tiles import (
     activation_terms,
     gradient_terms,
     gradient_tile,
+    not_hoisted,
     pixel_of,
     pixels_later,
     tile_of,
@@ -81,6 +82,7 @@ def wgrad_kernel(
     centre, scale, offset, level, slope = gradient_terms(
         mean, terms, slopes, outputs, output_inside, OUTPUTS, g.dtype.element_ty
     )
+    scale = not_hoisted(scale, PIXELS)
     x_centre, x_scale, x_offset, x_level = activation_terms(
         x_mean, x_terms, x_shift, channels, channel_inside, CHANNELS, x.dtype.element_ty
     )
