@@ -36,6 +36,7 @@ from resnet_fused.kernels.tiles import (
     store_tile_sums,
     taps_inside,
     tile_of,
+    unknown_zero,
 )
 from resnet_fused.reference.operands import Activation, Gradient, Pair, Window
 
@@ -110,6 +111,7 @@ def dgrad_kernel(
         added = masked_tile(residual, residual_bits, added_rows, kept, tile_n * BLOCK_N, CHANNELS, BLOCK_N)
     if sums is not None:
         below_value = tile_of(below, rows, row_inside, channels, column_inside, CHANNELS)
+    zero = unknown_zero(IMAGES)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     i, j, first = 0, 0, 0
     for _ in range(taps_h * taps_w * tl.cdiv(OUTPUTS, BLOCK_K)):
@@ -122,8 +124,8 @@ def dgrad_kernel(
             mean, terms, slopes, outputs, outputs < OUTPUTS, OUTPUTS, g.dtype.element_ty
         )
         a = gradient_tile(
-            g, bits, y, terms, slopes, centre, scale, offset, level, slope, source, inside, first, OUTPUTS, BLOCK_K,
-            not POINTWISE,
+            g, bits, y, terms, slopes, centre, scale, offset, level, slope, zero, source, inside, first, OUTPUTS,
+            BLOCK_K, not POINTWISE,
         )  # fmt: skip
         b = tl.load(
             conv

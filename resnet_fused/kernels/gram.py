@@ -23,10 +23,10 @@ from resnet_fused.kernels.problem import (
 from resnet_fused.kernels.tiles import (
     activated,
     activation_terms,
-    not_hoisted,
     pixel_of,
     pixels_later,
     tile_of,
+    unknown_zero,
 )
 from resnet_fused.reference.operands import Activation, Pair
 
@@ -71,7 +71,8 @@ def gram_kernel(
     centre_i, scale_i, offset_i, level_i = activation_terms(
         mean, terms, shift, left, left_inside, CHANNELS, x.dtype.element_ty
     )
-    scale_i, level_i = not_hoisted(scale_i, PIXELS), not_hoisted(level_i, PIXELS)
+    zero = unknown_zero(PIXELS)
+    scale_i, level_i = scale_i + zero, level_i + zero
     centre_j, scale_j, offset_j, level_j = activation_terms(
         mean, terms, shift, right, right_inside, CHANNELS, x.dtype.element_ty
     )

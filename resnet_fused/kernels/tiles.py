@@ -33,13 +33,13 @@ def affine_terms(mean, terms, channels, inside, CHANNELS, dtype: tl.constexpr):
 
 
 @triton.jit
-def not_hoisted(vector, COUNT):
-    """``vector`` as it is, times a 1 that only runs tell, for a computed tile that is the first operand of a product.
+def unknown_zero(COUNT):
+    """0 as only runs can tell, for arithmetic on a tile that is to be a product's operand in registers.
 
-    Triton moves the conversion to that operand's layout up to the loads where all between is elementwise, so that the
-    product may start early; loads whose values are converted are no asynchronous copies any more. A splat ends that.
+    Triton moves the conversion to that operand's layout up to the loads where all between is elementwise: loads whose
+    values are converted are no asynchronous copies any more, and more registers are held. A splat of this ends that.
     """
-    return vector * tl.where(COUNT > 0, 1.0, 0.0)
+    return tl.where(COUNT > 0, 0.0, 1.0)
 
 
 @triton.jit
@@ -173,6 +173,7 @@ def gradient_tile(
     offset,
     level,
     slope,
+    zero,
     rows,
     row_inside,
     first,
@@ -182,6 +183,7 @@ def gradient_tile(
 ):
     """dy at the pixels ``rows``, BLOCK channels from ``first``, whose terms are given; ``PADDED`` as in ``activated``.
 
+    zero: ``unknown_zero``.
     dy = dz scale - level - (y - mean) slope; of 16 bits two multiply-adds, as in ``normed``.
     """
     value = masked_tile(g, bits, rows, row_inside, first, CHANNELS, BLOCK)
@@ -191,7 +193,7 @@ def gradient_tile(
             channels = first + tl.arange(0, BLOCK)
             seen = tile_of(y, rows, row_inside, channels, channels < CHANNELS, CHANNELS)
         if bits is None:
-            dz = tl.where(normed(seen, centre, scale, offset) <= 0, 0.0, dz)
+            dz = tl.where(normed(seen, centre, scale, offset) <= zero, 0.0, dz)
         if slopes is None:
             dy = dz * scale[None, :]
         elif value.dtype == tl.float32:

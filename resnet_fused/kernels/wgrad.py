@@ -28,10 +28,10 @@ from resnet_fused.kernels.tiles import (
     activation_terms,
     gradient_terms,
     gradient_tile,
-    not_hoisted,
     pixel_of,
     pixels_later,
     tile_of,
+    unknown_zero,
 )
 from resnet_fused.reference.operands import Activation, Gradient, Window
 
@@ -82,13 +82,13 @@ def wgrad_kernel(
     centre, scale, offset, level, slope = gradient_terms(
         mean, terms, slopes, outputs, output_inside, OUTPUTS, g.dtype.element_ty
     )
-    scale = not_hoisted(scale, PIXELS)
     x_centre, x_scale, x_offset, x_level = activation_terms(
         x_mean, x_terms, x_shift, channels, channel_inside, CHANNELS, x.dtype.element_ty
     )
     # On sm_90 the second operand of a product comes from shared memory and the first one does if it is loaded as it
     # is: what is computed is second. A first operand in registers would change while wgmma may still read it.
     LOADED: tl.constexpr = x_terms is None and x_shift is None
+    zero = unknown_zero(PIXELS)
     acc = tl.zeros((BLOCK_K, BLOCK_N) if LOADED else (BLOCK_N, BLOCK_K), tl.float32)
     if not POINTWISE:
         image, out_h, out_w = pixel_of(start + tl.arange(0, BLOCK_M), OUT_HEIGHT, OUT_WIDTH)
@@ -98,8 +98,8 @@ def wgrad_kernel(
         row_inside = rows < PIXELS
         # a is 0 in rows outside.
         dy = gradient_tile(
-            g, bits, y, terms, slopes, centre, scale, offset, level, slope, rows, row_inside, first, OUTPUTS, BLOCK_N,
-            False,
+            g, bits, y, terms, slopes, centre, scale, offset, level, slope, zero, rows, row_inside, first, OUTPUTS,
+            BLOCK_N, False,
         )  # fmt: skip
         if POINTWISE:
             source, inside = rows, row_inside
