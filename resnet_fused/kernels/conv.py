@@ -16,6 +16,7 @@ from resnet_fused.kernels import reductions
 from resnet_fused.kernels.configs import gemm_configs
 from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.problem import (
+    activation_fields,
     input_sizes,
     is_pointwise,
     new_activation,
@@ -32,9 +33,7 @@ from resnet_fused.reference.operands import Activation, Window
 def conv_kernel(
     x,
     mean,
-    invstd,
-    weight,
-    bias,
+    terms,
     shift,
     conv,
     y,
@@ -82,9 +81,7 @@ def conv_kernel(
         if not POINTWISE:
             source = corner + (r * DILATION_H * WIDTH + s * DILATION_W)
             inside = ((seen_h >> r) & (seen_w >> s) & 1) != 0
-        a = activation_tile(
-            x, mean, invstd, weight, bias, shift, source, inside, channels, CHANNELS, not POINTWISE
-        )
+        a = activation_tile(x, mean, terms, shift, source, inside, channels, CHANNELS, not POINTWISE)
         b = tl.load(
             conv
             + (outputs[:, None] * (KERNEL_H * KERNEL_W) + r * KERNEL_W + s) * CHANNELS
@@ -120,14 +117,23 @@ def configs(source: Activation, conv: Tensor, window: Window, *_: object) -> lis
 
 
 def conv_stats(
-    source: Activation, conv: Tensor, window: Window, eps: float, measure: bool, config: Config
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, and mean, biased variance and invstd of its channels; these are empty unless ``measure``.
+    source: Activation,
+    conv: Tensor,
+    window: Window,
+    eps: float,
+    measure: bool,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    config: Config,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, and mean, biased variance, invstd and terms of its channels; these are empty unless ``measure``.
 
     Args:
         source: (N, C, H, W), channels_last.
         conv: (outputs, C, kh, kw).
+        gamma, beta: weight and bias of the batch norm of y, for its terms.
     """
+    source = reductions.with_terms(source)
     height, width = window.out_size(source.x, conv)
     y = new_activation(source.x, conv.shape[0], height, width)
     pixels, outputs = y.shape[0] * height * width, conv.shape[0]
@@ -137,7 +143,7 @@ def conv_stats(
         conv_kernel,
         (tiles * cdiv(outputs, config.block_n),),
         {
-            **source._asdict(), "conv": row_matrix(conv, y.dtype), "y": y, "statistics": statistics,
+            **activation_fields(source), "conv": row_matrix(conv, y.dtype), "y": y, "statistics": statistics,
             **input_sizes(source.x), "OUT_HEIGHT": height, "OUT_WIDTH": width, "OUTPUTS": outputs, "PIXELS": pixels,
             **window_sizes(window),
         },
@@ -150,7 +156,9 @@ def conv_stats(
         touched=touched("x", source.x, height, width) if conv.shape[2:] == (1, 1) else None,
     )  # fmt: skip
     if statistics is None:
-        mean, var, invstd = (torch.empty(0, dtype=torch.float32, device=y.device) for _ in range(3))
+        mean, var, invstd, terms = (torch.empty(0, dtype=torch.float32, device=y.device) for _ in range(4))
     else:
-        mean, var, invstd = reductions.norm_statistics(statistics, config.block_m, pixels, eps)
-    return y, mean, var, invstd
+        mean, var, invstd, terms = reductions.norm_statistics(
+            statistics, config.block_m, pixels, eps, gamma, beta
+        )
+    return y, mean, var, invstd, terms

@@ -18,6 +18,7 @@ from resnet_fused.kernels.configs import gemm_configs
 from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.problem import (
     every_sizes,
+    gradient_fields,
     input_sizes,
     is_pointwise,
     mask_words,
@@ -35,6 +36,7 @@ from resnet_fused.kernels.tiles import (
     store_tile_sums,
     taps_inside,
     tile_of,
+    unknown_zero,
 )
 from resnet_fused.reference.operands import Activation, Gradient, Pair, Window
 
@@ -45,18 +47,13 @@ def dgrad_kernel(
     bits,
     y,
     mean,
-    invstd,
-    weight,
-    bias,
-    sum_dz,
-    sum_dz_xhat,
+    terms,
+    slopes,
     conv,
     da,
     below,
     below_mean,
-    below_invstd,
-    below_weight,
-    below_bias,
+    below_terms,
     sums,
     residual,
     residual_bits,
@@ -114,7 +111,7 @@ def dgrad_kernel(
         added = masked_tile(residual, residual_bits, added_rows, kept, tile_n * BLOCK_N, CHANNELS, BLOCK_N)
     if sums is not None:
         below_value = tile_of(below, rows, row_inside, channels, column_inside, CHANNELS)
-    per_pixel = 1.0 / (IMAGES * OUT_HEIGHT * OUT_WIDTH)
+    zero = unknown_zero(IMAGES)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     i, j, first = 0, 0, 0
     for _ in range(taps_h * taps_w * tl.cdiv(OUTPUTS, BLOCK_K)):
@@ -124,12 +121,11 @@ def dgrad_kernel(
             source = corner - (i * DILATION_H * OUT_WIDTH + j * DILATION_W)
             inside = ((seen_h >> i) & (seen_w >> j) & 1) != 0
         centre, scale, offset, level, slope = gradient_terms(
-            y, mean, invstd, weight, bias, sum_dz, sum_dz_xhat, per_pixel, outputs, outputs < OUTPUTS,
-            g.dtype.element_ty,
-        )  # fmt: skip
+            mean, terms, slopes, outputs, outputs < OUTPUTS, OUTPUTS, g.dtype.element_ty
+        )
         a = gradient_tile(
-            g, bits, y, mean, sum_dz, centre, scale, offset, level, slope, source, inside, first, OUTPUTS, BLOCK_K,
-            not POINTWISE,
+            g, bits, y, terms, slopes, centre, scale, offset, level, slope, zero, source, inside, first, OUTPUTS,
+            BLOCK_K, not POINTWISE,
         )  # fmt: skip
         b = tl.load(
             conv
@@ -151,7 +147,7 @@ def dgrad_kernel(
     if sums is not None:
         tile = tl.program_id(1) * (tl.num_programs(0) // tiles_n) + tile_m
         store_tile_sums(
-            out.to(tl.float32), below_value, below_mean, below_invstd, below_weight, below_bias, sums, tile,
+            out.to(tl.float32), below_value, below_mean, below_terms, sums, tile,
             tl.num_programs(0) // tiles_n * tl.num_programs(1), whole, channels, CHANNELS,
         )  # fmt: skip
 
@@ -176,8 +172,8 @@ def dgrad(
     residual_bits: Tensor | None,
     every: Pair,
     config: Config,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """da (+ residual), like below.x, and with statistics of ``below`` sum_dz and sum_dz_xhat, (C,) float32.
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """da (+ residual), like below.x, and with statistics of ``below`` sum_dz, sum_dz_xhat and slopes, float32.
 
     Args:
         gradient: (N, outputs, OH, OW), channels_last.
@@ -185,7 +181,7 @@ def dgrad(
         below: the convolution's input, (N, C, H, W), channels_last.
         residual: (N, C, ceil(H / every), ceil(W / every)), added at every so-manyth pixel; its bits in its own layout.
     """
-    x = below.x
+    gradient, below, x = reductions.with_slopes(gradient), reductions.with_terms(below), below.x
     da = new_activation(x, x.shape[1], x.shape[2], x.shape[3])
     classes = window.stride[0] * window.stride[1]
     tiles = cdiv(_pixels_of_a_class(x, window), config.block_m)
@@ -196,10 +192,9 @@ def dgrad(
         dgrad_kernel,
         (tiles * cdiv(x.shape[1], config.block_n), classes),
         {
-            **gradient._asdict(), "bits": mask_words(gradient.bits, outputs, config.block_k),
+            **gradient_fields(gradient, config.block_k),
             "conv": row_matrix(conv, x.dtype), "da": da,
-            "below": summed.x, "below_mean": summed.mean, "below_invstd": summed.invstd,
-            "below_weight": summed.weight, "below_bias": summed.bias, "sums": sums,
+            "below": summed.x, "below_mean": summed.mean, "below_terms": summed.terms, "sums": sums,
             "residual": residual, "residual_bits": mask_words(residual_bits, x.shape[1], config.block_n),
             **input_sizes(x), "OUT_HEIGHT": gradient.g.shape[2], "OUT_WIDTH": gradient.g.shape[3], "OUTPUTS": outputs,
             "IMAGES": x.shape[0], **window_sizes(window), **every_sizes(every),
@@ -211,6 +206,4 @@ def dgrad(
         config,
         flops=2 * (gradient.g.numel() // outputs) * conv.numel(),
     )  # fmt: skip
-    if sums is None or below.invstd is None:
-        return da, None, None
-    return da, *reductions.sum_tiles(sums, below.invstd)
+    return da, *((None, None, None) if sums is None else reductions.sum_tiles(sums, below))

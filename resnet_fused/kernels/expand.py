@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resnet_fused.kernels import reductions
 from resnet_fused.kernels.configs import gemm_configs
 from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.problem import (
+    activation_fields,
     every_sizes,
     mask_words,
     new_activation,
@@ -23,7 +25,7 @@ from resnet_fused.kernels.problem import (
     row_matrix,
     touched,
 )
-from resnet_fused.kernels.tiles import activation_tile, channel_affine, normed, pixel_of, store_bits, tile_of
+from resnet_fused.kernels.tiles import activation_tile, pixel_of, store_bits, tile_of
 from resnet_fused.reference.layout import mask_shape
 from resnet_fused.reference.operands import Activation, Pair
 
@@ -32,9 +34,7 @@ from resnet_fused.reference.operands import Activation, Pair
 def _product(
     x,
     mean,
-    invstd,
-    weight,
-    bias,
+    terms,
     shift,
     conv,
     source,
@@ -50,7 +50,7 @@ def _product(
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for first in range(0, CHANNELS, BLOCK_K):
         channels = first + tl.arange(0, BLOCK_K)
-        a = activation_tile(x, mean, invstd, weight, bias, shift, source, inside, channels, CHANNELS, False)
+        a = activation_tile(x, mean, terms, shift, source, inside, channels, CHANNELS, False)
         b = tl.load(
             conv + outputs[:, None] * CHANNELS + channels[None, :],
             (channels < CHANNELS)[None, :] & (outputs < OUTPUTS)[:, None],
@@ -62,19 +62,22 @@ def _product(
 
 @triton.jit
 def _normed(value, mean, invstd, weight, bias, outputs, OUTPUTS):
-    centre, scale, offset = channel_affine(
-        mean, invstd, weight, bias, outputs, outputs < OUTPUTS, value.dtype
-    )
-    return normed(value, centre, scale, offset)
+    """bn(value) of float32 values."""
+    inside = outputs < OUTPUTS
+    scale = tl.load(invstd + outputs, inside, 0.0)
+    if weight is not None:
+        scale *= tl.load(weight + outputs, inside, 0.0)
+    z = (value - tl.load(mean + outputs, inside, 0.0)[None, :]) * scale[None, :]
+    if bias is not None:
+        z += tl.load(bias + outputs, inside, 0.0)[None, :]
+    return z
 
 
 @triton.jit
 def expand_kernel(
     x,
     x_mean,
-    x_invstd,
-    x_weight,
-    x_bias,
+    x_terms,
     x_shift,
     conv,
     mean,
@@ -116,7 +119,7 @@ def expand_kernel(
         other = tile_of(skip, rows, inside, outputs, column_inside, OUTPUTS)
     if conv is not None:
         z = _product(
-            x, x_mean, x_invstd, x_weight, x_bias, x_shift, conv, rows, inside, outputs, CHANNELS, OUTPUTS,
+            x, x_mean, x_terms, x_shift, conv, rows, inside, outputs, CHANNELS, OUTPUTS,
             PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
@@ -128,7 +131,7 @@ def expand_kernel(
             image, h, w = pixel_of(rows, OUT_HEIGHT, OUT_WIDTH)
             source = (image * HEIGHT + h * EVERY_H) * WIDTH + w * EVERY_W
         other = _product(
-            skip, None, None, None, None, skip_shift, skip_conv, source, inside, outputs, SKIP_CHANNELS, OUTPUTS,
+            skip, None, None, skip_shift, skip_conv, source, inside, outputs, SKIP_CHANNELS, OUTPUTS,
             PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     if skip_mean is not None:
@@ -175,7 +178,7 @@ def expand(
     config: Config,
 ) -> tuple[Tensor, Tensor]:
     """relu(bn(conv(source)) + shortcut) and the mask of its ReLU; arguments as in reference.passes."""
-    x = source.x
+    source, x = reductions.with_terms(source), source.x
     outputs, (height, width) = x.shape[1] if conv is None else conv.shape[0], x.shape[2:]
     out = new_activation(x, outputs, height, width)
     bits = torch.empty(mask_shape(out), dtype=torch.uint8, device=out.device)
@@ -184,7 +187,7 @@ def expand(
         expand_kernel,
         (cdiv(pixels, config.block_m) * cdiv(outputs, config.block_n),),
         {
-            **{("x" if name == "x" else f"x_{name}"): v for name, v in source._asdict().items()},
+            **activation_fields(source, "x_"),
             "conv": None if conv is None else row_matrix(conv, x.dtype), **dict(zip(_VECTORS, norm, strict=True)),
             "skip": skip, "skip_shift": skip_shift,
             "skip_conv": None if skip_conv is None else row_matrix(skip_conv, x.dtype),

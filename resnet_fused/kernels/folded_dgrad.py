@@ -16,6 +16,7 @@ from resnet_fused.kernels import reductions
 from resnet_fused.kernels.configs import gemm_configs
 from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.problem import (
+    activation_fields,
     every_sizes,
     mask_words,
     new_activation,
@@ -35,9 +36,7 @@ def _input_gradient(
     scaled,
     x,
     mean,
-    invstd,
-    weight,
-    bias,
+    terms,
     shift,
     square,
     vector,
@@ -85,9 +84,7 @@ def _input_gradient(
             source = (image * HEIGHT + h * EVERY_H) * WIDTH + w * EVERY_W
         for first in range(0, CHANNELS, BLOCK_K):
             channels = first + tl.arange(0, BLOCK_K)
-            c = activation_tile(
-                x, mean, invstd, weight, bias, shift, source, inside, channels, CHANNELS, False
-            )
+            c = activation_tile(x, mean, terms, shift, source, inside, channels, CHANNELS, False)
             b = tl.load(
                 square + columns[:, None] * CHANNELS + channels[None, :],
                 (channels < CHANNELS)[None, :] & column_inside[:, None],
@@ -99,18 +96,7 @@ def _input_gradient(
     tl.store(da + rows[:, None] * CHANNELS + columns[None, :], out, whole)
     if sums is not None:
         store_tile_sums(
-            out.to(tl.float32),
-            below,
-            mean,
-            invstd,
-            weight,
-            bias,
-            sums,
-            tile_m,
-            tiles_m,
-            whole,
-            columns,
-            CHANNELS,
+            out.to(tl.float32), below, mean, terms, sums, tile_m, tiles_m, whole, columns, CHANNELS
         )
 
 
@@ -123,9 +109,7 @@ def folded_dgrad_kernel(
     vector,
     x,
     mean,
-    invstd,
-    weight,
-    bias,
+    terms,
     shift,
     da,
     sums,
@@ -164,13 +148,13 @@ def folded_dgrad_kernel(
     tile_m, tile_n, tiles_m = tl.program_id(0) // both, tl.program_id(0) % both, tl.num_programs(0) // both
     if tile_n < tiles:
         _input_gradient(
-            g, bits, scaled, x, mean, invstd, weight, bias, shift, square, vector, da, sums, HEIGHT, WIDTH, CHANNELS,
+            g, bits, scaled, x, mean, terms, shift, square, vector, da, sums, HEIGHT, WIDTH, CHANNELS,
             OUT_HEIGHT, OUT_WIDTH, OUTPUTS, PIXELS, EVERY_H, EVERY_W, tile_m, tiles_m, tile_n,
             POINTWISE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     elif skip is not None:
         _input_gradient(
-            g, bits, skip_scaled, skip, None, None, None, None, skip_shift, skip_square, skip_vector, dskip, None,
+            g, bits, skip_scaled, skip, None, None, skip_shift, skip_square, skip_vector, dskip, None,
             SKIP_HEIGHT, SKIP_WIDTH, SKIP_CHANNELS, OUT_HEIGHT, OUT_WIDTH, OUTPUTS, PIXELS, SKIP_EVERY_H, SKIP_EVERY_W,
             tile_m, tiles_m, tile_n - tiles, SKIP_POINTWISE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
@@ -221,14 +205,15 @@ def folded_dgrad(
     skip: Activation | None,
     skip_every: Pair,
     config: Config,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """da of ``source``, that of ``skip``, and sum_dz and sum_dz_xhat, (C,) float32, where ``source`` has statistics.
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """da of ``source``, that of ``skip``, and sum_dz, sum_dz_xhat and slopes, where ``source`` has statistics.
 
     Args:
         grad: (N, outputs, H, W), channels_last; bits: the mask of what it is the gradient of.
         source, skip: inputs of folded convolutions, channels_last; of their pixels one in so many counts, down and
             across, and da is that of these alone. ``skip`` has no statistics.
     """
+    source = reductions.with_terms(source)
     x, (images, outputs, height, width) = source.x, grad.shape
     channels, others = x.shape[1], 0 if skip is None else skip.x.shape[1]
     pixels = images * height * width
@@ -241,7 +226,7 @@ def folded_dgrad(
         (tiles * (cdiv(channels, config.block_n) + cdiv(others, config.block_n)),),
         {
             "g": grad, "bits": mask_words(bits, outputs, config.block_k), **factors.arguments(grad),
-            **source._asdict(), "da": da, "sums": sums,
+            **activation_fields(source), "da": da, "sums": sums,
             **skip_factors.arguments(grad, "skip_"), **skip_fields(skip), "dskip": dskip,
             "HEIGHT": x.shape[2], "WIDTH": x.shape[3], "CHANNELS": channels,
             "SKIP_HEIGHT": 0 if skip is None else skip.x.shape[2], "SKIP_WIDTH": 0 if skip is None else skip.x.shape[3],
@@ -256,6 +241,4 @@ def folded_dgrad(
         flops=2 * pixels * (factors.size + skip_factors.size),
         touched=touched_of_both(source, skip, height, width),
     )  # fmt: skip
-    if sums is None or source.invstd is None:
-        return da, dskip, None, None
-    return da, dskip, *reductions.sum_tiles(sums, source.invstd)
+    return da, dskip, *((None, None, None) if sums is None else reductions.sum_tiles(sums, source))

@@ -14,6 +14,7 @@ from resnet_fused.kernels import reductions
 from resnet_fused.kernels.configs import sum_configs
 from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.problem import (
+    activation_fields,
     every_sizes,
     mask_words,
     new_float,
@@ -38,9 +39,7 @@ def _products(
     bits,
     x,
     mean,
-    invstd,
-    weight,
-    bias,
+    terms,
     shift,
     part,
     sums,
@@ -66,12 +65,12 @@ def _products(
     channels = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     per_split = tl.cdiv(tl.cdiv(PIXELS, BLOCK_M), tl.num_programs(2))
     start = tl.program_id(2) * per_split * BLOCK_M
-    LOADED: tl.constexpr = mean is None and shift is None  # the first operand, as in wgrad
+    LOADED: tl.constexpr = terms is None and shift is None  # the first operand, as in wgrad
     acc = tl.zeros((BLOCK_K, BLOCK_N) if LOADED else (BLOCK_N, BLOCK_K), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     channel_inside = channels < CHANNELS
     centre, scale, offset, level = activation_terms(
-        mean, invstd, weight, bias, shift, channels, channel_inside, x.dtype.element_ty
+        mean, terms, shift, channels, channel_inside, CHANNELS, x.dtype.element_ty
     )
     if not POINTWISE:
         image, h, w = pixel_of(start + tl.arange(0, BLOCK_M), OUT_HEIGHT, OUT_WIDTH)
@@ -85,7 +84,7 @@ def _products(
             source = (image * HEIGHT + h * EVERY_H) * WIDTH + w * EVERY_W
         value = tile_of(x, source, inside, channels, channel_inside, CHANNELS)
         # dz is 0 in rows outside.
-        c = activated(value, mean, shift, centre, scale, offset, level, inside, False)
+        c = activated(value, terms, shift, centre, scale, offset, level, inside, False)
         if sums is not None:
             total += tl.sum(dz.to(tl.float32), 0)
         if LOADED:
@@ -108,9 +107,7 @@ def folded_wgrad_kernel(
     bits,
     x,
     mean,
-    invstd,
-    weight,
-    bias,
+    terms,
     shift,
     skip,
     skip_shift,
@@ -142,13 +139,13 @@ def folded_wgrad_kernel(
     tile, tiles = tl.program_id(0), tl.cdiv(CHANNELS, BLOCK_K)
     if tile < tiles:
         _products(
-            g, bits, x, mean, invstd, weight, bias, shift, part, sums, HEIGHT, WIDTH, CHANNELS,
+            g, bits, x, mean, terms, shift, part, sums, HEIGHT, WIDTH, CHANNELS,
             OUT_HEIGHT, OUT_WIDTH, OUTPUTS, PIXELS, EVERY_H, EVERY_W, tile,
             POINTWISE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     elif skip is not None:
         _products(
-            g, bits, skip, None, None, None, None, skip_shift, skip_part, None, SKIP_HEIGHT, SKIP_WIDTH, SKIP_CHANNELS,
+            g, bits, skip, None, None, skip_shift, skip_part, None, SKIP_HEIGHT, SKIP_WIDTH, SKIP_CHANNELS,
             OUT_HEIGHT, OUT_WIDTH, OUTPUTS, PIXELS, SKIP_EVERY_H, SKIP_EVERY_W, tile - tiles,
             SKIP_POINTWISE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
@@ -177,6 +174,7 @@ def folded_wgrad(
         source, skip: inputs of folded convolutions, channels_last; of their pixels one in so many counts, down and
             across. ``skip`` has no statistics.
     """
+    source = reductions.with_terms(source)
     images, outputs, height, width = grad.shape
     channels, others = source.x.shape[1], 0 if skip is None else skip.x.shape[1]
     pixels = images * height * width
@@ -190,7 +188,7 @@ def folded_wgrad(
         ),
         {
             "g": grad, "bits": mask_words(bits, outputs, config.block_n),
-            **source._asdict(), **skip_fields(skip), "parts": parts,
+            **activation_fields(source), **skip_fields(skip), "parts": parts,
             "HEIGHT": source.x.shape[2], "WIDTH": source.x.shape[3], "CHANNELS": channels,
             "SKIP_HEIGHT": 0 if skip is None else skip.x.shape[2], "SKIP_WIDTH": 0 if skip is None else skip.x.shape[3],
             "SKIP_CHANNELS": others, "OUT_HEIGHT": height, "OUT_WIDTH": width, "OUTPUTS": outputs, "PIXELS": pixels,

@@ -12,8 +12,22 @@ from torch import Tensor
 from resnet_fused.kernels import reductions
 from resnet_fused.kernels.configs import sum_configs
 from resnet_fused.kernels.launch import Config, cdiv, launch
-from resnet_fused.kernels.problem import input_sizes, new_float, precision, size_at, touched
-from resnet_fused.kernels.tiles import activated, activation_terms, pixel_of, pixels_later, tile_of
+from resnet_fused.kernels.problem import (
+    activation_fields,
+    input_sizes,
+    new_float,
+    precision,
+    size_at,
+    touched,
+)
+from resnet_fused.kernels.tiles import (
+    activated,
+    activation_terms,
+    pixel_of,
+    pixels_later,
+    tile_of,
+    unknown_zero,
+)
 from resnet_fused.reference.operands import Activation, Pair
 
 
@@ -21,9 +35,7 @@ from resnet_fused.reference.operands import Activation, Pair
 def gram_kernel(
     x,
     mean,
-    invstd,
-    weight,
-    bias,
+    terms,
     shift,
     parts,
     HEIGHT,
@@ -57,10 +69,12 @@ def gram_kernel(
     total = tl.zeros((BLOCK_N,), tl.float32)
     left_inside, right_inside = left < CHANNELS, right < CHANNELS
     centre_i, scale_i, offset_i, level_i = activation_terms(
-        mean, invstd, weight, bias, shift, left, left_inside, x.dtype.element_ty
+        mean, terms, shift, left, left_inside, CHANNELS, x.dtype.element_ty
     )
+    zero = unknown_zero(PIXELS)
+    scale_i, level_i = scale_i + zero, level_i + zero
     centre_j, scale_j, offset_j, level_j = activation_terms(
-        mean, invstd, weight, bias, shift, right, right_inside, x.dtype.element_ty
+        mean, terms, shift, right, right_inside, CHANNELS, x.dtype.element_ty
     )
     if not POINTWISE:
         image, h, w = pixel_of(start + tl.arange(0, BLOCK_M), OUT_HEIGHT, OUT_WIDTH)
@@ -72,11 +86,11 @@ def gram_kernel(
         if not POINTWISE:
             source = (image * HEIGHT + h * STRIDE_H) * WIDTH + w * STRIDE_W
         value = tile_of(x, source, inside, right, right_inside, CHANNELS)
-        b = activated(value, mean, shift, centre_j, scale_j, offset_j, level_j, inside, True)
+        b = activated(value, terms, shift, centre_j, scale_j, offset_j, level_j, inside, True)
         a = b
         if not ONE_TILE:
             value = tile_of(x, source, inside, left, left_inside, CHANNELS)
-            a = activated(value, mean, shift, centre_i, scale_i, offset_i, level_i, inside, False)
+            a = activated(value, terms, shift, centre_i, scale_i, offset_i, level_i, inside, False)
         total += tl.sum(b.to(tl.float32), 0)
         acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
         if not POINTWISE:
@@ -100,7 +114,7 @@ def gram(source: Activation, every: Pair, config: Config) -> tuple[Tensor, Tenso
         source: (N, C, H, W), channels_last.
         every: of the pixels one in so many, down and across.
     """
-    x = source.x
+    source, x = reductions.with_terms(source), source.x
     channels, (height, width) = x.shape[1], size_at(x, every)
     pixels, tiles = x.shape[0] * height * width, cdiv(channels, config.block_n)
     parts = new_float(x, config.splits, channels * channels + channels)
@@ -108,7 +122,7 @@ def gram(source: Activation, every: Pair, config: Config) -> tuple[Tensor, Tenso
         gram_kernel,
         (tiles * (tiles + 1) // 2, config.splits),
         {
-            **source._asdict(), "parts": parts,
+            **activation_fields(source), "parts": parts,
             **input_sizes(x), "OUT_HEIGHT": height, "OUT_WIDTH": width, "PIXELS": pixels,
             "STRIDE_H": every[0], "STRIDE_W": every[1],
         },

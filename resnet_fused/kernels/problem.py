@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.reference.layout import statistics_dtype
-from resnet_fused.reference.operands import Activation, Pair, Window
+from resnet_fused.reference.operands import Activation, Gradient, Pair, Window
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -68,6 +68,18 @@ def window_sizes(window: Window) -> dict[str, int]:
 
 def every_sizes(every: Pair, prefix: str = "") -> dict[str, int]:
     return {f"{prefix}EVERY_H": every[0], f"{prefix}EVERY_W": every[1]}
+
+
+def activation_fields(source: Activation, prefix: str = "") -> dict[str, Tensor | None]:
+    """An activation, with its terms, as arguments of a kernel."""
+    names = {name: f"{prefix}{name}" for name in ("mean", "terms", "shift")}
+    return {prefix.rstrip("_") or "x": source.x, **{to: getattr(source, name) for name, to in names.items()}}
+
+
+def gradient_fields(dy: Gradient, block: int) -> dict[str, Tensor | None]:
+    """A gradient, with its terms and slopes, as arguments of a kernel that takes ``block`` channels at a time."""
+    bits = mask_words(dy.bits, dy.g.shape[1], block)
+    return {"g": dy.g, "bits": bits, "y": dy.y, "mean": dy.mean, "terms": dy.terms, "slopes": dy.slopes}
 
 
 def skip_fields(skip: Activation | None) -> dict[str, Tensor | None]:

@@ -13,17 +13,52 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels.launch import Config, cdiv, launch
+from resnet_fused.reference.operands import Activation, Gradient
 
 #: Elements that a program loads at once, and of how many splits and channels at most.
 ELEMENTS, MOST_SPLITS, MOST_CHANNELS = 4096, 64, 8
+#: Of a program that merges nothing.
+CHANNELS_AT_ONCE = 128
+
+
+@triton.jit
+def _store_terms(mean, invstd, gamma, beta, terms, channels, inside, CHANNELS):
+    """reference.operands.norm_terms of float32 ``mean`` and ``invstd`` of some channels."""
+    scale, bias = invstd, tl.zeros_like(mean)
+    if gamma is not None:
+        scale *= tl.load(gamma + channels, inside, 0.0)
+    if beta is not None:
+        bias = tl.load(beta + channels, inside, 0.0)
+    offset = bias.to(tl.float64) - mean.to(tl.float64) * scale.to(tl.float64)
+    place = terms + channels
+    tl.store(place, scale, inside)
+    tl.store(place + CHANNELS, bias, inside)
+    tl.store(place + 2 * CHANNELS, offset.to(tl.float32), inside)
+
+
+@triton.jit
+def _store_slopes(sum_dz, sum_dz_xhat, mean, invstd, terms, slopes, channels, inside, PIXELS, CHANNELS):
+    """reference.operands.gradient_slopes of float32 sums of some channels."""
+    factor = tl.load(terms + channels, inside, 0.0).to(tl.float64) / PIXELS
+    centre = tl.load(mean + channels, inside, 0.0).to(tl.float64)
+    slope = (factor * invstd.to(tl.float64) * sum_dz_xhat.to(tl.float64)).to(tl.float32)
+    level = factor * sum_dz.to(tl.float64)
+    offset = level - centre * slope.to(tl.float64)
+    place = slopes + channels
+    tl.store(place, slope, inside)
+    tl.store(place + CHANNELS, level.to(tl.float32), inside)
+    tl.store(place + 2 * CHANNELS, offset.to(tl.float32), inside)
 
 
 @triton.jit
 def norm_statistics_kernel(
     tiles,
+    gamma,
+    beta,
     mean,
     var,
     invstd,
+    terms,
     COUNT,
     CHANNELS,
     PIXELS,
@@ -50,39 +85,54 @@ def norm_statistics_kernel(
     centre = origin + shift
     variance = tl.sum(squares, 1) / PIXELS - shift * shift
     variance = tl.where(variance < 0.0, 0.0, variance)
+    rate = (1.0 / tl.sqrt(variance + eps)).to(tl.float32)
     tl.store(mean + channels, centre.to(tl.float32), inside)
     tl.store(var + channels, variance.to(tl.float32), inside)
-    tl.store(invstd + channels, (1.0 / tl.sqrt(variance + eps)).to(tl.float32), inside)
+    tl.store(invstd + channels, rate, inside)
+    _store_terms(centre.to(tl.float32), rate, gamma, beta, terms, channels, inside, CHANNELS)
 
 
 def norm_statistics(
-    tiles: Tensor, tile_pixels: int, pixels: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """mean, biased variance and 1/sqrt(var + eps), (C,) float32, merged by Chan's formula.
+    tiles: Tensor, tile_pixels: int, pixels: int, eps: float, gamma: Tensor | None, beta: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """mean, biased variance and 1/sqrt(var + eps), (C,) float32, merged by Chan's formula, and terms, (3, C).
 
     Args:
         tiles: (2, C, T), of each tile of ``tile_pixels`` pixels mean and sum of squared deviations; the last tile has
             what is left of ``pixels``.
+        gamma, beta: weight and bias of the batch norm that the statistics are for, (C,).
     """
     _, channels, count = tiles.shape
     mean, var, invstd = (tiles.new_empty(channels) for _ in range(3))
+    terms = tiles.new_empty(3, channels)
     at_once, block, config = _tiles_at_once(count)
     launch(
         norm_statistics_kernel,
         (cdiv(channels, block),),
         {
-            "tiles": tiles, "mean": mean, "var": var, "invstd": invstd,
+            "tiles": tiles, "gamma": gamma, "beta": beta, "mean": mean, "var": var, "invstd": invstd, "terms": terms,
             "COUNT": count, "CHANNELS": channels, "PIXELS": pixels, "eps": eps,
         },
         {"TILE_PIXELS": tile_pixels, "AT_ONCE": at_once, "BLOCK": block},
         config,
     )  # fmt: skip
-    return mean, var, invstd
+    return mean, var, invstd, terms
 
 
 @triton.jit
 def sum_tiles_kernel(
-    tiles, invstd, sum_dz, sum_dz_xhat, COUNT, CHANNELS, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr
+    tiles,
+    mean,
+    invstd,
+    terms,
+    sum_dz,
+    sum_dz_xhat,
+    slopes,
+    COUNT,
+    CHANNELS,
+    PIXELS,
+    AT_ONCE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = channels < CHANNELS
@@ -94,27 +144,104 @@ def sum_tiles_kernel(
         whole = inside[:, None] & (tile < COUNT)[None, :]
         dz += tl.load(place, whole, other=0.0)
         dz_centred += tl.load(place + CHANNELS * COUNT, whole, other=0.0)
-    scale = tl.load(invstd + channels, inside, 0.0)
-    tl.store(sum_dz + channels, tl.sum(dz, 1).to(tl.float32), inside)
-    tl.store(sum_dz_xhat + channels, (tl.sum(dz_centred, 1) * scale).to(tl.float32), inside)
+    rate = tl.load(invstd + channels, inside, 0.0)
+    total, total_xhat = tl.sum(dz, 1).to(tl.float32), (tl.sum(dz_centred, 1) * rate).to(tl.float32)
+    tl.store(sum_dz + channels, total, inside)
+    tl.store(sum_dz_xhat + channels, total_xhat, inside)
+    _store_slopes(total, total_xhat, mean, rate, terms, slopes, channels, inside, PIXELS, CHANNELS)
 
 
-def sum_tiles(tiles: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_dz and sum_dz_xhat, (C,) float32, of the (2, C, T) that ``store_tile_sums`` has written."""
+def sum_tiles(tiles: Tensor, below: Activation) -> tuple[Tensor, Tensor, Tensor]:
+    """sum_dz and sum_dz_xhat, (C,) float32, of the (2, C, T) that ``store_tile_sums`` has written, and slopes, (3, C).
+
+    Args:
+        below: whose batch norm the sums are for, with its terms.
+    """
     _, channels, count = tiles.shape
-    sum_dz, sum_dz_xhat = tiles.new_empty(channels), tiles.new_empty(channels)
+    sum_dz, sum_dz_xhat, slopes = (tiles.new_empty(*size, channels) for size in ((), (), (3,)))
     at_once, block, config = _tiles_at_once(count)
     launch(
         sum_tiles_kernel,
         (cdiv(channels, block),),
         {
-            "tiles": tiles, "invstd": invstd, "sum_dz": sum_dz, "sum_dz_xhat": sum_dz_xhat,
-            "COUNT": count, "CHANNELS": channels,
+            "tiles": tiles, "mean": below.mean, "invstd": below.invstd, "terms": below.terms,
+            "sum_dz": sum_dz, "sum_dz_xhat": sum_dz_xhat, "slopes": slopes,
+            "COUNT": count, "CHANNELS": channels, "PIXELS": below.x.numel() // channels,
         },
         {"AT_ONCE": at_once, "BLOCK": block},
         config,
     )  # fmt: skip
-    return sum_dz, sum_dz_xhat
+    return sum_dz, sum_dz_xhat, slopes
+
+
+@triton.jit
+def terms_kernel(mean, invstd, gamma, beta, terms, CHANNELS, BLOCK: tl.constexpr):
+    channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = channels < CHANNELS
+    centre, rate = tl.load(mean + channels, inside, 0.0), tl.load(invstd + channels, inside, 0.0)
+    _store_terms(centre, rate, gamma, beta, terms, channels, inside, CHANNELS)
+
+
+def terms_of(mean: Tensor, invstd: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+    """reference.operands.norm_terms of statistics that ``norm_statistics`` has not made."""
+    terms = mean.new_empty(3, len(mean))
+    launch(
+        terms_kernel,
+        (cdiv(len(mean), CHANNELS_AT_ONCE),),
+        {
+            "mean": mean, "invstd": invstd, "gamma": gamma, "beta": beta, "terms": terms,
+            "CHANNELS": len(mean),
+        },
+        {"BLOCK": CHANNELS_AT_ONCE},
+        Config(warps=4, stages=1),
+    )  # fmt: skip
+    return terms
+
+
+def with_terms(source: Activation) -> Activation:
+    if source.mean is None or source.invstd is None or source.terms is not None:
+        return source
+    return source._replace(terms=terms_of(source.mean, source.invstd, source.weight, source.bias))
+
+
+@triton.jit
+def slopes_kernel(sum_dz, sum_dz_xhat, mean, invstd, terms, slopes, CHANNELS, PIXELS, BLOCK: tl.constexpr):
+    channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = channels < CHANNELS
+    total, total_xhat = tl.load(sum_dz + channels, inside, 0.0), tl.load(sum_dz_xhat + channels, inside, 0.0)
+    rate = tl.load(invstd + channels, inside, 0.0)
+    _store_slopes(total, total_xhat, mean, rate, terms, slopes, channels, inside, PIXELS, CHANNELS)
+
+
+def slopes_of(
+    sum_dz: Tensor, sum_dz_xhat: Tensor, mean: Tensor, invstd: Tensor, terms: Tensor, pixels: int
+) -> Tensor:
+    """reference.operands.gradient_slopes of sums that ``sum_tiles`` has not made."""
+    slopes = torch.empty_like(terms)
+    launch(
+        slopes_kernel,
+        (cdiv(len(mean), CHANNELS_AT_ONCE),),
+        {
+            "sum_dz": sum_dz, "sum_dz_xhat": sum_dz_xhat, "mean": mean, "invstd": invstd, "terms": terms,
+            "slopes": slopes, "CHANNELS": len(mean), "PIXELS": pixels,
+        },
+        {"BLOCK": CHANNELS_AT_ONCE},
+        Config(warps=4, stages=1),
+    )  # fmt: skip
+    return slopes
+
+
+def with_slopes(dy: Gradient) -> Gradient:
+    """With terms too."""
+    if dy.mean is None or dy.invstd is None or dy.y is None:
+        return dy
+    terms, slopes = dy.terms, dy.slopes
+    if terms is None:
+        terms = terms_of(dy.mean, dy.invstd, dy.weight, dy.bias)
+    if slopes is None and dy.sum_dz is not None and dy.sum_dz_xhat is not None:
+        pixels = dy.y.numel() // dy.y.shape[1]
+        slopes = slopes_of(dy.sum_dz, dy.sum_dz_xhat, dy.mean, dy.invstd, terms, pixels)
+    return dy._replace(terms=terms, slopes=slopes)
 
 
 @triton.jit

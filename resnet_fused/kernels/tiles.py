@@ -1,9 +1,13 @@
 """What the kernels have in common: how a tile of an activation or of a gradient is made from what lies in memory.
 
-An activation ``a`` is given by up to six pointers: x alone; x and ``shift``: x - shift; x with the statistics of its
-batch norm: relu((x - mean) * invstd * weight + bias) - shift. A gradient ``dy`` of a convolution's output is given by
-the gradient g of what stands behind the batch norm: g alone; g and mask bits; g, y and the batch norm (see
-reference.batch_norm.input_gradient). Pointers that are not there are None, which Triton decides when it compiles.
+An activation ``a`` is given by up to four pointers: x alone; x and ``shift``: x - shift; x with mean and ``terms`` of
+its batch norm: relu(bn(x)) - shift. A gradient ``dy`` of a convolution's output is given by the gradient g of what
+stands behind the batch norm: g alone; g and mask bits; g, y, mean, terms and, unless the statistics are constants,
+``slopes``. Pointers that are not there are None, which Triton decides when it compiles.
+
+``terms`` and ``slopes`` (reference.operands) are what is left of a batch norm and of its gradient once the sums over
+the pixels are known: one load each of what a loop needs of a channel. Kernels of 16 bits read the first and
+the last row.
 
 A tile has a row for each of some pixels and a column for each of some channels. Arithmetic is float32; a tile is
 rounded to the activations' dtype before it is multiplied.
@@ -16,18 +20,26 @@ import triton.language as tl
 
 
 @triton.jit
-def channel_affine(mean, invstd, weight, bias, channels, inside, dtype: tl.constexpr):
+def affine_terms(mean, terms, channels, inside, CHANNELS, dtype: tl.constexpr):
     """Centre, scale and offset of some channels for ``normed``; zeros outside: what is loaded as zero stays zero."""
-    centre = tl.load(mean + channels, inside, 0.0)
-    scale = tl.load(invstd + channels, inside, 0.0)
-    if weight is not None:
-        scale *= tl.load(weight + channels, inside, 0.0)
-    offset = tl.zeros_like(centre)
-    if bias is not None:
-        offset = tl.load(bias + channels, inside, 0.0)
-    if dtype != tl.float32:
-        offset -= centre * scale
+    scale = tl.load(terms + channels, inside, 0.0)
+    if dtype == tl.float32:
+        centre = tl.load(mean + channels, inside, 0.0)
+        offset = tl.load(terms + CHANNELS + channels, inside, 0.0)
+    else:
+        centre = tl.zeros_like(scale)
+        offset = tl.load(terms + 2 * CHANNELS + channels, inside, 0.0)
     return centre, scale, offset
+
+
+@triton.jit
+def unknown_zero(COUNT):
+    """0 as only runs can tell, for arithmetic on a tile that is to be a product's operand in registers.
+
+    Triton moves the conversion to that operand's layout up to the loads where all between is elementwise: loads whose
+    values are converted are no asynchronous copies any more, and more registers are held. A splat of this ends that.
+    """
+    return tl.where(COUNT > 0, 0.0, 1.0)
 
 
 @triton.jit
@@ -44,22 +56,22 @@ def normed(value, centre, scale, offset):
 
 
 @triton.jit
-def activation_terms(mean, invstd, weight, bias, shift, channels, inside, dtype: tl.constexpr):
+def activation_terms(mean, terms, shift, channels, inside, CHANNELS, dtype: tl.constexpr):
     """What ``activated`` needs to know of channels; zeros for what there is not."""
     nothing = tl.zeros(channels.shape, tl.float32)
     centre, scale, offset, level = nothing, nothing, nothing, nothing
-    if mean is not None:
-        centre, scale, offset = channel_affine(mean, invstd, weight, bias, channels, inside, dtype)
+    if terms is not None:
+        centre, scale, offset = affine_terms(mean, terms, channels, inside, CHANNELS, dtype)
     if shift is not None:
         level = tl.load(shift + channels, inside, 0.0)
     return centre, scale, offset, level
 
 
 @triton.jit
-def activated(value, mean, shift, centre, scale, offset, level, row_inside, PADDED: tl.constexpr):
+def activated(value, terms, shift, centre, scale, offset, level, row_inside, PADDED: tl.constexpr):
     """a of a tile as it was loaded. ``PADDED``: it is 0 in rows outside, as padding of a is; else anything finite."""
-    if mean is not None or shift is not None:
-        if mean is not None:
+    if terms is not None or shift is not None:
+        if terms is not None:
             z = normed(value, centre, scale, offset)
             if PADDED and shift is None:
                 z *= row_inside.to(tl.float32)[:, None]  # selecting would be done for every element by itself
@@ -75,16 +87,14 @@ def activated(value, mean, shift, centre, scale, offset, level, row_inside, PADD
 
 
 @triton.jit
-def activation_tile(
-    x, mean, invstd, weight, bias, shift, rows, row_inside, channels, CHANNELS, PADDED: tl.constexpr = True
-):
+def activation_tile(x, mean, terms, shift, rows, row_inside, channels, CHANNELS, PADDED: tl.constexpr = True):
     """a at the pixels ``rows`` of a tensor with CHANNELS channels; ``PADDED`` as in ``activated``."""
     inside = channels < CHANNELS
     centre, scale, offset, level = activation_terms(
-        mean, invstd, weight, bias, shift, channels, inside, x.dtype.element_ty
+        mean, terms, shift, channels, inside, CHANNELS, x.dtype.element_ty
     )
     value = tile_of(x, rows, row_inside, channels, inside, CHANNELS)
-    return activated(value, mean, shift, centre, scale, offset, level, row_inside, PADDED)
+    return activated(value, terms, shift, centre, scale, offset, level, row_inside, PADDED)
 
 
 @triton.jit
@@ -125,21 +135,18 @@ def store_bits(bits, kept, rows, row_inside, first, CHANNELS, BLOCK: tl.constexp
 
 
 @triton.jit
-def gradient_terms(
-    y, mean, invstd, weight, bias, sum_dz, sum_dz_xhat, per_pixel, channels, inside, dtype: tl.constexpr
-):
-    """What ``gradient_tile`` needs to know of channels; zeros for what there is not. ``per_pixel``: 1 / pixels."""
+def gradient_terms(mean, terms, slopes, channels, inside, CHANNELS, dtype: tl.constexpr):
+    """What ``gradient_tile`` needs to know of channels; zeros for what there is not."""
     nothing = tl.zeros(channels.shape, tl.float32)
     centre, scale, offset, level, slope = nothing, nothing, nothing, nothing, nothing
-    if mean is not None:
-        centre, scale, offset = channel_affine(mean, invstd, weight, bias, channels, inside, dtype)
-        if sum_dz is not None and y is not None:
-            level = tl.load(sum_dz + channels, inside, 0.0) * per_pixel
-            rate = tl.load(invstd + channels, inside, 0.0)
-            slope = tl.load(sum_dz_xhat + channels, inside, 0.0) * rate * per_pixel
-            if dtype != tl.float32:
-                slope *= scale
-                level = level * scale - centre * slope
+    if terms is not None:
+        centre, scale, offset = affine_terms(mean, terms, channels, inside, CHANNELS, dtype)
+    if slopes is not None:
+        slope = tl.load(slopes + channels, inside, 0.0)
+        if dtype == tl.float32:
+            level = tl.load(slopes + CHANNELS + channels, inside, 0.0)
+        else:
+            level = tl.load(slopes + 2 * CHANNELS + channels, inside, 0.0)
     return centre, scale, offset, level, slope
 
 
@@ -159,13 +166,14 @@ def gradient_tile(
     g,
     bits,
     y,
-    mean,
-    sum_dz,
+    terms,
+    slopes,
     centre,
     scale,
     offset,
     level,
     slope,
+    zero,
     rows,
     row_inside,
     first,
@@ -175,24 +183,23 @@ def gradient_tile(
 ):
     """dy at the pixels ``rows``, BLOCK channels from ``first``, whose terms are given; ``PADDED`` as in ``activated``.
 
-    dy = scale (dz - level - (y - mean) slope); of 16 bits two multiply-adds, as in ``normed``.
+    zero: ``unknown_zero``.
+    dy = dz scale - level - (y - mean) slope; of 16 bits two multiply-adds, as in ``normed``.
     """
     value = masked_tile(g, bits, rows, row_inside, first, CHANNELS, BLOCK)
-    if mean is not None:
+    if terms is not None:
         dz = value.to(tl.float32)
-        if y is not None:
+        if bits is None or slopes is not None:
             channels = first + tl.arange(0, BLOCK)
             seen = tile_of(y, rows, row_inside, channels, channels < CHANNELS, CHANNELS)
-            if bits is None:
-                dz = tl.where(normed(seen, centre, scale, offset) <= 0, 0.0, dz)
-            if sum_dz is None:
-                dy = dz * scale[None, :]
-            elif value.dtype == tl.float32:
-                dy = (dz - level[None, :] - (seen - centre[None, :]) * slope[None, :]) * scale[None, :]
-            else:
-                dy = dz * scale[None, :] - (seen.to(tl.float32) * slope[None, :] + level[None, :])
-        else:
+        if bits is None:
+            dz = tl.where(normed(seen, centre, scale, offset) <= zero, 0.0, dz)
+        if slopes is None:
             dy = dz * scale[None, :]
+        elif value.dtype == tl.float32:
+            dy = dz * scale[None, :] - level[None, :] - (seen - centre[None, :]) * slope[None, :]
+        else:
+            dy = dz * scale[None, :] - (seen.to(tl.float32) * slope[None, :] + level[None, :])
         if PADDED:
             dy *= row_inside.to(tl.float32)[:, None]
         value = dy.to(value.dtype)
@@ -239,15 +246,15 @@ def next_step(r, s, first, CHANNELS, TAPS_W, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_tile_sums(da, value, mean, invstd, weight, bias, sums, tile, tiles, whole, channels, CHANNELS):
+def store_tile_sums(da, value, mean, terms, sums, tile, tiles, whole, channels, CHANNELS):
     """The sums over a tile's pixels of dz and of dz * (y - mean), dz = da behind relu(bn(y)), for ``sum_tiles``.
 
     ``value``: the tile of y as it was loaded; ``whole``: which elements are inside.
     """
     channel_inside = channels < CHANNELS
-    centre, scale, offset = channel_affine(mean, invstd, weight, bias, channels, channel_inside, value.dtype)
+    centre, scale, offset = affine_terms(mean, terms, channels, channel_inside, CHANNELS, value.dtype)
     dz = tl.where((normed(value, centre, scale, offset) <= 0) | ~whole, 0.0, da)
     place = sums + channels * tiles + tile
     tl.store(place, tl.sum(dz, 0), channel_inside)
-    centred = value.to(tl.float32) - centre[None, :]
+    centred = value.to(tl.float32) - tl.load(mean + channels, channel_inside, 0.0)[None, :]
     tl.store(place + CHANNELS * tiles, tl.sum(dz * centred, 0), channel_inside)

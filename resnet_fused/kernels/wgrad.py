@@ -14,9 +14,10 @@ from resnet_fused.kernels import reductions
 from resnet_fused.kernels.configs import sum_configs
 from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.problem import (
+    activation_fields,
+    gradient_fields,
     input_sizes,
     is_pointwise,
-    mask_words,
     new_float,
     precision,
     touched,
@@ -30,6 +31,7 @@ from resnet_fused.kernels.tiles import (
     pixel_of,
     pixels_later,
     tile_of,
+    unknown_zero,
 )
 from resnet_fused.reference.operands import Activation, Gradient, Window
 
@@ -40,16 +42,11 @@ def wgrad_kernel(
     bits,
     y,
     mean,
-    invstd,
-    weight,
-    bias,
-    sum_dz,
-    sum_dz_xhat,
+    terms,
+    slopes,
     x,
     x_mean,
-    x_invstd,
-    x_weight,
-    x_bias,
+    x_terms,
     x_shift,
     parts,
     HEIGHT,
@@ -83,24 +80,15 @@ def wgrad_kernel(
     down, right = tap // KERNEL_W * DILATION_H - PAD_H, tap % KERNEL_W * DILATION_W - PAD_W
     output_inside, channel_inside = outputs < OUTPUTS, channels < CHANNELS
     centre, scale, offset, level, slope = gradient_terms(
-        y,
-        mean,
-        invstd,
-        weight,
-        bias,
-        sum_dz,
-        sum_dz_xhat,
-        1.0 / PIXELS,
-        outputs,
-        output_inside,
-        g.dtype.element_ty,
+        mean, terms, slopes, outputs, output_inside, OUTPUTS, g.dtype.element_ty
     )
     x_centre, x_scale, x_offset, x_level = activation_terms(
-        x_mean, x_invstd, x_weight, x_bias, x_shift, channels, channel_inside, x.dtype.element_ty
+        x_mean, x_terms, x_shift, channels, channel_inside, CHANNELS, x.dtype.element_ty
     )
     # On sm_90 the second operand of a product comes from shared memory and the first one does if it is loaded as it
     # is: what is computed is second. A first operand in registers would change while wgmma may still read it.
-    LOADED: tl.constexpr = x_mean is None and x_shift is None
+    LOADED: tl.constexpr = x_terms is None and x_shift is None
+    zero = unknown_zero(PIXELS)
     acc = tl.zeros((BLOCK_K, BLOCK_N) if LOADED else (BLOCK_N, BLOCK_K), tl.float32)
     if not POINTWISE:
         image, out_h, out_w = pixel_of(start + tl.arange(0, BLOCK_M), OUT_HEIGHT, OUT_WIDTH)
@@ -110,8 +98,8 @@ def wgrad_kernel(
         row_inside = rows < PIXELS
         # a is 0 in rows outside.
         dy = gradient_tile(
-            g, bits, y, mean, sum_dz, centre, scale, offset, level, slope, rows, row_inside, first, OUTPUTS, BLOCK_N,
-            False,
+            g, bits, y, terms, slopes, centre, scale, offset, level, slope, zero, rows, row_inside, first, OUTPUTS,
+            BLOCK_N, False,
         )  # fmt: skip
         if POINTWISE:
             source, inside = rows, row_inside
@@ -120,7 +108,7 @@ def wgrad_kernel(
             inside = row_inside & (h >= 0) & (h < HEIGHT) & (w >= 0) & (w < WIDTH)
             source = (image * HEIGHT + h) * WIDTH + w
         value = tile_of(x, source, inside, channels, channel_inside, CHANNELS)
-        a = activated(value, x_mean, x_shift, x_centre, x_scale, x_offset, x_level, inside, True)
+        a = activated(value, x_terms, x_shift, x_centre, x_scale, x_offset, x_level, inside, True)
         if LOADED:
             acc = tl.dot(tl.trans(a), dy, acc, input_precision=PRECISION)
         else:
@@ -151,6 +139,7 @@ def wgrad(gradient: Gradient, source: Activation, conv: Tensor, window: Window, 
         source: the convolution's input, (N, C, H, W), channels_last.
         conv: for its shape.
     """
+    gradient, source = reductions.with_slopes(gradient), reductions.with_terms(source)
     x, g = source.x, gradient.g
     outputs, channels, kernel_h, kernel_w = conv.shape
     pixels = g.numel() // outputs
@@ -163,9 +152,7 @@ def wgrad(gradient: Gradient, source: Activation, conv: Tensor, window: Window, 
             config.splits,
         ),
         {
-            **gradient._asdict(), "bits": mask_words(gradient.bits, outputs, config.block_n),
-            **{("x" if name == "x" else f"x_{name}"): v for name, v in source._asdict().items()},
-            "parts": parts,
+            **gradient_fields(gradient, config.block_n), **activation_fields(source, "x_"), "parts": parts,
             **input_sizes(x), "OUT_HEIGHT": g.shape[2], "OUT_WIDTH": g.shape[3], "OUTPUTS": outputs, "PIXELS": pixels,
             **window_sizes(window), "KERNEL_W": kernel_w,
         },

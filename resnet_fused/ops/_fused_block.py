@@ -25,14 +25,14 @@ from resnet_fused.ops.fold import fold_gradients, fold_statistics, rectified_mea
 from resnet_fused.ops.folded import folded_add_relu
 from resnet_fused.ops.passes import conv_backward, conv_stats, expand, folded_dgrad, folded_wgrad, gram_of
 from resnet_fused.reference.layout import statistics_dtype
-from resnet_fused.reference.operands import Activation, Gradient, Pair
+from resnet_fused.reference.operands import Activation, Gradient, Pair, norm_terms
 
 #: Pixels from which the centre of a folded shortcut's input is estimated.
 SAMPLE = 4096
 
 
 def _behind(y: Tensor, used: Statistics, p: Parameters, shift: MaybeTensor = None) -> Activation:
-    return Activation(y, used.mean, used.invstd, p.gamma, p.beta, shift)
+    return Activation(y, used.mean, used.invstd, p.gamma, p.beta, shift, used.terms)
 
 
 def _in_dtype(parameters: list[Parameters], dtype: torch.dtype) -> list[Parameters]:
@@ -45,11 +45,16 @@ def _convolve(source: Activation, p: Parameters, stage: Stage) -> tuple[Tensor, 
     stride = tuple(a * b for a, b in zip(stage.every, stage.stride, strict=True))
     geometry = (stride, stage.padding, stage.dilation, stage.groups)
     measure = stage.frozen is None
-    y, mean, var, invstd = conv_stats([*source], p.weight, *geometry, stage.eps, measure)
+    y, mean, var, invstd, terms = conv_stats(
+        [*source], p.weight, *geometry, stage.eps, measure, p.gamma, p.beta
+    )
     if stage.frozen is not None:
         return y, Measured(stage.frozen, ())
     check_pixels(y.shape, stage.group)
-    return y, settled(mean, mean, var, invstd, y.numel() // y.shape[1], stage)
+    measured = settled(mean, mean, var, invstd, y.numel() // y.shape[1], stage)
+    if stage.group is not None:
+        terms = norm_terms(*measured.used[:2], p.gamma, p.beta)
+    return y, measured._replace(used=measured.used._replace(terms=terms))
 
 
 def _fold(source: Activation, p: Parameters, stage: Stage) -> tuple[Measured, Fold]:
@@ -209,7 +214,7 @@ class FusedBackward(Backward):
         place, fold, dtype = self.place(k), self.folds[k], self.x.dtype
         gamma = self.parameters[place].gamma
         if stage.group is None:
-            mean, invstd, _ = self.used[place]
+            mean, invstd, *_ = self.used[place]
             norm = (gamma, mean, invstd, fold.mean, fold.covariance)
             dweight, dgamma, scaled, matrix, vector = fold_gradients(
                 self.weights[place].flatten(1), *norm, sum_dz, product, len(self.mask)
@@ -225,12 +230,15 @@ class FusedBackward(Backward):
     def plain_end(self, grad: Tensor, k: int, stage: Stage, source: Activation) -> tuple[Tensor, ...]:
         """As ``through``, of an end of the block that is not folded."""
         place = self.place(k)
-        y, (mean, invstd, share), (_, gamma, beta) = self.kept[k], self.used[place], self.parameters[place]
+        y, (_, gamma, beta) = self.kept[k], self.parameters[place]
+        mean, invstd, share, terms = self.used[place]
         assert y is not None
         dbeta, dgamma = backward_reduce(grad, self.mask, y, mean, invstd)
         self.note_norm(place, dgamma, dbeta)
-        sums = shared_sums((dbeta, dgamma), stage.group, share) if stage.frozen is None else [None, None]
-        dy = Gradient(grad, self.mask, y, mean, invstd, gamma, beta, *sums)
+        shared: list[MaybeTensor] = [None, None]
+        if stage.frozen is None:
+            shared = [*shared_sums((dbeta, dgamma), stage.group, share)]
+        dy = Gradient(grad, self.mask, y, mean, invstd, gamma, beta, shared[0], shared[1], terms)
         return self.through(dy, place, stage, source) if k == 0 else self.through_shortcut(dy, place, stage)
 
     def through_shortcut(self, dy: Gradient, place: int, stage: Stage) -> tuple[Tensor, ...]:
@@ -242,14 +250,19 @@ class FusedBackward(Backward):
         return self.through(dy, place, stage, Activation(x))
 
     def dy(self, da: Tensor, i: int, sums: list[Tensor]) -> Gradient:
-        """The gradient of the i-th convolution's output; those of its batch norm are noted."""
-        stage, (mean, invstd, share), (_, gamma, beta) = self.plan.stages[i], self.used[i], self.parameters[i]
-        sum_dz, sum_dz_xhat = sums
+        """The gradient of the i-th convolution's output; those of its batch norm are noted.
+
+        sums: sum_dz, sum_dz_xhat and slopes, of this process alone.
+        """
+        stage, (mean, invstd, share, terms) = self.plan.stages[i], self.used[i]
+        _, gamma, beta = self.parameters[i]
+        sum_dz, sum_dz_xhat, slopes = sums
         self.note_norm(i, sum_dz_xhat, sum_dz)
         shared: list[MaybeTensor] = [None, None]
         if stage.frozen is None:
             shared = [*shared_sums((sum_dz, sum_dz_xhat), stage.group, share)]
-        return Gradient(da, None, self.ys[i], mean, invstd, gamma, beta, *shared)
+        known = slopes if stage.frozen is None and stage.group is None else None
+        return Gradient(da, None, self.ys[i], mean, invstd, gamma, beta, shared[0], shared[1], terms, known)
 
     def through(
         self,

@@ -65,7 +65,7 @@ class _Branch(NamedTuple):
     fold: Fold
 
     def arguments(self, p: Parameters) -> tuple[MaybeTensor, ...]:
-        mean, invstd, _ = self.measured.used
+        mean, invstd, *_ = self.measured.used
         return self.y, self.conv, mean, invstd, p.gamma, p.beta
 
 
@@ -197,7 +197,7 @@ class VendorBackward(Backward):
 
     def behind_end(self, grad: Tensor, y: Tensor, place: int, stage: Stage) -> Tensor:
         """dy of a plain branch."""
-        mean, invstd, share = self.used[place]
+        mean, invstd, share, _ = self.used[place]
         dbeta, dgamma = backward_reduce(grad, self.mask, y, mean, invstd)
         sums = shared_sums((dbeta, dgamma), stage.group, share) if stage.frozen is None else (None, None)
         self.note_norm(place, dgamma, dbeta)
@@ -207,7 +207,7 @@ class VendorBackward(Backward):
     def behind_relu(self, da: Tensor, i: int) -> Tensor:
         """dy of a convolution of the chain."""
         y, stage, (_, gamma, beta) = self.ys[i], self.plan.stages[i], self.parameters[i]
-        mean, invstd, share = self.used[i]
+        mean, invstd, share, _ = self.used[i]
         dbeta, dgamma = bn_relu_backward_reduce(da, y, mean, invstd, gamma, beta)
         sums = shared_sums((dbeta, dgamma), stage.group, share) if stage.frozen is None else (None, None)
         self.note_norm(i, dgamma, dbeta)

@@ -51,12 +51,14 @@ class Statistics(NamedTuple):
     """Mean and 1/sqrt(var + eps) per channel, in the statistics dtype.
 
     ``share``: this process's part of the pixels that the statistics were taken over, a scalar tensor; None when
-    they are all its own.
+    they are all its own. ``terms``: what kernels need of them beside the mean (reference.operands.norm_terms), where
+    that is known.
     """
 
     mean: Tensor
     invstd: Tensor
     share: Tensor | None = None
+    terms: Tensor | None = None
 
 
 def statistics(y: Tensor, norm: Norm) -> Statistics:

@@ -110,7 +110,7 @@ class _BnAddRelu(torch.autograd.Function):
 
 def bn_add_relu(y: Tensor, residual: Tensor, norm: Norm) -> Tensor:
     """relu(batch_norm(y) + residual) of activations (N, C, H, W), in their dtype and y's layout."""
-    mean, invstd, share = statistics(y, norm)
+    mean, invstd, share, _ = statistics(y, norm)
     weight, bias = in_statistics_dtype(norm.weight, y), in_statistics_dtype(norm.bias, y)
     out: Tensor = _BnAddRelu.apply(y, residual, weight, bias, mean, invstd, share, norm.training, norm.group)
     return out

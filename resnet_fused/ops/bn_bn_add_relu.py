@@ -76,13 +76,14 @@ class _BnBnAddRelu(torch.autograd.Function):
         modes: tuple[bool, bool],
         groups: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None],
     ) -> Tensor:
-        (mean, invstd, _), (skip_mean, skip_invstd, _) = stats, skip_stats
+        (mean, invstd, share, _), (skip_mean, skip_invstd, skip_share, _) = stats, skip_stats
         out: Tensor
         out, mask = forward_pass(
             y, mean, invstd, weight, bias, skip, skip_mean, skip_invstd, skip_weight, skip_bias
         )
         ctx.modes, ctx.groups = modes, groups
-        ctx.save_for_backward(mask, y, weight, bias, skip, skip_weight, skip_bias, *stats, *skip_stats)
+        used = mean, invstd, share, skip_mean, skip_invstd, skip_share
+        ctx.save_for_backward(mask, y, weight, bias, skip, skip_weight, skip_bias, *used)
         return out
 
     @staticmethod

@@ -84,7 +84,7 @@ class _BnRelu(torch.autograd.Function):
 
 def bn_relu(y: Tensor, norm: Norm) -> Tensor:
     """relu(batch_norm(y)) of an activation (N, C, H, W), in its dtype and layout."""
-    mean, invstd, share = statistics(y, norm)
+    mean, invstd, share, _ = statistics(y, norm)
     weight, bias = in_statistics_dtype(norm.weight, y), in_statistics_dtype(norm.bias, y)
     out: Tensor = _BnRelu.apply(y, weight, bias, mean, invstd, share, norm.training, norm.group)
     return out

@@ -96,7 +96,7 @@ class _BnReluMaxpool(torch.autograd.Function):
 
 def bn_relu_maxpool(y: Tensor, norm: Norm) -> Tensor:
     """max_pool2d(relu(batch_norm(y)), 3, stride=2, padding=1) of an activation (N, C, H, W)."""
-    mean, invstd, share = statistics(y, norm)
+    mean, invstd, share, _ = statistics(y, norm)
     weight, bias = in_statistics_dtype(norm.weight, y), in_statistics_dtype(norm.bias, y)
     out: Tensor = _BnReluMaxpool.apply(y, weight, bias, mean, invstd, share, norm.training, norm.group)
     return out

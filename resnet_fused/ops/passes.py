@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.backend import why_not_triton
+from resnet_fused.backend import choice, why_not_triton
 from resnet_fused.ops import folded
 from resnet_fused.ops._matmul import pieces as pieces_of
 from resnet_fused.ops._matmul import rows_in_piece, sum_of_inner, times_into
@@ -27,7 +27,7 @@ from resnet_fused.ops.bn_relu import forward_pass as bn_relu
 from resnet_fused.ops.masked_grad import fresh, masked_grad
 from resnet_fused.reference import passes as reference
 from resnet_fused.reference.layout import mask_shape, statistics_dtype
-from resnet_fused.reference.operands import Activation, Gradient, MaybeTensor
+from resnet_fused.reference.operands import Activation, Gradient, MaybeTensor, gradient_slopes, norm_terms
 from resnet_fused.reference.passes import Fields, activation, gradient, nothing, seen, window
 
 #: Elements of a tensor that Triton kernels can address: they count in 32 bits.
@@ -54,9 +54,9 @@ def gradient_of(dy: Gradient) -> Tensor:
         value = fresh(dy.g)
         masked_grad(dy.g, dy.bits, value, False, None)
     elif dy.bits is None:
-        value = bn_relu_backward(dy.g, *dy[2:])
+        value = bn_relu_backward(dy.g, *dy[2:9])
     else:
-        value = bn_add_relu_backward_dy(dy.g, dy.bits, *dy[2:6], *dy[7:])
+        value = bn_add_relu_backward_dy(dy.g, dy.bits, *dy[2:6], *dy[7:9])
     return value
 
 
@@ -157,6 +157,22 @@ def _given(fields: Sequence[MaybeTensor]) -> list[bool]:
     return [field is not None for field in fields]
 
 
+def _given_of(operand: Activation | Gradient) -> list[bool]:
+    """Without terms and slopes, which kernels make themselves where they are not given."""
+    return _given(operand[1:6] if isinstance(operand, Activation) else operand[1:9])
+
+
+def _launches(x: Tensor) -> bool:
+    """Whether Triton kernels may serve an activation where the vendor's library does the rest."""
+    return runs_triton(x) and choice() not in ("vendor", "reference")
+
+
+def _terms(y: Tensor, *norm: MaybeTensor) -> Tensor:
+    """Of a batch norm of ``y``: mean, invstd, weight and bias."""
+    make: Callable[..., Tensor] = kernels("reductions").terms_of if _launches(y) else norm_terms
+    return make(*norm)
+
+
 def _conv_stats(
     source: Fields,
     conv: Tensor,
@@ -166,24 +182,29 @@ def _conv_stats(
     groups: int,
     eps: float,
     measure: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gamma: MaybeTensor = None,
+    beta: MaybeTensor = None,
+) -> tuple[Tensor, ...]:
     a, geometry = activation(source), window(stride, padding, dilation, groups)
 
-    def vendor() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def vendor() -> tuple[Tensor, ...]:
         y = torch.ops.aten.convolution.default(
             value_of(a), conv, None, stride, padding, dilation, False, [0, 0], groups
         )
         y = y.contiguous(memory_format=torch.channels_last)
-        return y, *(batch_norm_stats(y, eps) if measure else nothing(y, 3))
+        if not measure:
+            return y, *nothing(y, 4)
+        mean, var, invstd = batch_norm_stats(y, eps)
+        return y, mean, var, invstd, _terms(y, mean, invstd, gamma, beta)
 
     height, width = geometry.out_size(a.x, conv)
     countable = len(a.x) * height * width * len(conv) < COUNTABLE and max(conv.shape[2:]) <= MOST_TAPS
     if not runs_triton(a.x, groups) or not countable:
         return vendor()
-    sizes = (*a.x.shape, *conv.shape, *stride, *padding, *dilation, *_given(source[1:]), measure)
-    found: tuple[Tensor, Tensor, Tensor, Tensor]
-    exact = _exactly(reference.conv_stats, a.x, source, conv, stride, padding, dilation, groups, eps, measure)
-    found = _fastest("conv", a.x, sizes, (a, conv, geometry, eps, measure), vendor, exact)
+    sizes = (*a.x.shape, *conv.shape, *stride, *padding, *dilation, *_given_of(a), measure)
+    rest = eps, measure, gamma, beta
+    exact = _exactly(reference.conv_stats, a.x, source, conv, stride, padding, dilation, groups, *rest)
+    found: tuple[Tensor, ...] = _fastest("conv", a.x, sizes, (a, conv, geometry, *rest), vendor, exact)
     return found
 
 
@@ -196,11 +217,12 @@ def _fake_conv_stats(
     groups: int,
     eps: float,
     measure: bool,
+    *_: MaybeTensor,
 ) -> tuple[Tensor, ...]:
     x = activation(source).x
     height, width = window(stride, padding, dilation, groups).out_size(x, conv)
     y = fresh_channels_last(x, len(conv), height, width)
-    return y, *(_vectors(x, len(conv), 3) if measure else nothing(x, 3))
+    return y, *((*_vectors(x, len(conv), 3), _three(x, len(conv))) if measure else nothing(x, 4))
 
 
 def fresh_channels_last(x: Tensor, channels: int, height: int, width: int) -> Tensor:
@@ -212,9 +234,14 @@ def _vectors(x: Tensor, channels: int, count: int) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(channels, dtype=statistics_dtype(x.dtype)) for _ in range(count))
 
 
+def _three(x: Tensor, channels: int) -> Tensor:
+    """Terms or slopes."""
+    return x.new_empty(3, channels, dtype=statistics_dtype(x.dtype))
+
+
 conv_stats = primitive(
-    f"conv_stats(Tensor?[] source, Tensor conv, {_GEOMETRY}, float eps, bool measure)"
-    " -> (Tensor y, Tensor mean, Tensor var, Tensor invstd)",
+    f"conv_stats(Tensor?[] source, Tensor conv, {_GEOMETRY}, float eps, bool measure, Tensor? gamma=None,"
+    " Tensor? beta=None) -> (Tensor y, Tensor mean, Tensor var, Tensor invstd, Tensor terms)",
     reference.conv_stats,
     _fake_conv_stats,
     _conv_stats,
@@ -231,7 +258,7 @@ def _gram(source: Fields, every: list[int]) -> tuple[Tensor, Tensor]:
 
     if not runs_triton(a.x):
         return vendor()
-    sizes = (*a.x.shape, *every, *_given(source[1:]))
+    sizes = (*a.x.shape, *every, *_given_of(a))
     exact = _exactly(reference.gram, a.x, source, every)
     found: tuple[Tensor, Tensor] = _fastest("gram", a.x, sizes, (a, _pair(every)), vendor, exact)
     return found
@@ -276,7 +303,8 @@ def _expand(
         outputs,
         *skip.shape,
         *every,
-        *_given((*source[1:], conv, *norm, skip_conv, *skip_norm)),
+        *_given_of(a),
+        *_given((conv, *norm, skip_conv, *skip_norm)),
     )
     arguments = (a, conv, tuple(norm), skip, skip_shift, skip_conv, tuple(skip_norm), _pair(every))
     exact = _exactly(reference.expand, a.x, source, conv, norm, skip, skip_shift, skip_conv, skip_norm, every)
@@ -321,7 +349,7 @@ def _folded_wgrad(
         *grad.shape,
         *a.x.shape,
         *every,
-        *_given(source[1:]),
+        *_given_of(a),
         *([] if other is None else other.x.shape),
         *skip_every,
     )
@@ -371,7 +399,7 @@ def _folded_dgrad(
 
     if not runs_triton(grad) or not runs_triton(a.x):
         return vendor()
-    flags = _given((*source[1:], *factors, *skip_factors))
+    flags = _given_of(a) + _given((*factors, *skip_factors))
     sizes = (*grad.shape, *a.x.shape, *every, *flags, *([] if other is None else other.x.shape), *skip_every)
     both = [kernels("folded_dgrad").Factors(*each) for each in (factors, skip_factors)]
     arguments = (grad, bits, both[0], a, _pair(every), both[1], other, _pair(skip_every))
@@ -379,7 +407,7 @@ def _folded_dgrad(
         reference.folded_dgrad, grad, grad, bits, factors, source, every, skip_factors, skip, skip_every
     )
     da, dskip, *sums = _fastest("folded_dgrad", grad, sizes, arguments, vendor, exact)
-    return da, grad.new_empty(0) if dskip is None else dskip, *(nothing(da, 2) if sums[0] is None else sums)
+    return da, grad.new_empty(0) if dskip is None else dskip, *(nothing(da, 3) if sums[0] is None else sums)
 
 
 def _vendor_input_gradient(
@@ -396,14 +424,20 @@ def _vendor_input_gradient(
 
 
 def _sums_below(da: Tensor, below: Activation) -> tuple[Tensor, ...]:
-    if below.mean is None:
-        return nothing(da, 2)
-    found: tuple[Tensor, ...] = bn_relu_backward_reduce(da, *below[:5])
-    return found
+    if below.mean is None or below.invstd is None:
+        return nothing(da, 3)
+    dz, dz_xhat = bn_relu_backward_reduce(da, *below[:5])
+    terms = _terms(below.x, *below[1:5]) if below.terms is None else below.terms
+    make = kernels("reductions").slopes_of if _launches(below.x) else gradient_slopes
+    pixels = below.x.numel() // below.x.shape[1]
+    return dz, dz_xhat, make(dz, dz_xhat, below.mean, below.invstd, terms, pixels)
 
 
 def _fake_sums(below: Activation) -> tuple[Tensor, ...]:
-    return nothing(below.x, 2) if below.mean is None else _vectors(below.x, below.x.shape[1], 2)
+    if below.mean is None:
+        return nothing(below.x, 3)
+    channels = below.x.shape[1]
+    return *_vectors(below.x, channels, 2), _three(below.x, channels)
 
 
 def _fake_folded_dgrad(
@@ -422,7 +456,8 @@ def _fake_folded_dgrad(
 
 folded_dgrad = primitive(
     "folded_dgrad(Tensor grad, Tensor bits, Tensor?[] factors, Tensor?[] source, int[] every, Tensor?[] skip_factors,"
-    " Tensor?[] skip, int[] skip_every) -> (Tensor da, Tensor dskip, Tensor sum_dz, Tensor sum_dz_xhat)",
+    " Tensor?[] skip, int[] skip_every) -> (Tensor da, Tensor dskip, Tensor sum_dz, Tensor sum_dz_xhat,"
+    " Tensor slopes)",
     reference.folded_dgrad,
     _fake_folded_dgrad,
     _folded_dgrad,
@@ -445,6 +480,10 @@ def _conv_backward(
 ) -> tuple[Tensor, ...]:
     given, a, geometry = gradient(dy), activation(source), window(stride, padding, dilation, groups)
     convolution = (stride, padding, dilation, groups)
+    triton = runs_triton(a.x, groups) and runs_triton(given.g)
+    if triton and _launches(a.x):  # once for both gradients
+        given = kernels("reductions").with_slopes(given)
+        a = kernels("reductions").with_terms(a)
 
     def make(config: Any = None) -> Tensor:
         return gradient_of(given)
@@ -478,31 +517,31 @@ def _conv_backward(
         sizes = (*a.x.shape, *conv.shape, *stride, *padding, *dilation)
         if needs[1]:
             exact = _exactly(reference.wgrad, a.x, dy, source, conv, *convolution)
-            flags = _given((*dy[1:], *source[1:]))
+            flags = _given_of(given) + _given_of(a)
             yield _work("wgrad", a.x, (*sizes, *flags), (given, a, conv, geometry), vendor_weight, exact)
         if needs[0]:
             rest = residual, residual_bits
             exact = _exactly(reference.dgrad, a.x, dy, conv, *convolution, source, *rest, every)
-            flags = _given((*dy[1:], *source[1:], *rest))
+            flags = _given_of(given) + _given_of(a) + _given(rest)
             known = (max(stride) == 1 or max(dilation) == 1) and max(conv.shape[2:]) <= MOST_TAPS
             arguments = (given, conv, geometry, a, *rest, _pair(every))
             yield _work("dgrad", a.x, (*sizes, *every, *flags), arguments, vendor_input, exact, known)
 
-    if runs_triton(a.x, groups) and runs_triton(given.g):
-        shared = _work("gradient", given.g, (*given.g.shape, *_given(dy[1:])), (), make, make, False)
+    if triton:
+        shared = _work("gradient", given.g, (*given.g.shape, *_given_of(given)), (), make, make, False)
         found = _fastest_sharing([*ways()], shared, a.x)
     else:
         vendors = [*([vendor_weight] if needs[1] else []), *([vendor_input] if needs[0] else [])]
         found = [vendor() for vendor in vendors]
     dconv = found[0] if needs[1] else nothing(a.x, 1)[0]
     da, *sums = found[-1] if needs[0] else (a.x.new_empty(0), None)
-    return da, *(nothing(a.x, 2) if sums[0] is None else sums), dconv
+    return da, *(nothing(a.x, 3) if sums[0] is None else sums), dconv
 
 
 def _fake_conv_backward(dy: Fields, source: Fields, conv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     a, (needs_input, needs_weight) = activation(source), rest[-1]
     x, dtype = a.x, statistics_dtype(a.x.dtype)
-    da, sums, dconv = x.new_empty(0), nothing(x, 2), nothing(x, 1)[0]
+    da, sums, dconv = x.new_empty(0), nothing(x, 3), nothing(x, 1)[0]
     if needs_input:
         da, sums = torch.empty_like(x), _fake_sums(a)
     if needs_weight:
@@ -512,7 +551,8 @@ def _fake_conv_backward(dy: Fields, source: Fields, conv: Tensor, *rest: Any) ->
 
 conv_backward = primitive(
     f"conv_backward(Tensor?[] dy, Tensor?[] source, Tensor conv, {_GEOMETRY}, Tensor? residual, Tensor? residual_bits,"
-    " int[] every, bool[] needs) -> (Tensor da, Tensor sum_dz, Tensor sum_dz_xhat, Tensor dconv)",
+    " int[] every, bool[] needs) -> (Tensor da, Tensor sum_dz, Tensor sum_dz_xhat, Tensor slopes,"
+    " Tensor dconv)",
     reference.conv_backward,
     _fake_conv_backward,
     _conv_backward,

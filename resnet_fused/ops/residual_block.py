@@ -54,7 +54,7 @@ class _ResidualBlock(torch.autograd.Function):
         x, mask = take(2)
         flats, chain_length, uses, ends = ctx.counts
         flat, ys = take(flats), take(chain_length)
-        used = [Statistics(*take(3)) for _ in range(uses)]
+        used = [Statistics(*take(len(Statistics._fields))) for _ in range(uses)]
         folds = [Fold(*take(3)) for _ in range(ends)]
         kept = take(ends)
         with without_autocast(grad.device.type):
@@ -73,7 +73,7 @@ def _differentiable(
     stages = [*plan.stages, *([] if plan.downsample is None else [plan.downsample])]
 
     def normed(a: Tensor, p: Parameters, place: int) -> Tensor:
-        stage, (mean, invstd, _) = stages[place], used[place]
+        stage, (mean, invstd, *_) = stages[place], used[place]
         down, right = stage.every
         a = a[:, :, ::down, ::right]
         y = F.conv2d(a, p.weight.to(a.dtype), None, stage.stride, stage.padding, stage.dilation, stage.groups)

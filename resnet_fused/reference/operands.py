@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.reference.batch_norm import affine, input_gradient, is_kept
+from resnet_fused.reference.batch_norm import affine, input_gradient, is_kept, scale
 from resnet_fused.reference.bn_add_relu import behind_relu
 from resnet_fused.reference.layout import dense, like_layout, stored, widened
 
@@ -20,8 +20,34 @@ MaybeTensor = Tensor | None
 Pair = tuple[int, int]
 
 
+def norm_terms(mean: Tensor, invstd: Tensor, weight: MaybeTensor, bias: MaybeTensor) -> Tensor:
+    """(3, C) scale, bias and offset: a batch norm is (y - mean) * scale + bias, and also y * scale + offset."""
+    factor = scale(invstd, weight)
+    bias = torch.zeros_like(mean) if bias is None else bias
+    return torch.stack([factor, bias, (bias - mean.double() * factor).to(mean.dtype)])
+
+
+def gradient_slopes(
+    sum_dz: Tensor, sum_dz_xhat: Tensor, mean: Tensor, invstd: Tensor, terms: Tensor, pixels: int
+) -> Tensor:
+    """(3, C) slope, level and offset: dy = dz * scale - level - (y - mean) * slope = dz * scale - (y * slope + offset).
+
+    Args:
+        sum_dz, sum_dz_xhat, mean, invstd: (C,); terms: ``norm_terms`` of the batch norm.
+        pixels: of y.
+    """
+    factor = terms[0].double() / max(pixels, 1)
+    slope = (factor * invstd * sum_dz_xhat).to(mean.dtype)
+    level = factor * sum_dz
+    # Of the slope as it is rounded: what rounding loses is then multiplied with y - mean, not with y.
+    return torch.stack([slope, level.to(mean.dtype), (level - mean.double() * slope).to(mean.dtype)])
+
+
 class Activation(NamedTuple):
-    """x; x - shift; or, where statistics are given, relu(bn(x)) - shift. Vectors are (C,), in the statistics dtype."""
+    """x; x - shift; or, where statistics are given, relu(bn(x)) - shift. Vectors are (C,), in the statistics dtype.
+
+    terms: ``norm_terms`` of the statistics, where they are known already; they change no value.
+    """
 
     x: Tensor
     mean: MaybeTensor = None
@@ -29,6 +55,7 @@ class Activation(NamedTuple):
     weight: MaybeTensor = None
     bias: MaybeTensor = None
     shift: MaybeTensor = None
+    terms: MaybeTensor = None
 
     def value(self) -> Tensor:
         """The activation itself, rounded once, with layout and dtype of x."""
@@ -47,6 +74,7 @@ class Gradient(NamedTuple):
 
     bits: a ReLU's mask (layout.pack_mask) that g must still pass. Where y and statistics are given and bits are not,
     g is that of relu(bn(y)). Without statistics dy is g behind its mask. Both sums None: the statistics are constants.
+    terms, slopes: ``norm_terms`` and ``gradient_slopes``, where they are known already; they change no value.
     """
 
     g: Tensor
@@ -58,6 +86,8 @@ class Gradient(NamedTuple):
     bias: MaybeTensor = None
     sum_dz: MaybeTensor = None
     sum_dz_xhat: MaybeTensor = None
+    terms: MaybeTensor = None
+    slopes: MaybeTensor = None
 
     def value(self) -> Tensor:
         """The gradient itself, rounded once, channels_last, in the dtype of g."""

@@ -16,7 +16,14 @@ from resnet_fused.reference.batch_norm_stats import batch_norm_stats
 from resnet_fused.reference.bn_add_relu import behind_relu
 from resnet_fused.reference.bn_relu import bn_relu_backward_reduce
 from resnet_fused.reference.layout import dense, fresh_like, statistics_dtype, widened
-from resnet_fused.reference.operands import Activation, Gradient, MaybeTensor, Window
+from resnet_fused.reference.operands import (
+    Activation,
+    Gradient,
+    MaybeTensor,
+    Window,
+    gradient_slopes,
+    norm_terms,
+)
 
 #: An Activation, a Gradient, or mean, invstd, weight and bias of a batch norm, as the dispatcher takes them.
 Fields = list[MaybeTensor]
@@ -50,13 +57,22 @@ def conv_stats(
     groups: int,
     eps: float,
     measure: bool,
+    gamma: MaybeTensor = None,
+    beta: MaybeTensor = None,
 ) -> tuple[Tensor, ...]:
-    """y = conv(a), channels_last; with ``measure`` its mean, biased variance and invstd, else three empty vectors."""
+    """y = conv(a), channels_last; with ``measure`` its mean, biased variance, invstd and terms, else empty vectors.
+
+    Args:
+        gamma, beta: weight and bias of y's batch norm, (outputs,), for its terms (operands.norm_terms).
+    """
     a = activation(source).value()
     y = window(stride, padding, dilation, groups).convolve(a, conv)
     y = y.contiguous(memory_format=torch.channels_last)
     y = fresh_like(y).copy_(y)
-    return y, *(batch_norm_stats(y, eps) if measure else nothing(y, 3))
+    if not measure:
+        return y, *nothing(y, 4)
+    mean, var, invstd = batch_norm_stats(y, eps)
+    return y, mean, var, invstd, norm_terms(mean, invstd, gamma, beta)
 
 
 def gram(source: Fields, every: list[int]) -> tuple[Tensor, Tensor]:
@@ -126,7 +142,7 @@ def folded_dgrad(
         factors, skip_factors: scaled: (outputs, C, 1, 1); square: (C, C, 1, 1) and vector: (C,), or both None.
 
     Returns:
-        da: (N, C, H, W) of source; that of skip, or empty; sum_dz and sum_dz_xhat of the first.
+        da: (N, C, H, W) of source; that of skip, or empty; sum_dz, sum_dz_xhat and slopes of the first.
     """
     dz = behind_relu(grad, bits, dense(grad))
 
@@ -166,6 +182,7 @@ def dgrad(
     Returns:
         da: like below's x.
         sum_dz, sum_dz_xhat: (C,) each, of da behind the ReLU, where ``below`` has statistics; else empty.
+        slopes: (3, C), what operands.gradient_slopes makes of the sums; empty as they are.
     """
     source, g = activation(below), widened(gradient(dy).value())
     geometry = (stride, padding, dilation, groups)
@@ -214,7 +231,7 @@ def conv_backward(
         needs: whether the gradient of the input is needed, and that of the weight.
     """
     x, geometry = activation(source).x, (stride, padding, dilation, groups)
-    of_input: tuple[Tensor, ...] = x.new_empty(0), *nothing(x, 2)
+    of_input: tuple[Tensor, ...] = x.new_empty(0), *nothing(x, 3)
     if needs[0]:
         of_input = dgrad(dy, conv, *geometry, source, residual, residual_bits, every)
     dconv = wgrad(dy, source, conv, *geometry) if needs[1] else nothing(x, 1)[0]
@@ -223,8 +240,11 @@ def conv_backward(
 
 def sums_below(da: Tensor, below: Activation) -> tuple[Tensor, ...]:
     if below.mean is None or below.invstd is None:
-        return nothing(da, 2)
-    return bn_relu_backward_reduce(da, below.x, below.mean, below.invstd, below.weight, below.bias)
+        return nothing(da, 3)
+    norm = below.mean, below.invstd, below.weight, below.bias
+    dz, dz_xhat = bn_relu_backward_reduce(da, below.x, *norm)
+    pixels = below.x.numel() // below.x.shape[1]
+    return dz, dz_xhat, gradient_slopes(dz, dz_xhat, below.mean, below.invstd, norm_terms(*norm), pixels)
 
 
 def nothing(like: Tensor, count: int) -> tuple[Tensor, ...]:

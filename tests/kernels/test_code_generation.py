@@ -10,7 +10,7 @@ import os
 
 import pytest
 
-from benchmarks.kernel_resources import compile_all, is_unsafe, specialisation
+from benchmarks.kernel_resources import binary, compile_all, is_unsafe, specialisation
 
 pytest.importorskip("triton")
 
@@ -28,3 +28,14 @@ def test_no_candidate_reads_registers_that_change() -> None:
     found = list(compile_all([(what, 90) for what in needed], processes, is_unsafe))
     wrong = [f"{what.name} {what.config}: {result}" for what, _, result in found if result is not False]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", ["wgrad", "gram"])
+def test_what_a_first_operand_is_made_of_is_copied_asynchronously(name: str) -> None:
+    """Where both operands are computed the first is one of registers; its loads are not (tiles.unknown_zero)."""
+    plan = importlib.import_module("resnet_fused.plan")
+    launches = [launch for launch in plan.launches("resnet50", 256, "bf16") if launch.name == name]
+    for what in dict.fromkeys(map(specialisation, launches)):
+        loop = binary(what, 90).asm["ttgir"].partition("scf.for")[2].partition("scf.yield")[0]
+        assert "async_copy_global_to_local" in loop
+        assert "tt.load" not in loop, f"{what.name} {what.config}"

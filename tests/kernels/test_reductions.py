@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.kernels import reductions
+from resnet_fused.reference.operands import Activation, Gradient
 from tests.kernels.devices import DEVICES
 
 EPS = 1e-5
@@ -19,6 +20,32 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(
         found.double().cpu(), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max())
     )
+
+
+def check_terms(terms: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor, beta: Tensor) -> None:
+    """Each row by itself: in float64 but for the scale as it is rounded, which both maps share."""
+    scale, bias, offset = terms
+    close(scale, (invstd.double() * gamma.double()).cpu())
+    assert torch.equal(bias, beta)
+    close(offset, (beta.double() - mean.double() * scale.double()).cpu())
+
+
+def check_slopes(slopes: Tensor, sums: tuple[Tensor, Tensor], norm: Activation, pixels: int) -> None:
+    assert norm.mean is not None and norm.invstd is not None and norm.terms is not None
+    mean, invstd, scale = (x.double() for x in (norm.mean, norm.invstd, norm.terms[0]))
+    sum_dz, sum_dz_xhat = (x.double() for x in sums)
+    slope, level, offset = slopes
+    close(slope, (sum_dz_xhat * invstd / pixels * scale).cpu())
+    close(level, (sum_dz / pixels * scale).cpu())
+    close(offset, (sum_dz / pixels * scale - mean * slope.double()).cpu())
+
+
+def norm_of(channels: int, device: str, affine: bool = True) -> Activation:
+    """A batch norm's input of 30 pixels, without terms."""
+    mean, gamma, beta = torch.randn(3, channels, device=device)
+    more = (gamma, beta) if affine else (None, None)
+    x = torch.randn(2, channels, 3, 5, device=device)
+    return Activation(x, mean, torch.rand(channels, device=device), *more)
 
 
 @pytest.mark.parametrize("level", [0.0, 1e3])
@@ -34,7 +61,8 @@ def test_norm_statistics(device: str, count: int, channels: int, level: float) -
         (tile - mean).square().sum(0) for tile, mean in zip(y.split(size), means.double(), strict=True)
     ]
     tiles = torch.stack([means, torch.stack(squares).float()]).mT.contiguous().to(device)
-    mean, var, invstd = reductions.norm_statistics(tiles, size, len(y), EPS)
+    gamma, beta = torch.randn(2, channels, device=device)
+    mean, var, invstd, terms = reductions.norm_statistics(tiles, size, len(y), EPS, gamma, beta)
     close(mean, y.mean(0))
     expected = y.var(0, correction=0)
     # A tile's mean is rounded to float32; nothing else may be lost.
@@ -43,17 +71,43 @@ def test_norm_statistics(device: str, count: int, channels: int, level: float) -
     )
     torch.testing.assert_close(invstd.double().cpu(), (var.double().cpu() + EPS).rsqrt(), rtol=1e-6, atol=0)
     assert var[1] == 0
+    check_terms(terms, mean, invstd, gamma, beta)
+    plain = reductions.norm_statistics(tiles, size, len(y), EPS, None, None)[3]
+    check_terms(plain, mean, invstd, torch.ones_like(mean), torch.zeros_like(mean))
 
 
 @pytest.mark.parametrize("channels", [3, 20])
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_sum_tiles(device: str, count: int, channels: int) -> None:
-    tiles, invstd = torch.randn(2, channels, count), torch.rand(channels)
-    dz, dz_xhat = reductions.sum_tiles(tiles.to(device), invstd.to(device))
+    tiles, norm = torch.randn(2, channels, count), reductions.with_terms(norm_of(channels, device))
+    assert norm.invstd is not None
+    dz, dz_xhat, slopes = reductions.sum_tiles(tiles.to(device), norm)
     expected = tiles.double().sum(2)
     close(dz, expected[0])
-    close(dz_xhat, expected[1] * invstd.double())
+    close(dz_xhat, expected[1] * norm.invstd.double().cpu())
+    check_slopes(slopes, (dz, dz_xhat), norm, 30)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("channels", [3, 200])
+@pytest.mark.parametrize("device", DEVICES)
+def test_terms_and_slopes_on_demand(device: str, channels: int, affine: bool) -> None:
+    norm = norm_of(channels, device, affine)
+    sums = torch.randn(channels, device=device), torch.randn(channels, device=device)
+    known = reductions.with_terms(norm)
+    dy = reductions.with_slopes(Gradient(norm.x, None, *norm[:5], *sums))
+    assert norm.mean is not None and norm.invstd is not None
+    assert known.terms is not None and dy.terms is not None and dy.slopes is not None
+    assert torch.equal(known.terms, dy.terms)
+    gamma = torch.ones_like(norm.mean) if norm.weight is None else norm.weight
+    beta = torch.zeros_like(norm.mean) if norm.bias is None else norm.bias
+    check_terms(known.terms, norm.mean, norm.invstd, gamma, beta)
+    check_slopes(dy.slopes, sums, known, 30)
+    assert reductions.with_terms(known) is known
+    assert reductions.with_slopes(dy).slopes is dy.slopes
+    frozen = reductions.with_slopes(Gradient(norm.x, None, *norm[:5]))
+    assert frozen.terms is not None and frozen.slopes is None
 
 
 @pytest.mark.parametrize("sizes", [(5, 0, 0), (3000, 0, 7), (40, 300, 7)])

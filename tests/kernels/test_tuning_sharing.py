@@ -19,7 +19,7 @@ from resnet_fused.kernels.launch import Config
 from resnet_fused.kernels.tuning import Problem, Work, choose_sharing
 from resnet_fused.ops import passes
 from resnet_fused.reference import passes as reference
-from resnet_fused.reference.operands import Activation, Gradient, Window
+from resnet_fused.reference.operands import Activation, Gradient, Window, gradient_slopes, norm_terms
 from tests.kernels.invented_gpu import CANDIDATES, FIRST, GPU, SECOND, VENDOR, Bench, cache_file
 from tests.ops.test_passes import BOTH, Maker
 
@@ -145,7 +145,15 @@ class Op:
             made: Tensor = plain(dy)
             return made
 
+        # On a machine without Triton's interpreter nothing is launched: terms and slopes are the reference's.
+        reductions = SimpleNamespace(
+            with_terms=lambda source: source,
+            with_slopes=lambda dy: dy,
+            terms_of=norm_terms,
+            slopes_of=gradient_slopes,
+        )
         homes = {
+            "reductions": reductions,
             "wgrad": SimpleNamespace(configs=lambda *_: CANDIDATES, wgrad=wgrad),
             "dgrad": SimpleNamespace(configs=lambda *_: CANDIDATES, dgrad=dgrad),
             "tuning": SimpleNamespace(
