@@ -154,13 +154,22 @@ def gemm_configs(
 
 
 def sum_configs(
-    x: Tensor, rows: int, n: int, k: int, *, taps: int = 1, loaded: int = 2, square: bool = False
+    x: Tensor,
+    rows: int,
+    n: int,
+    k: int,
+    *,
+    taps: int = 1,
+    loaded: int = 2,
+    square: bool = False,
+    largest: int = 256 * 256,
 ) -> list[Config]:
     """For sums over ``rows`` pixels of n x k products, at each of some taps; block_m pixels at a time.
 
     Args:
         loaded: tiles of block_m x (block_n or block_k) that the operands are made of.
         square: block_n and block_k are one.
+        largest: block_n * block_k at most.
     """
     processors, limits = multiprocessors(x), _limits(x)
     scored = []
@@ -171,7 +180,7 @@ def sum_configs(
         (1, 2, 4),
         (4, 8),
     ):
-        if warps == 8 and block_n * block_k <= 64 * 64:
+        if block_n * block_k > largest or (warps == 8 and block_n * block_k <= 64 * 64):
             continue
         block_m, threads = tile(rows, rows_at_once), 32 * warps
         widest = max(block_n, block_k)

@@ -155,7 +155,8 @@ def configs(
     grad: Tensor, bits: Tensor, source: Activation, every: Pair, skip: Activation | None, *_: object
 ) -> list[Config]:
     outputs, channels = grad.shape[1], source.x.shape[1] + (0 if skip is None else skip.x.shape[1])
-    return sum_configs(grad, grad.numel() // outputs, outputs, channels)
+    # Masks take registers too: with larger tiles some would be spilled.
+    return sum_configs(grad, grad.numel() // outputs, outputs, channels, largest=128 * 128)
 
 
 def folded_wgrad(
