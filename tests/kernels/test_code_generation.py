@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import importlib
 import os
+from typing import Any
 
 import pytest
 
+from benchmarks.kernel_instructions import disassembled
 from benchmarks.kernel_resources import binary, compile_all, is_unsafe, specialisation
+from resnet_fused.kernels.launch import Launch
 
 pytest.importorskip("triton")
 
+KERNELS = ("conv", "dgrad", "wgrad", "gram", "expand", "folded_wgrad", "folded_dgrad")
 STEPS = [(arch, batch) for arch in ("resnet50", "resnet18") for batch in (256, 64)]
 
 
@@ -39,3 +43,17 @@ def test_what_a_first_operand_is_made_of_is_copied_asynchronously(name: str) -> 
         loop = binary(what, 90).asm["ttgir"].partition("scf.for")[2].partition("scf.yield")[0]
         assert "async_copy_global_to_local" in loop
         assert "tt.load" not in loop, f"{what.name} {what.config}"
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_candidates_of_which_two_share_a_multiprocessor(name: str) -> None:
+    """Of every kernel, for the first of its problems in a step."""
+    plan = importlib.import_module("resnet_fused.plan")
+    launches = [launch for launch in plan.candidates("resnet50", 256, "bf16") if launch.name == name]
+
+    def operands(launch: Launch) -> list[Any]:
+        return [getattr(launch.arguments.get(key), "shape", None) for key in ("x", "g", "conv", "skip")]
+
+    tried = [launch for launch in launches if operands(launch) == operands(launches[0])]
+    needed = {specialisation(launch): launch.config.warps for launch in tried}
+    assert any(disassembled(what).programs(warps) > 1 for what, warps in needed.items())
