@@ -188,7 +188,8 @@ def test_peak_of_what_lives(dtype: str) -> None:
     """
     found = measured("resnet50", dtype, unmap=True)
     assert_at_most(0.60, found, "first step")
-    assert_at_most(0.60, found, "third step")
+    # What oneDNN's convolutions in bfloat16 allocate depends on the processor: 0.603 to 0.604 on some.
+    assert_at_most(0.60 if dtype == "fp32" else 0.61, found, "third step")
 
 
 # Large tensors.
