@@ -131,6 +131,8 @@ def measured(arch: str, dtype: str, unmap: bool = False, again: int = 0) -> dict
     for impl in IMPLEMENTATIONS:
         command = [sys.executable, "-m", "tests.test_memory", arch, impl, dtype]
         environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": str(256 << 10)} if unmap else {})
+        # What oneDNN's kernels for AMX allocate would make the figures depend on the processor.
+        environment["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         found[impl] = json.loads(done.stdout)
@@ -188,8 +190,7 @@ def test_peak_of_what_lives(dtype: str) -> None:
     """
     found = measured("resnet50", dtype, unmap=True)
     assert_at_most(0.60, found, "first step")
-    # What oneDNN's convolutions in bfloat16 allocate depends on the processor: 0.603 to 0.604 on some.
-    assert_at_most(0.60 if dtype == "fp32" else 0.61, found, "third step")
+    assert_at_most(0.60, found, "third step")
 
 
 # Large tensors.
