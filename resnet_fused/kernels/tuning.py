@@ -10,6 +10,7 @@ that never asks hangs nobody.
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import json
 import logging
@@ -299,6 +300,19 @@ def _announce(device: str) -> None:
     )
 
 
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """For threads that compile: in Python 3.11 ``ast.parse`` raises a SystemError where a finalizer that it runs lets
+    another thread parse."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _compile(work: Work, configs: Sequence[Config], device: torch.device) -> dict[Config, str]:
     """Compiles what the runs would compile one after the other, in as many threads as there are processors.
 
@@ -319,7 +333,8 @@ def _compile(work: Work, configs: Sequence[Config], device: torch.device) -> dic
             launch.compile()
 
     if launches:
-        with ThreadPoolExecutor(min(len(launches), os.cpu_count() or 1)) as pool:
+        threads = min(len(launches), os.cpu_count() or 1)
+        with _without_garbage_collection(), ThreadPoolExecutor(threads) as pool:
             list(pool.map(compile_one, launches))
     return refusals
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from triton.runtime.errors import OutOfResources
 
 import resnet_fused
 from resnet_fused.kernels import tuning
-from resnet_fused.kernels.launch import Config
+from resnet_fused.kernels.launch import Config, Launch, launch
 from resnet_fused.kernels.tuning import Problem
 from tests.kernels.invented_gpu import (
     CANDIDATES,
@@ -134,6 +135,19 @@ def test_what_does_not_compile_is_left_out(bench: Bench, error: Exception) -> No
     assert bench.choose() is None
     assert SECOND not in bench.measured
     assert bench.choose(DGRAD, vendor=False) == FIRST
+
+
+def test_no_garbage_is_collected_while_threads_compile(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    enabled: list[bool] = []
+    monkeypatch.setattr(Launch, "compile", lambda self: enabled.append(gc.isenabled()))
+    nothing = {"x": torch.empty(1, device="meta")}
+
+    def run(config: Config) -> list[torch.Tensor]:
+        launch(None, (1,), nothing, {}, config)
+        return bench.run(config)
+
+    bench.choose(run=run)
+    assert enabled == [False] * len(CANDIDATES) and gc.isenabled()
 
 
 def test_where_nothing_compiles_it_says_so(bench: Bench) -> None:
