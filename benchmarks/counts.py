@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -168,8 +167,7 @@ def compile_steps() -> list[tuple[Specialisation, int, Resources | str]]:
         for name in archs
         for launch in launches(name, PLANNED_BATCH, dtype, capability=arch)
     }
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return list(compile_all(pairs, cores))
+    return list(compile_all(pairs))
 
 
 def compiler() -> str:

@@ -15,11 +15,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.kernel_resources import Specialisation, binary, nvidia_tool, specialisation, usage
+from benchmarks.kernel_resources import (
+    CompileError,
+    Specialisation,
+    binary,
+    compile_all,
+    nvidia_tool,
+    specialisation,
+    usage,
+)
 from benchmarks.page import show
 from benchmarks.roofline import H100
 from benchmarks.roofline_model import Kernel
@@ -140,9 +147,9 @@ def bound(launch: Launch, code: Code) -> Bound:
     return Bound(cycles / CLOCK, H100.memory_seconds(kernel), H100.compute_seconds(kernel), programs)
 
 
-def disassembled(what: Specialisation) -> Code:
-    """Compiles a kernel for sm_90 and counts; raises CompileError where it does not compile."""
-    made = binary(what, 90)
+def disassembled(what: Specialisation, arch: int = 90) -> Code:
+    """Compiles a kernel and counts; raises CompileError where it does not compile."""
+    made = binary(what, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
@@ -157,11 +164,12 @@ Counted = Sequence[tuple[Launch, Code, Bound]]
 
 
 def counted(arch: str, batch: int) -> Counted:
-    """All passes of a step in bf16."""
+    """All passes of a step in bf16; raises CompileError where one does not compile."""
     passes = [launch for launch in launches(arch, batch, "bf16") if launch.name in PASSES]
     needed = list(dict.fromkeys(map(specialisation, passes)))
-    with ThreadPoolExecutor() as pool:
-        codes = dict(zip(needed, pool.map(disassembled, needed), strict=True))
+    codes = {what: code for what, _, code in compile_all([(what, 90) for what in needed], disassembled)}
+    if wrong := [code for code in codes.values() if isinstance(code, str)]:
+        raise CompileError(wrong[0])
     return [
         (launch, code, bound(launch, code)) for launch in passes for code in [codes[specialisation(launch)]]
     ]

@@ -347,12 +347,16 @@ def _compiled_or_why_not(what: Specialisation, arch: int, compiler: Compiler) ->
 
 
 def compile_all(
-    pairs: Iterable[tuple[Specialisation, int]], processes: int, compiler: Compiler = compiled
+    pairs: Iterable[tuple[Specialisation, int]], compiler: Compiler = compiled, processes: int | None = None
 ) -> Iterator[tuple[Specialisation, int, Any]]:
-    """What ``compiler`` returns, in several processes; as they are done. What does not compile gives the reason."""
+    """What ``compiler`` returns, as it is done. What does not compile gives the reason.
+
+    Args:
+        processes: that compile beside each other; None is as many as PyTorch has threads.
+    """
     # A process of its own for each: a forked one would inherit the locks of torch's threads.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+    with ProcessPoolExecutor(processes or torch.get_num_threads(), mp_context=context) as pool:
         waiting = {pool.submit(_compiled_or_why_not, *pair, compiler): pair for pair in pairs}
         try:
             for done in as_completed(waiting):
@@ -376,10 +380,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_resources", description=__doc__)
     archs = ", ".join(map(str, ARCHITECTURES))
@@ -387,7 +387,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", nargs="+", default=MODELS, help=f"(default: {' '.join(MODELS)})")
     parser.add_argument("--dtype", nargs="+", default=DTYPES, help=f"of {', '.join(DTYPES)}; all")
     parser.add_argument(
-        "--processes", type=int, default=_cores(), help="that compile (default: as many as cores)"
+        "--processes",
+        type=int,
+        default=torch.get_num_threads(),
+        help="that compile (default: as many as PyTorch's threads)",
     )
     parser.add_argument("--json", action="store_true", help="a list of rows instead of a table")
     return parser
@@ -413,7 +416,7 @@ def main(arguments: list[str]) -> int:
         parser.error(str(error))
     pairs = [(what, arch) for arch, all_of_it in needed.items() for what in all_of_it]
     results: dict[tuple[Specialisation, int], Resources | str] = {}
-    for what, arch, found in compile_all(pairs, options.processes):
+    for what, arch, found in compile_all(pairs, processes=options.processes):
         results[what, arch] = found
         print(f"\r{len(results)} of {len(pairs)} compiled", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)

@@ -6,7 +6,6 @@ With another Triton than the pinned one (make test) for sm_90 alone.
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -45,16 +44,14 @@ class Built:
         return f"{self.what.name} {self.what.config} on sm_{self.arch} ({self.what.details})"
 
 
-def build(launches: Iterable[tuple[Launch, Iterable[int]]], processes: int = 2) -> list[Built]:
+def build(launches: Iterable[tuple[Launch, Iterable[int]]]) -> list[Built]:
     """Compiles launches for the architectures that go with each; what they have in common once."""
     pairs: dict[tuple[Specialisation, int], Launch] = {}
     for launch, archs in launches:
         what = specialisation(launch)
         for arch in archs:
             pairs.setdefault((what, arch), launch)
-    done = [
-        Built(what, arch, pairs[what, arch], found) for what, arch, found in compile_all(pairs, processes)
-    ]
+    done = [Built(what, arch, pairs[what, arch], found) for what, arch, found in compile_all(pairs)]
     return sorted(done, key=str)
 
 
@@ -137,7 +134,7 @@ def steps() -> list[Built]:
         for launch in chosen(plan.launches(model, 256, dtype, capability=arch), arch)
     ]
     assert any(multiplies(launch) for launch, _ in launches)
-    return build(launches, min(2, len(os.sched_getaffinity(0))))
+    return build(launches)
 
 
 def test_everything_compiles(steps: list[Built]) -> None:
@@ -194,6 +191,6 @@ def test_narrow_loads_are_found() -> None:
     hidden = Launch(aligned.kernel, (1,), arguments, aligned.constants, aligned.config)
     odd = product(size=33)  # cannot be aligned
     assert rows_are_aligned(aligned) and rows_are_aligned(hidden) and not rows_are_aligned(odd)
-    (line,) = failures(build([(aligned, (80,)), (hidden, (80,))], 1), narrow_loads)
+    (line,) = failures(build([(aligned, (80,)), (hidden, (80,))]), narrow_loads)
     assert "not by 16: N K" in line
-    assert failures(build([(odd, (80,))], 1), narrow_loads) == []
+    assert failures(build([(odd, (80,))]), narrow_loads) == []

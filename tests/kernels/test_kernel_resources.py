@@ -426,14 +426,14 @@ def test_a_computed_first_operand_is_unsafe() -> None:
     assert [(x.unsafe, x.serialized) for x in found] == [(False, False), (True, True)]
     (line,) = violations(*pairs[1], found[1])
     assert "may read registers while they change" in line
-    assert {what.name: x for what, _, x in compile_all(pairs, 1, is_unsafe)} == {
+    assert {what.name: x for what, _, x in compile_all(pairs, is_unsafe)} == {
         "product": False, "relu_product": True
     }  # fmt: skip
 
 
 def test_compile_all_gives_every_pair() -> None:
     pairs: list[tuple[Specialisation, int]] = [(specialisation(scale()), 80), (specialisation(wrong()), 80)]
-    found = {(what, arch): result for what, arch, result in compile_all(pairs, 2)}
+    found = {(what, arch): result for what, arch, result in compile_all(pairs)}
     assert set(found) == set(pairs)
     assert isinstance(found[pairs[0]], Resources)
     assert "does not compile" in str(found[pairs[1]])
