@@ -10,29 +10,25 @@ OLDEST_TRITON ?= 3.6.0
 PYTHON312 ?= build/py312/bin/python
 
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 NATIVE := csrc tests/emulated_cuda
 
-.PHONY: demo test test-interpreter test-compiler bench report lint format build gpu-bundle clean
+.PHONY: demo test test-interpreter test-oldest-triton bench report lint format build gpu-bundle clean
 
 demo: build
 	$(BIN)/python -m resnet_fused train --impl compare --data digits --out runs/demo --overwrite
 
-COMPILED := tests/kernels/test_ahead_of_time.py tests/kernels/test_code_generation.py
+test: build lint test-interpreter test-oldest-triton
+	$(PYTEST)
 
-# Kernels are interpreted by one thread, beside which they are compiled; all other tests have the processors to themselves.
-test: build lint
-	$(MAKE) --no-print-directory -j2 -O test-interpreter test-compiler
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(COMPILED))
-
-# Triton's interpreter has to be asked for before triton is imported: its tests have a process of their own.
+# Triton's interpreter has to be asked for before triton is imported.
 test-interpreter: build
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels tests/test_plan.py -m interpreter
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -m interpreter tests/kernels tests/test_plan.py
 
-test-compiler: build build/triton-$(OLDEST_TRITON)
-	$(BIN)/python -m pytest $(COMPILED)
-	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m pytest $(COMPILED)
+test-oldest-triton: build build/triton-$(OLDEST_TRITON)
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(PYTEST) tests/kernels/test_ahead_of_time.py tests/kernels/test_code_generation.py
 
 # RESULTS=benchmarks/results/NAME.json keeps the figures; `make report` makes tables and pictures of what is there.
 bench: build

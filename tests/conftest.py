@@ -7,6 +7,7 @@ import random
 import secrets
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,18 +16,38 @@ from resnet_fused.backend import interprets
 from tests.accuracy import DTYPES, LAYOUTS
 
 _SEED = "RESNET_FUSED_TEST_SEED"
+#: Files whose tests share what took long to make: one worker of pytest-xdist runs them all.
+_SHARING = {
+    "tests/emulated_cuda/test_emulated_cuda.py",
+    "tests/kernels/test_ahead_of_time.py",
+    "tests/test_curves.py",
+    "tests/test_memory.py",
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Through the environment, so that the workers of pytest-xdist and the processes of a test get the same.
     os.environ.setdefault(_SEED, str(secrets.randbelow(2**31)))
-    workers = getattr(config.option, "numprocesses", None)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = cores // workers if isinstance(workers, int) and workers > 0 else cores
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(2, share))))
+    os.environ.setdefault("OMP_NUM_THREADS", str(min(2, cores)))
+    # Two threads show races, one would not. Workers have more of them than there are cores: who waits must not spin.
+    if getattr(config.option, "numprocesses", None):
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # What cuBLAS asks for in deterministic mode, which poisons memory below.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file in _SHARING else nodeid
+
+    return Scheduling(config, log)
 
 
 def pytest_report_header() -> str:

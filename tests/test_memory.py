@@ -153,14 +153,13 @@ on_linux = pytest.mark.skipif(
 
 @on_linux
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize(("arch", "limit"), [("resnet50", 0.50), ("resnet18", 0.80)])
-def test_held_by_the_process(arch: str, limit: float, dtype: str) -> None:
+def test_held_by_the_process(dtype: str) -> None:
     """What autograd says it saved is what the process grows by, but for the graph itself and parts of pages.
 
     Steps of the same size have run before, so that kernels of that size are there.
     """
-    found = measured(arch, dtype)
-    assert_at_most(limit, found, "held")
+    found = measured("resnet50", dtype)
+    assert_at_most(0.50, found, "held")
     for impl, figures in found.items():
         assert abs(figures["held"] - figures["saved"]) <= 2 * MB, (impl, figures)
 

@@ -5,7 +5,6 @@ With another Triton than the pinned one (make test) for sm_90 alone.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -28,7 +27,8 @@ pytest.importorskip("triton")
 
 IS_PINNED = counts.read()["compiler"] == counts.compiler()
 BUILDS: counts.Builds = counts.BUILDS if IS_PINNED else ((counts.ARCHS, "bf16", (90,)),)
-COMPILED_FOR = sorted({arch for *_, archs in BUILDS for arch in archs})
+SAMPLES: counts.Builds = counts.SAMPLES if IS_PINNED else ()
+COMPILED_FOR = sorted({arch for *_, archs in BUILDS + SAMPLES for arch in archs})
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,11 @@ class Built:
         return f"{self.what.name} {self.what.config} on sm_{self.arch} ({self.what.details})"
 
 
-def build(launches: Iterable[tuple[Launch, Iterable[int]]]) -> list[Built]:
-    """Compiles launches for the architectures that go with each; what they have in common once."""
+def build(launches: Iterable[tuple[Launch, int]]) -> list[Built]:
+    """Compiles launches, each for an architecture; what they have in common once."""
     pairs: dict[tuple[Specialisation, int], Launch] = {}
-    for launch, archs in launches:
-        what = specialisation(launch)
-        for arch in archs:
-            pairs.setdefault((what, arch), launch)
+    for launch, arch in launches:
+        pairs.setdefault((specialisation(launch), arch), launch)
     done = [Built(what, arch, pairs[what, arch], found) for what, arch, found in compile_all(pairs)]
     return sorted(done, key=str)
 
@@ -115,24 +113,10 @@ def serialized(_: Built, found: Resources) -> str:
     return "every wgmma waits for the one before it" if found.serialized else ""
 
 
-def chosen(launches: list[Launch], arch: int) -> Iterable[Launch]:
-    """All for the architectures that are in the table; for others each kernel once, with its largest tile."""
-    if arch in counts.COMPILED:
-        return launches
-    return {x.name: x for x in sorted(launches, key=lambda x: x.config.block_m * x.config.block_n)}.values()
-
-
 @pytest.fixture(scope="module")
 def steps() -> list[Built]:
     """The kernels of the steps of both kinds of blocks."""
-    plan = importlib.import_module("resnet_fused.plan")
-    launches = [
-        (launch, [arch])
-        for models, dtype, archs in BUILDS
-        for arch in archs
-        for model in models
-        for launch in chosen(plan.launches(model, 256, dtype, capability=arch), arch)
-    ]
+    launches = list(counts.step_launches(BUILDS, SAMPLES))
     assert any(multiplies(launch) for launch, _ in launches)
     return build(launches)
 
@@ -170,7 +154,7 @@ def test_what_is_wrong_is_found() -> None:
     slow = product(config=Config(16, 16, 16, 4, 3))  # too small for wgmma
     ieee = product(torch.float32, precision="ieee")  # as it should be
     toys = (product(), product(), slow, ieee, scale(**SPILLING), wrong())
-    built = build([(launch, (90,)) for launch in toys])
+    built = build([(launch, 90) for launch in toys])
     assert len(built) == 5
     assert [line.partition(" on ")[0] for line in uncompiled(built)] == ["wrong 3 4w3s"]
 
@@ -191,6 +175,6 @@ def test_narrow_loads_are_found() -> None:
     hidden = Launch(aligned.kernel, (1,), arguments, aligned.constants, aligned.config)
     odd = product(size=33)  # cannot be aligned
     assert rows_are_aligned(aligned) and rows_are_aligned(hidden) and not rows_are_aligned(odd)
-    (line,) = failures(build([(aligned, (80,)), (hidden, (80,))]), narrow_loads)
+    (line,) = failures(build([(aligned, 80), (hidden, 80)]), narrow_loads)
     assert "not by 16: N K" in line
-    assert failures(build([(odd, (80,))]), narrow_loads) == []
+    assert failures(build([(odd, 80)]), narrow_loads) == []
