@@ -6,8 +6,9 @@ which too little time is left is skipped. Each prints one line: what came of it,
 output. Results are written to OUT as they come, logs to OUT/logs.tar.gz after each stage; OUT never holds more than
 eight files.
 
-Carry build/gpu-bundle.tar.xz (``make gpu-bundle``) along, and nothing has to be compiled before the first step. On
-another machine of the same kind OUT/tuned.json saves the search: copy it to resnet_fused/kernels/tuned/h100.json.
+Carry build/gpu-bundle.tar.xz (``make gpu-bundle``) along: nothing has to be compiled before the first step, and pytest
+is there. On another machine of the same kind OUT/tuned.json saves the search: copy it to
+resnet_fused/kernels/tuned/h100.json.
 
 Exit status: 0 all passed, 1 a stage failed or was skipped, 2 misuse, 3 no GPU, 128 + N ended by signal N.
 """
@@ -31,6 +32,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+
+from benchmarks.gpu_bundle import TOOLS_FOLDER
 
 ROOT = Path(__file__).parents[1]
 BUNDLE = ROOT / "build" / "gpu-bundle.tar.xz"
@@ -177,7 +180,7 @@ def environment() -> dict[str, str]:
     cache = ROOT / "build" / "gpu-cache"
     added = {
         "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / TOOLS_FOLDER}",
         "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(cache)),
         "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(cache / "triton")),
         "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor")),

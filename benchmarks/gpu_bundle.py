@@ -2,8 +2,8 @@
 
 For sm_90, and for the Python, torch and Triton that run this, which have to be those of the machine with the GPU. In
 it: a Triton cache with every kernel that tuning may try for the steps of ``CASES``, the launchers that Triton compiles
-with the C compiler, and the extension. ``check FILE`` opens it as that machine would and exits with 1 unless nothing of
-it has to be compiled again; ``make`` ends with that too.
+with the C compiler, the extension, and pytest with what the tests need of it. ``check FILE`` opens it as that machine
+would and exits with 1 unless nothing of it has to be compiled again; ``make`` ends with that too.
 
 Triton finds what it has compiled by a hash of its own wheel, of ptxas's version, of the kernel's source and line
 number, of types, alignments and constants, and of the compiler's options. All of it comes from Triton's own code here:
@@ -21,13 +21,14 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,15 +42,18 @@ ARCH = 90
 READ = (".cubin", ".json", ".so")
 GROUP = "__grp__"
 EXTENSION = "resnet_fused/_C.abi3.so"
+#: What a machine without a network may lack to run the tests, and where it is put.
+TOOLS = ("pytest", "pytest-timeout", "pytest-xdist")
+TOOLS_FOLDER = "build/gpu-python"
 
 
 # Files
 
 
 def pack(
-    file: Path, cache: Path, entries: Iterable[str], extension: Path | None, manifest: dict[str, Any]
+    file: Path, cache: Path, entries: Iterable[str], files: Mapping[str, Path], manifest: dict[str, Any]
 ) -> None:
-    """Writes a bundle of some entries (folders) of a Triton cache, and of all launchers in it, and the extension."""
+    """Writes a bundle of some entries (folders) of a Triton cache, all launchers in it, and files by new names."""
     wanted = set(entries)
     with tarfile.open(file, "w:xz") as tar:
 
@@ -66,13 +70,13 @@ def pack(
                 names = [name for name in json.loads(content)["child_paths"] if Path(name).suffix in READ]
                 content = _group(names, "")
             add(f"triton/{path.parent.name}/{path.name}", content)
-        if extension is not None:
-            add(EXTENSION, extension.read_bytes())
+        for name, path in files.items():
+            add(name, path.read_bytes())
         add("manifest.json", json.dumps(manifest, indent=1).encode())
 
 
 def extract(file: Path, cache: Path, root: Path) -> dict[str, Any]:
-    """Puts a bundle's kernels into the Triton cache ``cache`` and its extension below ``root``; its manifest.
+    """Puts a bundle's kernels into the Triton cache ``cache`` and its other files below ``root``; its manifest.
 
     Raises:
         OSError, tarfile.TarError, lzma.LZMAError: it cannot be read or written.
@@ -280,21 +284,37 @@ def build_extension(folder: Path) -> Path:
     return folder / "lib" / EXTENSION
 
 
+def install_tools(folder: Path) -> dict[str, Path]:
+    """Installs TOOLS for this interpreter; the files of it by the names that they have in a bundle."""
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-compile",
+    ]
+    subprocess.run([*command, "-c", "constraints.txt", "--target", folder, *TOOLS], cwd=ROOT, check=True)
+    return {f"{TOOLS_FOLDER}/{x.relative_to(folder)}": x for x in sorted(folder.rglob("*")) if x.is_file()}
+
+
 def make(file: Path, processes: int, with_extension: bool) -> int:
     begun = time.monotonic()
     # Kept: what has not changed since need not be compiled again.
     work = ROOT / "build" / "gpu-bundle"
-    extension = None
+    files = install_tools(work / "python")
     if with_extension:
         print("compiling the extension", flush=True)
-        extension = build_extension(work)
+        files[EXTENSION] = build_extension(work)
     entries, refused = compile_all(work / "triton", processes)
     file.parent.mkdir(parents=True, exist_ok=True)
     pack(
         file,
         work / "triton",
         entries,
-        extension,
+        files,
         {"identity": identity(), "cases": CASES, "refused": refused},
     )
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]

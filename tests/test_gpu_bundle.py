@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import gpu_bundle
+from benchmarks import gpu, gpu_bundle
 
 FILES = {"add.cubin": b"\x7fELF", "add.json": b"{}", "add.ttir": b"text", "add.source": b"text"}
 
@@ -32,7 +34,9 @@ def bundle(tmp_path: Path) -> Path:
     (cache / "LAUNCHER" / "__triton_launcher.so").write_bytes(b"launcher")
     extension.write_bytes(b"extension")
     file = tmp_path / "bundle.tar.xz"
-    gpu_bundle.pack(file, cache, ["WANTED"], extension, {"identity": {"python": "3.12"}})
+    gpu_bundle.pack(
+        file, cache, ["WANTED"], {gpu_bundle.EXTENSION: extension}, {"identity": {"python": "3.12"}}
+    )
     return file
 
 
@@ -50,6 +54,15 @@ def test_a_bundle_in_another_folder(tmp_path: Path, bundle: Path) -> None:
     assert group == {name: str(cache / "WANTED" / name) for name in ("add.cubin", "add.json")}
     assert Path(group["add.cubin"]).read_bytes() == FILES["add.cubin"]
     assert (root / gpu_bundle.EXTENSION).read_bytes() == b"extension"
+
+
+def test_stages_import_what_was_carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    module, file = f"{gpu_bundle.TOOLS_FOLDER}/carried.py", tmp_path / "bundle.tar.xz"
+    (tmp_path / "here.py").touch()
+    gpu_bundle.pack(file, tmp_path / "no cache", [], {module: tmp_path / "here.py"}, {})
+    gpu_bundle.extract(file, tmp_path / "cache", tmp_path)
+    subprocess.run([sys.executable, "-c", "import carried"], env=gpu.environment(), check=True)
 
 
 def test_triton_reads_it(tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

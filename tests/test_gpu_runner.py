@@ -213,7 +213,7 @@ def test_what_is_loaded(
     extension.write_bytes(b"from the bundle")
     built.write_bytes(b"compiled here")
     bundle, there = tmp_path / "bundle.tar.xz", tmp_path / "resnet_fused" / "_C.abi3.so"
-    gpu_bundle.pack(bundle, cache, ["A"], extension, {})
+    gpu_bundle.pack(bundle, cache, ["A"], {gpu_bundle.EXTENSION: extension}, {})
     for name, value in (("BUNDLE", bundle), ("ROOT", tmp_path)):
         monkeypatch.setattr(gpu_stages, name, value)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "found"))
