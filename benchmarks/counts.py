@@ -162,12 +162,12 @@ def resource_counts(built: Iterable[tuple[Specialisation, int, Resources | str]]
 
 
 def step_launches(builds: Builds, samples: Builds) -> Iterator[tuple[Launch, int]]:
-    """All launches of the steps of ``builds``, and some of ``samples``, each with an architecture."""
-    for group in (builds, samples):
+    """All launches of the steps of ``builds``, and of ``samples`` one of each kernel, each with an architecture."""
+    for group, whole in ((builds, True), (samples, False)):
         for names, dtype, archs in group:
             for arch, name in itertools.product(archs, names):
                 found: Iterable[Launch] = launches(name, PLANNED_BATCH, dtype, capability=arch)
-                if group is samples:
+                if not whole:
                     by_tile = sorted(found, key=lambda x: x.config.block_m * x.config.block_n)
                     found = {x.name: x for x in by_tile}.values()
                 yield from ((x, arch) for x in found)

@@ -287,16 +287,8 @@ def build_extension(folder: Path) -> Path:
 def install_tools(folder: Path) -> dict[str, Path]:
     """Installs TOOLS for this interpreter; the files of it by the names that they have in a bundle."""
     shutil.rmtree(folder, ignore_errors=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-compile",
-    ]
-    subprocess.run([*command, "-c", "constraints.txt", "--target", folder, *TOOLS], cwd=ROOT, check=True)
+    options = ["--quiet", "--no-compile", "-c", "constraints.txt", "--target", str(folder)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, *TOOLS], cwd=ROOT, check=True)
     return {f"{TOOLS_FOLDER}/{x.relative_to(folder)}": x for x in sorted(folder.rglob("*")) if x.is_file()}
 
 
