@@ -1,4 +1,4 @@
-"""What training holds and allocates: saved tensors, the process's own memory, large tensors, buffers used again.
+"""What training holds and allocates: saved tensors, the process's own memory, large tensors.
 
 As a program it trains one model in a process of its own and prints what that took:
 
@@ -10,13 +10,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import gc
 import json
 import os
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +29,6 @@ from benchmarks.saved import saving
 from resnet_fused import models, native, reference
 from resnet_fused.ops import _matmul
 
-OPS = torch.ops.resnet_fused
 IMPLEMENTATIONS: dict[str, Any] = {"fused": resnet_fused, "reference": reference}
 # Which convolutions fold depends on the number of pixels, so the ratios are those of this batch.
 BATCH = 16
@@ -92,7 +88,7 @@ def peak() -> int:
 
 
 def measure(arch: str, impl: str, dtype: str) -> dict[str, int]:
-    """Bytes above what was there before: most in the first step and in the second, and what a forward pass holds."""
+    """Bytes above what was there before: the most in the first step and in the third, and what a forward pass holds."""
     torch.manual_seed(0)
     model = getattr(IMPLEMENTATIONS[impl], arch)().to(memory_format=torch.channels_last)
 
@@ -105,7 +101,7 @@ def measure(arch: str, impl: str, dtype: str) -> dict[str, int]:
     model.zero_grad(set_to_none=True)
     x = images(BATCH, 224)
     before, peaks = resident(), []
-    for _ in range(2):
+    for _ in range(3):
         start_peak()
         forward(x).backward()
         peaks.append(peak() - before)
@@ -116,7 +112,7 @@ def measure(arch: str, impl: str, dtype: str) -> dict[str, int]:
         loss = forward(x)
     held = resident() - before
     assert loss.grad_fn is not None
-    return {"saved": sum(kept.values()), "held": held, "first step": peaks[0], "second step": peaks[1]}
+    return {"saved": sum(kept.values()), "held": held, "first step": peaks[0], "third step": peaks[2]}
 
 
 @functools.cache
@@ -153,13 +149,14 @@ on_linux = pytest.mark.skipif(
 
 @on_linux
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_held_by_the_process(dtype: str) -> None:
+@pytest.mark.parametrize(("arch", "limit"), [("resnet50", 0.50), ("resnet18", 0.80)])
+def test_held_by_the_process(arch: str, limit: float, dtype: str) -> None:
     """What autograd says it saved is what the process grows by, but for the graph itself and parts of pages.
 
     Steps of the same size have run before, so that kernels of that size are there.
     """
-    found = measured("resnet50", dtype)
-    assert_at_most(0.50, found, "held")
+    found = measured(arch, dtype)
+    assert_at_most(limit, found, "held")
     for impl, figures in found.items():
         assert abs(figures["held"] - figures["saved"]) <= 2 * MB, (impl, figures)
 
@@ -167,10 +164,10 @@ def test_held_by_the_process(dtype: str) -> None:
 @on_linux
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_peak_of_what_lives(dtype: str) -> None:
-    """Of the first step, and of the second, for which large buffers stand by."""
+    """Of the first step, and of a later one, for which large buffers stand by."""
     found = measured("resnet50", dtype)
     assert_at_most(0.60, found, "first step")
-    assert_at_most(0.60, found, "second step")
+    assert_at_most(0.60, found, "third step")
 
 
 # Large tensors.
@@ -298,147 +295,6 @@ def test_large_tensors_of_a_block(name: str, dtype: torch.dtype) -> None:
     assert x.grad is not None
     assert [b >= size for b in by_forward].count(True) == shape.forward
     assert [b >= size for b in by_backward].count(True) == shape.backward
-
-
-# Buffers that are used again.
-
-needs_extension = pytest.mark.skipif(not native.is_loaded, reason="the buffers are the extension's")
-ABOVE = 33 * MB  # the least that is rounded to 2 MiB and is large: 34 MiB
-
-
-def taken(bytes_: int = ABOVE) -> Tensor:
-    """A result of so many bytes, uninitialised, as ops make theirs."""
-    like = torch.zeros(1, 1, 1, 1 << 18)  # 1 MiB
-    out: Tensor = OPS.fresh_like(like, n=bytes_ // MB)
-    assert out.numel() * 4 == bytes_
-    return out
-
-
-@pytest.fixture
-def no_buffers() -> Iterator[None]:
-    """None stand by when the test starts, and none are left behind."""
-    gc.collect()
-    native.release_buffers()
-    yield
-    native.release_buffers()
-
-
-@needs_extension
-@pytest.mark.usefixtures("no_buffers")
-def test_large_results_use_memory_again() -> None:
-    x = torch.randn(33, 64, 64, 64)  # 33 MiB
-    zeros, ones = torch.zeros(64), torch.ones(64)
-    first: Tensor = OPS.bn_relu(x, zeros, ones, None, None, None)
-    address, expected = first.data_ptr(), first.clone()
-    while_it_lives: Tensor = OPS.bn_relu(x, zeros, ones, None, None, None)
-    assert while_it_lives.data_ptr() != address
-    del while_it_lives
-    view = first[3, 1:2, ::2]
-    values = view.clone()
-    del first
-    for _ in range(2):
-        other = OPS.bn_relu(-x, zeros, ones, None, None, None)
-        assert other.data_ptr() != address
-        assert torch.equal(view, values)
-        del other
-    del view
-    # The latest that died is taken first.
-    again: Tensor = OPS.bn_relu(x, zeros, ones, None, None, None)
-    assert again.data_ptr() == address
-    assert torch.equal(again, expected)
-
-
-@needs_extension
-@pytest.mark.usefixtures("no_buffers")
-def test_saved_for_backward_keeps_its_memory() -> None:
-    """A buffer that only a graph knows is not given to others."""
-    leaf = torch.ones(1, requires_grad=True)
-    buffer = taken().fill_(2.0)
-    address = buffer.data_ptr()
-    loss = (leaf * buffer).sum()
-    del buffer
-    assert taken().fill_(5.0).data_ptr() != address
-    loss.backward()
-    assert leaf.grad is not None and leaf.grad.item() == 2.0 * ABOVE / 4
-    del loss
-    assert taken().data_ptr() == address
-
-
-@needs_extension
-@pytest.mark.usefixtures("no_buffers")
-def test_release_buffers() -> None:
-    assert native.release_buffers() == 0
-    first, second = taken(), taken(40 * MB)
-    assert native.release_buffers() == 0  # both are in use
-    del first
-    assert native.release_buffers() == 34 * MB
-    assert native.release_buffers() == 0
-    second.fill_(1.0)
-    assert second.sum() == second.numel()
-    third = taken()
-    del second, third
-    assert native.release_buffers() == (40 + 34) * MB
-    small = taken(32 * MB)  # not large
-    del small
-    assert native.release_buffers() == 0
-
-
-@needs_extension
-@pytest.mark.usefixtures("no_buffers")
-def test_buffers_that_nobody_takes_are_unmapped() -> None:
-    old = taken(40 * MB)
-    del old
-    for _ in range(2040):
-        taken()
-    assert native.release_buffers() == (40 + 34) * MB
-    old = taken(40 * MB)
-    del old
-    for _ in range(2060):
-        taken()
-    assert native.release_buffers() == 34 * MB
-
-
-@needs_extension
-@pytest.mark.usefixtures("no_buffers")
-def test_threads_do_not_share_buffers() -> None:
-    """Each writes its mark, looks whether it is still there, and drops the memory while others take theirs."""
-    problems: list[str] = []
-    living: set[int] = set()
-    addresses: set[int] = set()
-    lock, start = threading.Lock(), threading.Barrier(8)
-
-    def work(mark: int) -> None:
-        start.wait()
-        for turn in range(60):
-            held = [taken(ABOVE + MB * 2 * (turn % 2)) for _ in range(1 + (mark + turn) % 2)]
-            own = {x.data_ptr() for x in held}
-            with lock:
-                if own & living or len(own) < len(held):
-                    problems.append(f"thread {mark}, turn {turn}: {own & living}")
-                living.update(own)
-                addresses.update(own)
-            places = [x.view(-1)[:: 1 << 20] for x in held]
-            for place in places:
-                place.fill_(mark + turn / 100)
-            time.sleep(0.0005)
-            for place in places:
-                if bool((place != torch.tensor(mark + turn / 100)).any()):
-                    problems.append(f"thread {mark}, turn {turn}: overwritten")
-            with lock:
-                living.difference_update(own)
-            del held, place, places
-
-    threads = [threading.Thread(target=work, args=(mark,)) for mark in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not problems
-    gc.collect()
-    # 720 were taken; more than 16 of a size never lived at once.
-    assert len(addresses) <= 2 * 16
-    assert native.release_buffers() >= 34 * MB
-    assert native.release_buffers() == 0
 
 
 if __name__ == "__main__":

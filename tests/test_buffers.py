@@ -1,0 +1,155 @@
+"""Buffers of large results on the CPU: used again, never while someone looks at them, and given back."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from resnet_fused import native
+
+OPS = torch.ops.resnet_fused
+MB = 1 << 20
+
+needs_extension = pytest.mark.skipif(not native.is_loaded, reason="the buffers are the extension's")
+ABOVE = 33 * MB  # the least that is rounded to 2 MiB and is large: 34 MiB
+
+
+def taken(bytes_: int = ABOVE) -> Tensor:
+    """A result of so many bytes, uninitialised, as ops make theirs."""
+    like = torch.zeros(1, 1, 1, 1 << 18)  # 1 MiB
+    out: Tensor = OPS.fresh_like(like, n=bytes_ // MB)
+    assert out.numel() * 4 == bytes_
+    return out
+
+
+@pytest.fixture
+def no_buffers() -> Iterator[None]:
+    """None stand by when the test starts, and none are left behind."""
+    gc.collect()
+    native.release_buffers()
+    yield
+    native.release_buffers()
+
+
+@needs_extension
+@pytest.mark.usefixtures("no_buffers")
+def test_large_results_use_memory_again() -> None:
+    x = torch.randn(33, 64, 64, 64)  # 33 MiB
+    zeros, ones = torch.zeros(64), torch.ones(64)
+    first: Tensor = OPS.bn_relu(x, zeros, ones, None, None, None)
+    address, expected = first.data_ptr(), first.clone()
+    while_it_lives: Tensor = OPS.bn_relu(x, zeros, ones, None, None, None)
+    assert while_it_lives.data_ptr() != address
+    del while_it_lives
+    view = first[3, 1:2, ::2]
+    values = view.clone()
+    del first
+    for _ in range(3):
+        other = OPS.bn_relu(-x, zeros, ones, None, None, None)
+        assert other.data_ptr() != address
+        assert torch.equal(view, values)
+        del other
+    del view
+    # The latest that died is taken first.
+    again: Tensor = OPS.bn_relu(x, zeros, ones, None, None, None)
+    assert again.data_ptr() == address
+    assert torch.equal(again, expected)
+
+
+@needs_extension
+@pytest.mark.usefixtures("no_buffers")
+def test_saved_for_backward_keeps_its_memory() -> None:
+    """A buffer that only a graph knows is not given to others."""
+    leaf = torch.ones(1, requires_grad=True)
+    buffer = taken().fill_(2.0)
+    address = buffer.data_ptr()
+    loss = (leaf * buffer).sum()
+    del buffer
+    assert taken().fill_(5.0).data_ptr() != address
+    loss.backward()
+    assert leaf.grad is not None and leaf.grad.item() == 2.0 * ABOVE / 4
+    del loss
+    assert taken().data_ptr() == address
+
+
+@needs_extension
+@pytest.mark.usefixtures("no_buffers")
+def test_release_buffers() -> None:
+    assert native.release_buffers() == 0
+    first, second = taken(), taken(40 * MB)
+    assert native.release_buffers() == 0  # both are in use
+    del first
+    assert native.release_buffers() == 34 * MB
+    assert native.release_buffers() == 0
+    second.fill_(1.0)
+    assert second.sum() == second.numel()
+    third = taken()
+    del second, third
+    assert native.release_buffers() == (40 + 34) * MB
+    small = taken(32 * MB)  # not large
+    del small
+    assert native.release_buffers() == 0
+
+
+@needs_extension
+@pytest.mark.usefixtures("no_buffers")
+def test_buffers_that_nobody_takes_are_unmapped() -> None:
+    old = taken(40 * MB)
+    del old
+    for _ in range(2040):
+        taken()
+    assert native.release_buffers() == (40 + 34) * MB
+    old = taken(40 * MB)
+    del old
+    for _ in range(2060):
+        taken()
+    assert native.release_buffers() == 34 * MB
+
+
+@needs_extension
+@pytest.mark.usefixtures("no_buffers")
+def test_threads_do_not_share_buffers() -> None:
+    """Each writes its mark, looks whether it is still there, and drops the memory while others take theirs."""
+    problems: list[str] = []
+    living: set[int] = set()
+    addresses: set[int] = set()
+    lock, start = threading.Lock(), threading.Barrier(8)
+
+    def work(mark: int) -> None:
+        start.wait()
+        for turn in range(60):
+            held = [taken(ABOVE + MB * 2 * (turn % 2)) for _ in range(1 + (mark + turn) % 2)]
+            own = {x.data_ptr() for x in held}
+            with lock:
+                if own & living or len(own) < len(held):
+                    problems.append(f"thread {mark}, turn {turn}: {own & living}")
+                living.update(own)
+                addresses.update(own)
+            places = [x.view(-1)[:: 1 << 20] for x in held]
+            for place in places:
+                place.fill_(mark + turn / 100)
+            time.sleep(0.0005)
+            for place in places:
+                if bool((place != torch.tensor(mark + turn / 100)).any()):
+                    problems.append(f"thread {mark}, turn {turn}: overwritten")
+            with lock:
+                living.difference_update(own)
+            del held, place, places
+
+    threads = [threading.Thread(target=work, args=(mark,)) for mark in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems
+    gc.collect()
+    # 720 were taken; more than 16 of a size never lived at once.
+    assert len(addresses) <= 2 * 16
+    assert native.release_buffers() >= 34 * MB
+    assert native.release_buffers() == 0
