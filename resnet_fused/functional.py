@@ -6,20 +6,26 @@ the statistics are the batch's and the running ones are updated in place, by
 ``running = (1 - momentum) * running + momentum * batch`` with the unbiased variance; otherwise the running
 statistics normalize. Gradients flow to the activations, weights and biases, to any order.
 
-Errors, for all of them:
+Under transforms that fused ops do not serve (torch.func, forward-mode AD, torch.export, torch.jit.trace), and on empty
+activations, they run as plain PyTorch.
+
+Errors, for all of them, as F.batch_norm has them where it has:
     TypeError: an activation is not a tensor of one of the four dtypes.
-    ValueError: wrong rank or shape; a batch with one value per channel in training; no running statistics in
-        evaluation; activations on different devices.
-    RuntimeError: a vector without one element per channel.
+    ValueError: wrong rank or shape; a batch with one value per channel in training; eps negative, or 0 in training;
+        tensors on different devices.
+    RuntimeError: a vector without one element per channel; no running statistics in evaluation.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused import ops
 from resnet_fused.ops import Norm
+from resnet_fused.ops.batch_norm_stats import check_norm
+from resnet_fused.ops.transforms import why_not_here
 
 __all__ = ["bn_add_relu", "bn_bn_add_relu", "bn_relu", "bn_relu_maxpool"]
 
@@ -39,7 +45,7 @@ def bn_relu(
     """relu(batch_norm(y)). The memory held for backward is ``y`` alone."""
     norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
     _check(y, norm)
-    return ops.bn_relu(y, norm)
+    return F.relu(_batch_norm(y, norm)) if _runs_plain(y) else ops.bn_relu(y, norm)
 
 
 def bn_add_relu(
@@ -56,7 +62,8 @@ def bn_add_relu(
     """relu(batch_norm(y) + residual). Held for backward: ``y`` and one bit per element."""
     norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
     _check(y, norm)
-    return ops.bn_add_relu(y, _partner(residual, y, "residual"), norm)
+    residual = _partner(residual, y, "residual")
+    return F.relu(_batch_norm(y, norm) + residual) if _runs_plain(y) else ops.bn_add_relu(y, residual, norm)
 
 
 def bn_bn_add_relu(y: Tensor, skip: Tensor, norm: Norm, skip_norm: Norm) -> Tensor:
@@ -66,6 +73,8 @@ def bn_bn_add_relu(y: Tensor, skip: Tensor, norm: Norm, skip_norm: Norm) -> Tens
     _check(y, norm)
     skip = _partner(skip, y, "skip")
     _check(skip, skip_norm)
+    if _runs_plain(y):
+        return F.relu(_batch_norm(y, norm) + _batch_norm(skip, skip_norm))
     return ops.bn_bn_add_relu(y, skip, norm, skip_norm)
 
 
@@ -82,7 +91,18 @@ def bn_relu_maxpool(
     """max_pool2d(relu(batch_norm(y)), 3, stride=2, padding=1). Held for backward: ``y`` and one byte per result."""
     norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
     _check(y, norm)
+    if _runs_plain(y):
+        return F.max_pool2d(F.relu(_batch_norm(y, norm)), 3, 2, 1)
     return ops.bn_relu_maxpool(y, norm)
+
+
+def _runs_plain(y: Tensor) -> bool:
+    return y.numel() == 0 or why_not_here() is not None
+
+
+def _batch_norm(y: Tensor, norm: Norm) -> Tensor:
+    mean, var, weight, bias, training, momentum, eps, *_ = norm
+    return F.batch_norm(y, mean, var, weight, bias, training, momentum, eps)
 
 
 def _check(y: Tensor, norm: Norm) -> None:
@@ -91,16 +111,11 @@ def _check(y: Tensor, norm: Norm) -> None:
         raise TypeError(f"expected a float32, float64, bfloat16 or float16 tensor, got {found}")
     if y.dim() != 4:
         raise ValueError(f"expected 4D input (got {y.dim()}D input)")
-    if norm.training and y.numel() == y.shape[1]:
+    if norm.training and len(y) * y.shape[2] * y.shape[3] == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
-    if norm.training and y.numel() == 0:
-        raise ValueError(f"Expected a non-empty batch when training, got input size {y.shape}")
-    if not norm.training and (norm.running_mean is None or norm.running_var is None):
-        raise ValueError("Expected running_mean and running_var to be defined when training=False")
+    check_norm(norm, y.shape[1])
     for name in ("running_mean", "running_var", "weight", "bias"):
         vector = getattr(norm, name)
-        if vector is not None and vector.numel() != y.shape[1]:
-            raise RuntimeError(f"{name} should contain {y.shape[1]} elements not {vector.numel()}")
         if vector is not None and vector.device != y.device:
             raise ValueError(
                 f"{name} is on {vector.device} but the activation on {y.device}: move one of them"

@@ -3,7 +3,7 @@
 Only ``forward`` differs from resnet_fused.reference. On channels_last input a block is one op (ops.residual_block).
 On contiguous input, or where a convolution was changed so that the op could not stand for it, convolutions are called
 as the modules they are, with fused ops around them. A block with another norm layer, a hook on one, ... runs the plain
-composition. ``explain(model)`` says which and why.
+composition. ``explain(model, x)`` says which and why.
 """
 
 from __future__ import annotations
@@ -11,222 +11,185 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
 from resnet_fused import ops, reference
-from resnet_fused.backend import why_not_fused
-from resnet_fused.ops import ConvNorm, Norm
-from resnet_fused.reference.layout import dense, is_channels_last
-from resnet_fused.reference.resnet import BlockKind, build
-
-_FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def _changed(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str | None:
-    """What about a module keeps an op from standing in for it; None when it is as it was made."""
-    if type(module) not in kinds:
-        return f"is a {type(module).__name__}"
-    if "forward" in module.__dict__:
-        return "has a forward of its own"
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return "has hooks" if any(hooks) else None
+from resnet_fused.modules import (
+    Names,
+    norm_of,
+    one_op,
+    why_module_plain,
+    why_no_pool,
+    why_not_one_op,
+    why_plain,
+)
+from resnet_fused.reference.resnet import BlockKind, build, torchvision_arguments
 
 
-def _why_changed(owner: nn.Module, norms: tuple[str, ...]) -> str | None:
-    """Why a block or stem runs its plain composition, as far as its modules tell; None when it is fused."""
-    for name in norms:
-        if problem := _changed(owner.get_submodule(name), (nn.BatchNorm2d, nn.SyncBatchNorm)):
-            return f"{name} {problem}"
-    if problem := _changed(owner.get_submodule("relu"), (nn.ReLU,)):
-        return f"relu {problem}"
-    downsample = getattr(owner, "downsample", None)
-    if downsample is None:
-        return None
-    if problem := _changed(downsample, (nn.Sequential,)):
-        return f"downsample {problem}"
-    if len(downsample) != 2:
-        return f"downsample has {len(downsample)} modules, not a conv and a norm"
-    if problem := _changed(downsample[1], (nn.BatchNorm2d, nn.SyncBatchNorm)):
-        return f"downsample.1 {problem}"
-    return None
+def _plain_copy(module: nn.Module) -> nn.Module:
+    """The same modules, parameters and buffers, with the forward of resnet_fused.reference."""
+    plain = {BasicBlock: reference.BasicBlock, Bottleneck: reference.Bottleneck, ResNet: reference.ResNet}
+    kind = plain.get(type(module))
+    if kind is None and not isinstance(module, nn.Sequential):
+        return module
+    copied: nn.Module = object.__new__(kind or type(module))
+    copied.__dict__ = dict(module.__dict__)
+    copied._modules = {name: child and _plain_copy(child) for name, child in module._modules.items()}
+    return copied
 
 
-def _runs_fused(x: Tensor, owner: nn.Module, norms: tuple[str, ...]) -> bool:
-    return (
-        isinstance(x, Tensor)  # not a torch.fx.Proxy
-        and x.dtype in _FUSED_DTYPES
-        and not torch.jit.is_tracing()
-        and (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active())
-        and not nn_module._has_any_global_hook()
-        and why_not_fused(x.device.type) is None
-        and _why_changed(owner, norms) is None
-    )
+class _Block:
+    """What BasicBlock and Bottleneck share; names of modules are private so that they hide none of a subclass's."""
+
+    _convs: Names
+    _bns: Names
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        assert isinstance(self, nn.Module)
+        return _plain_copy(self)
 
 
-def _norm(bn: nn.Module) -> Norm:
-    """The mode of a batch norm module."""
-    assert isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm))
-    momentum = 0.0 if bn.momentum is None else bn.momentum
-    counter = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
-    if counter is not None and bn.momentum is None:
-        momentum = 1.0 / (float(counter) + 1.0)
-    training = bn.training or (bn.running_mean is None and bn.running_var is None)
-    tracked = not bn.training or bn.track_running_stats
-    group = _sync_group(bn) if bn.training else None
-    running_mean, running_var = (bn.running_mean, bn.running_var) if tracked else (None, None)
-    return Norm(running_mean, running_var, bn.weight, bn.bias, training, momentum, bn.eps, group, counter)
-
-
-def _sync_group(bn: nn.Module) -> dist.ProcessGroup | None:
-    """The processes a SyncBatchNorm shares its statistics with; None when it stands alone."""
-    if not isinstance(bn, nn.SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
-        return None
-    group = bn.process_group or dist.group.WORLD
-    return group if dist.get_world_size(group) > 1 else None
-
-
-def _bn_relu(y: Tensor, bn: nn.Module) -> Tensor:
-    return ops.bn_relu(y, _norm(bn))
-
-
-def _why_not_whole(block: nn.Module, convs: tuple[str, ...]) -> str | None:
-    """Why a block runs as several fused ops, as far as its modules tell; None when it is one op."""
-    if getattr(block, "downsample", None) is not None:
-        convs = (*convs, "downsample.0")
-    for name in convs:
-        conv = block.get_submodule(name)
-        if problem := _changed(conv, (nn.Conv2d,)):
-            return f"{name} {problem}"
-        assert isinstance(conv, nn.Conv2d)
-        if conv.bias is not None:
-            return f"{name} has a bias"
-        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-            return f"{name} has padding {conv.padding}, mode {conv.padding_mode}"
-    return None
-
-
-def _conv_norm(conv: nn.Module, bn: nn.Module) -> ConvNorm:
-    assert isinstance(conv, nn.Conv2d) and not isinstance(conv.padding, str)
-    stride, padding, dilation = ((down, right) for down, right in (conv.stride, conv.padding, conv.dilation))
-    return ConvNorm(conv.weight, _norm(bn), stride, padding, dilation, conv.groups)
-
-
-def _fits_whole(x: Tensor, block: nn.Module, convs: tuple[str, ...]) -> bool:
-    """Whether ``x`` is in the layout that the op for a whole block takes, and shapes and dtypes fit together."""
-    if x.dim() != 4 or not is_channels_last(dense(x)) or _why_not_whole(block, convs) is not None:
-        return False
-    parts = [block.get_submodule(name) for name in convs]
-    downsample = getattr(block, "downsample", None)
-    shortcut = [] if downsample is None else [downsample[0]]
-    mixed = ops.autocast_dtype(x.device.type) is not None
-    if not mixed and any(conv.weight.dtype != x.dtype for conv in (*parts, *shortcut)):
-        return False
-    if min(x.shape[1], *(conv.weight.shape[0] for conv in (*parts, *shortcut))) == 1:
-        return False  # an activation of one channel lies in memory as a contiguous one
-    shape = ops.convolved_shape(x.shape, parts)
-    return shape is not None and shape == ops.convolved_shape(x.shape, shortcut)
-
-
-def _whole(x: Tensor, block: BasicBlock | Bottleneck) -> Tensor:
-    """The block as one op."""
-    pairs = zip(block.convs, block.norms, strict=True)
-    parts = [_conv_norm(getattr(block, conv), getattr(block, bn)) for conv, bn in pairs]
-    downsample = block.downsample
-    if downsample is not None:
-        assert isinstance(downsample, nn.Sequential)
-    return ops.residual_block(x, parts, None if downsample is None else _conv_norm(*downsample))
-
-
-def _end_of_block(y: Tensor, bn: nn.Module, x: Tensor, downsample: nn.Module | None) -> Tensor:
-    """relu(bn(y) + identity), where identity is the block's input or the downsampled one."""
-    norm = _norm(bn)
-    if downsample is None:
-        return ops.bn_add_relu(y, x.to(y.dtype), norm)
-    assert isinstance(downsample, nn.Sequential)
-    skip = downsample[0](x)
-    return ops.bn_bn_add_relu(y, skip.to(y.dtype), norm, _norm(downsample[1]))
-
-
-class BasicBlock(reference.BasicBlock):
+class BasicBlock(_Block, reference.BasicBlock):
     """Two 3x3 convs and a shortcut, fused."""
 
-    convs = ("conv1", "conv2")
-    norms = ("bn1", "bn2")
+    _convs = ("conv1", "conv2")
+    _bns = ("bn1", "bn2")
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _runs_fused(x, self, self.norms):
-            return super().forward(x)
-        if _fits_whole(x, self, self.convs):
-            return _whole(x, self)
-        a = _bn_relu(self.conv1(x), self.bn1)
-        return _end_of_block(self.conv2(a), self.bn2, x, self.downsample)
+        if why_plain(x, self, self._bns):
+            return reference.BasicBlock.forward(self, x)
+        operands = one_op(x, self, self._convs, self._bns)
+        if not isinstance(operands, str):
+            return ops.residual_block(x, *operands)
+        a = ops.bn_relu(self.conv1(x), norm_of(self.bn1))
+        return _end_of_block(self, self.conv2(a), self.bn2, x)
 
 
-class Bottleneck(reference.Bottleneck):
+class Bottleneck(_Block, reference.Bottleneck):
     """1x1, 3x3 and 1x1 convs and a shortcut, fused, the last folded with its batch norm."""
 
-    convs = ("conv1", "conv2", "conv3")
-    norms = ("bn1", "bn2", "bn3")
+    _convs = ("conv1", "conv2", "conv3")
+    _bns = ("bn1", "bn2", "bn3")
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _runs_fused(x, self, self.norms):
-            return super().forward(x)
-        if _fits_whole(x, self, self.convs):
-            return _whole(x, self)
-        a = _bn_relu(self.conv1(x), self.bn1)
-        a = _bn_relu(self.conv2(a), self.bn2)
-        return _end_of_block(self.conv3(a), self.bn3, x, self.downsample)
+        if why_plain(x, self, self._bns):
+            return reference.Bottleneck.forward(self, x)
+        operands = one_op(x, self, self._convs, self._bns)
+        if not isinstance(operands, str):
+            return ops.residual_block(x, *operands)
+        a = ops.bn_relu(self.conv1(x), norm_of(self.bn1))
+        a = ops.bn_relu(self.conv2(a), norm_of(self.bn2))
+        return _end_of_block(self, self.conv3(a), self.bn3, x)
+
+
+def _end_of_block(block: BasicBlock | Bottleneck, y: Tensor, bn: nn.Module, x: Tensor) -> Tensor:
+    """relu(bn(y) + shortcut), where the shortcut is the block's input or the downsampled one."""
+    downsample = block.downsample
+    if downsample is None:
+        if x.shape == y.shape:
+            return ops.bn_add_relu(y, x.to(y.dtype), norm_of(bn))
+        skip = x
+    else:
+        assert isinstance(downsample, nn.Sequential)
+        skip = downsample[0](x)
+        if skip.shape == y.shape:
+            return ops.bn_bn_add_relu(y, skip.to(y.dtype), norm_of(bn), norm_of(downsample[1]))
+        skip = downsample[1](skip)
+    out: Tensor = bn(y)
+    out += skip  # broadcast, or refused
+    activated: Tensor = block.relu(out)
+    return activated
 
 
 class ResNet(reference.ResNet):
     """torchvision's ResNet with fused blocks and a fused stem."""
 
-    norms = ("bn1",)
-
     def _stem(self, x: Tensor) -> Tensor:
-        if not _runs_fused(x, self, self.norms):
+        if why_plain(x, self, ("bn1",)):
             return super()._stem(x)
         y = self.conv1(x)
-        if _is_stem_pool(self.maxpool):
-            return ops.bn_relu_maxpool(y, _norm(self.bn1))
-        pooled: Tensor = self.maxpool(_bn_relu(y, self.bn1))
+        if why_no_pool(self.maxpool) is None:
+            return ops.bn_relu_maxpool(y, norm_of(self.bn1))
+        pooled: Tensor = self.maxpool(ops.bn_relu(y, norm_of(self.bn1)))
         return pooled
 
-
-def _is_stem_pool(pool: nn.Module) -> bool:
-    if _changed(pool, (nn.MaxPool2d,)) is not None:
-        return False
-    assert isinstance(pool, nn.MaxPool2d)
-    expected = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1}
-    same = all(getattr(pool, name) in (value, (value, value)) for name, value in expected.items())
-    return same and not pool.ceil_mode and not pool.return_indices
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _plain_copy(self)
 
 
-def explain(model: nn.Module) -> dict[str, str]:
-    """Which parts of a model do not run fused, and why.
+def explain(model: nn.Module, x: Tensor | None = None) -> dict[str, str]:
+    """Which blocks of a model, and whether its stem, do not run fused, and why.
+
+    Args:
+        model: any model. Residual blocks that are not of this package are listed too: they run in plain PyTorch.
+        x: an input of the model, (N, 3, H, W) as it is or will be trained with, on the model's device. The model runs
+            on it once, under no_grad, in its mode; its buffers are put back as they were. None: only what modules and
+            device tell is taken into account, not layout, dtype and shape of the input.
 
     Returns:
-        {name of the block, "" for the stem: reason}; empty when everything is fused.
+        {name of the block, "" for the stem or for a model without blocks: reason}; empty when all is fused.
     """
+    parts = {name: part for name, part in model.named_modules() if _is_block_or_stem(part)}
+    if not parts:
+        return {"": f"{type(model).__name__} has no residual blocks of resnet_fused: plain PyTorch runs"}
     device = next((p.device.type for p in model.parameters()), "cpu")
+    inputs = {} if x is None else _inputs_of(model, list(parts.values()), x)
     reasons = {}
-    for name, part in model.named_modules():
-        if not isinstance(part, (BasicBlock, Bottleneck, ResNet)):
-            continue
-        reason = why_not_fused(device) or _why_changed(part, part.norms)
-        if reason is None and not isinstance(part, ResNet):
-            apart = _why_not_whole(part, part.convs)
-            reason = apart and f"{apart}: fused ops around the convolutions instead of one for the block"
-        if reason is not None:
+    for name, part in parts.items():
+        if x is not None and part not in inputs:
+            reasons[name] = "does not run on this input"
+        elif reason := _why_not(part, inputs.get(part), device):
             reasons[name] = reason
     return reasons
+
+
+_BLOCK_NAMES = ("BasicBlock", "Bottleneck")
+
+
+def _is_block_or_stem(module: nn.Module) -> bool:
+    # torchvision's and timm's blocks have the names too.
+    return isinstance(module, (BasicBlock, Bottleneck, ResNet)) or type(module).__name__ in _BLOCK_NAMES
+
+
+def _why_not(part: nn.Module, x: Tensor | None, device: str) -> str | None:
+    """Why a block or stem does not run fused, or not as one op; of what its modules tell where ``x`` is None."""
+    if isinstance(part, ResNet):
+        reason = _why_plain(part, ("bn1",), x, device)
+        if reason is None and (problem := why_no_pool(part.maxpool)):
+            reason = f"maxpool {problem}: bn1 and relu are fused without it"
+        return reason
+    if not isinstance(part, (BasicBlock, Bottleneck)):
+        return f"is a {type(part).__module__}.{type(part).__name__}, not a resnet_fused.{type(part).__name__}"
+    if reason := _why_plain(part, part._bns, x, device):
+        return reason
+    if x is None:
+        apart = why_not_one_op(part, part._convs, part._bns)
+    else:
+        operands = one_op(x, part, part._convs, part._bns)
+        apart = operands if isinstance(operands, str) else None
+    return apart and f"{apart}: fused ops around the convolutions instead of one for the block"
+
+
+def _why_plain(part: nn.Module, bns: Names, x: Tensor | None, device: str) -> str | None:
+    return why_module_plain(part, bns, device) if x is None else why_plain(x, part, bns)
+
+
+def _inputs_of(model: nn.Module, parts: list[nn.Module], x: Tensor) -> dict[nn.Module, Tensor]:
+    """What some modules of a model are called with when it runs on ``x``."""
+    inputs: dict[nn.Module, Tensor] = {}
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    hooks = [
+        part.register_forward_pre_hook(lambda part, args: inputs.update({part: args[0]})) for part in parts
+    ]
+    with torch.no_grad():
+        try:
+            model(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for buffer, before in buffers.items():
+                buffer.copy_(before)
+    return inputs
 
 
 BLOCKS: dict[BlockKind, type[reference.BasicBlock | reference.Bottleneck]] = {
@@ -235,51 +198,61 @@ BLOCKS: dict[BlockKind, type[reference.BasicBlock | reference.Bottleneck]] = {
 }
 
 
+@torchvision_arguments
 def resnet18(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-18. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
     return build("resnet18", ResNet, BLOCKS, weights, kwargs)
 
 
+@torchvision_arguments
 def resnet34(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-34. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
     return build("resnet34", ResNet, BLOCKS, weights, kwargs)
 
 
+@torchvision_arguments
 def resnet50(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-50. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
     return build("resnet50", ResNet, BLOCKS, weights, kwargs)
 
 
+@torchvision_arguments
 def resnet101(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-101. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
     return build("resnet101", ResNet, BLOCKS, weights, kwargs)
 
 
+@torchvision_arguments
 def resnet152(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-152. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
     return build("resnet152", ResNet, BLOCKS, weights, kwargs)
 
 
+@torchvision_arguments
 def resnext50_32x4d(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNeXt-50, 32 groups of 4. Arguments as for resnet50, without groups and width_per_group."""
     return build("resnext50_32x4d", ResNet, BLOCKS, weights, kwargs)
 
 
+@torchvision_arguments
 def resnext101_32x8d(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNeXt-101, 32 groups of 8. Arguments as for resnet101, without groups and width_per_group."""
     return build("resnext101_32x8d", ResNet, BLOCKS, weights, kwargs)
 
 
+@torchvision_arguments
 def resnext101_64x4d(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNeXt-101, 64 groups of 4. Arguments as for resnet101, without groups and width_per_group."""
     return build("resnext101_64x4d", ResNet, BLOCKS, weights, kwargs)
 
 
+@torchvision_arguments
 def wide_resnet50_2(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-50 with twice the inner channels. Arguments as for resnet50, without width_per_group."""
     return build("wide_resnet50_2", ResNet, BLOCKS, weights, kwargs)
 
 
+@torchvision_arguments
 def wide_resnet101_2(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-101 with twice the inner channels. Arguments as for resnet101, without width_per_group."""
     return build("wide_resnet101_2", ResNet, BLOCKS, weights, kwargs)

@@ -45,6 +45,32 @@ def pair(arch: str, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
     return fused, eager
 
 
+def block_pair(
+    kind: str, layout: torch.memory_format, training: bool = True, downsample: bool = True
+) -> tuple[nn.Module, nn.Module]:
+    """A fused "basic" or "bottleneck" block and its reference in float64, for inputs (N, 64, H, W).
+
+    With 128 or more pixels a bottleneck's last convolution is folded, and its shortcut's too.
+    """
+    planes = 64 if kind == "basic" or downsample else 16
+    blocks = []
+    for library in (resnet_fused, reference):
+        cls = library.BasicBlock if kind == "basic" else library.Bottleneck
+        outputs = planes * cls.expansion
+        shortcut = nn.Sequential(nn.Conv2d(64, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
+        block = cls(64, planes, 1, shortcut if downsample else None)
+        blocks.append(block.double().train(training).to(memory_format=layout))
+    fused, eager = blocks
+    for module in eager.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    fused.load_state_dict(eager.state_dict())
+    return fused, eager
+
+
 def results(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """Output, gradients of input and parameters, and running statistics after one pass."""
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()

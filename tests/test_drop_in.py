@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import resnet_fused
 from tests.accuracy import relative_error
-from tests.model_pairs import assert_equal, pair, results
+from tests.model_pairs import assert_equal, block_pair, pair, results
 
 FORMAT = {"now": torch.contiguous_format}
 
@@ -42,11 +42,21 @@ def test_one_value_per_channel_in_training_is_refused_as_by_batch_norm() -> None
     assert messages[0] == messages[1]
 
 
-def test_empty_batch() -> None:
-    fused, _ = pair("resnet18")
-    assert fused.eval()(images(0, 3, 64, 64)).shape == (0, 1000)
-    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
-        fused.train()(images(0, 3, 64, 64))
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_empty_batch(arch: str, training: bool) -> None:
+    """As a rank of DistributedDataParallel may get one: no gradient, and statistics as they were."""
+    found = []
+    for model in pair(arch):
+        model.train(training)
+        before = {name: b.clone() for name, b in model.named_buffers() if b.is_floating_point()}
+        out = model(images(0, 3, 64, 64))
+        assert out.shape == (0, 1000)
+        out.sum().backward()
+        assert all(p.grad is not None and p.grad.count_nonzero() == 0 for p in model.parameters())
+        assert all(torch.equal(b, before[name]) for name, b in model.named_buffers() if name in before)
+        found.append([int(b) for name, b in model.named_buffers() if name not in before])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(
@@ -67,17 +77,50 @@ def test_bad_input_fails_as_in_the_reference(x: Tensor, error: type[Exception]) 
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_counts_a_batch_once(use_reentrant: bool) -> None:
-    fused, eager = (m.double() for m in pair("resnet18", num_classes=7))
+def test_checkpointing(use_reentrant: bool) -> None:
+    """Statistics are updated again by the recomputation, as eager's are."""
     x = images(4, 3, 64, 64, dtype=torch.float64)
-    expected = results(eager, x)
-    x = x.requires_grad_()
-    out = checkpoint(fused, x, use_reentrant=use_reentrant)
-    F.cross_entropy(out, torch.arange(4)).backward()
-    assert fused.bn1.num_batches_tracked == 1
-    found = {"output": out.detach(), "input gradient": x.grad}
-    found |= {f"{name} gradient": p.grad for name, p in fused.named_parameters()}
-    assert_equal(found | {name: b for name, b in fused.named_buffers() if b.is_floating_point()}, expected)
+    found = []
+    for model in (m.double() for m in pair("resnet18", num_classes=7)):
+        inputs = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        out = checkpoint(model, inputs, use_reentrant=use_reentrant)
+        F.cross_entropy(out, torch.arange(4)).backward()
+        assert model.bn1.num_batches_tracked == 2
+        results = {"output": out.detach(), "input gradient": inputs.grad}
+        results |= {f"{name} gradient": p.grad for name, p in model.named_parameters()}
+        found.append(results | {name: b for name, b in model.named_buffers() if b.is_floating_point()})
+    assert_equal(*found)
+
+
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+def test_checkpointing_under_autocast_recomputes_the_same(kind: str) -> None:
+    """Bit for bit: in the dtype of the first pass."""
+    fused, _ = block_pair(kind, FORMAT["now"])
+    fused.float()
+    x, grad = images(4, 64, 8, 8), None
+    found = []
+    for wrapped in (False, True):
+        fused.zero_grad()
+        inputs = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = checkpoint(fused, inputs, use_reentrant=False) if wrapped else fused(inputs)
+        grad = torch.randn_like(out) if grad is None else grad
+        out.backward(grad)
+        found.append([out, inputs.grad, *(p.grad.clone() for p in fused.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_forward_within_backward_trains_as_eager() -> None:
+    """A hook or a custom Function may call a model there: not a recomputation."""
+    found = []
+    for teacher in (m.double() for m in pair("resnet18", num_classes=7)):
+        y = torch.ones(1, requires_grad=True) * 2
+        x = torch.ones(2, 3, 64, 64, dtype=torch.float64).cumsum(3)
+        y.register_hook(lambda g, teacher=teacher, x=x: (teacher(x), None)[1])
+        y.sum().backward()
+        assert teacher.bn1.num_batches_tracked == 1
+        found.append({name: b for name, b in teacher.named_buffers() if b.is_floating_point()})
+    assert_equal(*found)
 
 
 def test_called_twice_before_backward() -> None:

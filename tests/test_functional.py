@@ -30,8 +30,15 @@ BUFFERS = (torch.zeros(C), torch.ones(C))
             ValueError,
             "Expected more than 1 value per channel",
         ),
-        ((Y[:0], *BUFFERS, None, None, True), ValueError, "Expected a non-empty batch when training"),
-        ((Y, None, None), ValueError, "Expected running_mean and running_var to be defined"),
+        ((Y, None, None), RuntimeError, "running_mean must be defined in evaluation mode"),
+        ((Y, BUFFERS[0], None), RuntimeError, "running_var must be defined in evaluation mode"),
+        ((Y, None, BUFFERS[1], None, None, True), ValueError, "must either both be None or neither be None"),
+        (
+            (Y, *BUFFERS, None, None, True, 0.1, 0.0),
+            ValueError,
+            "eps must be positive during training, but got 0.0",
+        ),
+        ((Y, *BUFFERS, None, None, False, 0.1, -1.0), ValueError, "eps must be non-negative, but got -1.0"),
         ((Y, torch.zeros(3), torch.ones(3)), RuntimeError, "running_mean should contain 5 elements not 3"),
         ((Y, *BUFFERS, torch.ones(4)), RuntimeError, "weight should contain 5 elements not 4"),
         (
@@ -62,6 +69,20 @@ def test_bad_partner(other: Any, error: type[Exception], message: str) -> None:
     norm = Norm(*BUFFERS, None, None, False, 0.1, 1e-5)
     with pytest.raises(error, match=f"skip {message}"):
         functional.bn_bn_add_relu(Y, other, norm, norm)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    "shape", [(0, C, 4, 4), (2, C, 0, 4), (2, 0, 4, 4)], ids=["batch", "height", "channels"]
+)
+def test_empty_activations(shape: tuple[int, ...], training: bool) -> None:
+    y = torch.empty(shape, requires_grad=True)
+    weight = torch.ones(shape[1], requires_grad=True) if shape[1] else None
+    buffers = torch.zeros(shape[1]), torch.ones(shape[1])
+    functional.bn_relu(y, *buffers, weight, None, training).sum().backward()
+    assert y.grad is not None and y.grad.shape == shape
+    assert weight is None or (weight.grad is not None and weight.grad.count_nonzero() == 0)
+    assert not buffers[0].any() and (buffers[1] == 1).all()
 
 
 def test_half_precision_parameters() -> None:

@@ -1,4 +1,4 @@
-"""What the autograd.Functions of the ops share: autocast, and gradients of gradients through plain PyTorch."""
+"""What the autograd.Functions of the ops share: autocast, saved tensors, and gradients through plain PyTorch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from resnet_fused.ops.transforms import transforms_are_active
 from resnet_fused.reference.batch_norm import affine
-from resnet_fused.reference.layout import widened
+from resnet_fused.reference.layout import dense, memory_format, statistics_dtype, widened
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -27,6 +28,31 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]
     if autocast_dtype(device_type) is not None:
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
+
+
+def save(ctx: Any, activations: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> None:
+    """Saves tensors for backward: activations, for whose layout the first one's stands, and others."""
+    assert activations[0] is not None
+    ctx.layout = memory_format(dense(activations[0]))
+    ctx.given = tuple(t is not None for t in activations), tuple(t is not None for t in others)
+    # Tools that walk the graph expect no None among the saved tensors.
+    ctx.save_for_backward(*(t for t in (*activations, *others) if t is not None))
+
+
+def saved(ctx: Any) -> tuple[list[Any], list[Any]]:
+    """What ``save`` saved, with the layouts that kernels expect: hooks for saved tensors may change strides."""
+    values = iter(ctx.saved_tensors)
+    activations = [next(values).contiguous(memory_format=ctx.layout) if g else None for g in ctx.given[0]]
+    others = [next(values) if given else None for given in ctx.given[1]]
+    # Not the weights: convolutions take any strides, and gradients have those of the parameters.
+    return activations, [t if t is None or t.dim() == 4 else t.contiguous() for t in others]
+
+
+def needs_plain_backward(grad: Tensor) -> bool:
+    """Whether gradients are to be made by ops that can be differentiated again, or batched (is_grads_batched)."""
+    if torch.is_grad_enabled() or transforms_are_active():
+        return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def normalized(
@@ -45,6 +71,11 @@ def normalized(
     return affine(values, mean, invstd, weight, bias)
 
 
+def bias_gradient(dz: Tensor) -> Tensor:
+    """The gradient of a batch norm's bias, (C,), in the statistics dtype; differentiable."""
+    return dz.sum((0, 2, 3), dtype=statistics_dtype(dz.dtype))
+
+
 def differentiable_backward(
     forward: Callable[..., Tensor],
     inputs: Sequence[Tensor | None],
@@ -52,7 +83,9 @@ def differentiable_backward(
     grad: Tensor,
     group: dist.ProcessGroup | None,
 ) -> list[Tensor | None]:
-    """Gradients of ``forward(*inputs)`` that can themselves be differentiated; None where none is needed.
+    """Gradients of ``forward(*inputs)`` by plain PyTorch; None where none is needed.
+
+    They can be differentiated again where grad mode is on.
 
     Raises:
         RuntimeError: when the statistics were shared across processes.
@@ -61,12 +94,13 @@ def differentiable_backward(
         raise RuntimeError(
             "double backward is not supported with statistics shared across processes (SyncBatchNorm)"
         )
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
         # A view of each, so that one tensor given twice still gets two gradients.
         views = [None if x is None else x.view_as(x) for x in inputs]
         out = forward(*views)
         wanted = [view for view, needed in zip(views, needs_grad, strict=True) if needed and view is not None]
-        grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+        grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
     return [
         next(grads) if needed and x is not None else None
         for x, needed in zip(inputs, needs_grad, strict=True)

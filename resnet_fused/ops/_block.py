@@ -96,13 +96,18 @@ class Backward:
     def note_norm(self, place: int, dgamma: Tensor, dbeta: Tensor) -> None:
         self.grads[place] = (self.grads[place][0], dgamma, dbeta)
 
+    def note_fold_norm(self, place: int, dgamma: Tensor, sum_dz: Tensor) -> None:
+        """Of a folded convolution; both branches have the same sum, and no two gradients may share memory."""
+        self.note_norm(place, dgamma, sum_dz if place == self.chain else sum_dz.clone())
+
     def note_weight(self, place: int, dweight: MaybeTensor) -> None:
         if dweight is not None:
             weight = self.parameters[place].weight
             found = dweight.view_as(weight).to(weight.dtype)
-            if weight.shape[2:] == (1, 1) and found.stride()[:2] == weight.stride()[:2]:
-                # DistributedDataParallel compares strides, also those of dimensions of size 1.
-                found = found.as_strided(weight.shape, weight.stride())
+            if weight.shape[2:] == (1, 1):
+                # Eager's strides on channels_last input, also of dimensions of size 1: DDP compares them.
+                inputs = weight.shape[1]
+                found = found.contiguous().as_strided(weight.shape, (inputs, 1, inputs, inputs))
             self.grads[place] = (found, *self.grads[place][1:])
 
     def scaled(self, place: int, dtype: torch.dtype) -> Tensor:
@@ -119,5 +124,5 @@ class Backward:
         pixels = len(self.mask)
         found = folded_gradients(wide, gamma, self.used[place], fold, stage, sum_dz, product, pixels)
         self.note_weight(place, found.weight)
-        self.note_norm(place, found.gamma, found.beta)
+        self.note_fold_norm(place, found.gamma, sum_dz)
         return found

@@ -12,7 +12,7 @@ input of a folded convolution, W its weight, t = -mean of c W^T and P the pixels
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -46,8 +46,8 @@ class ConvNorm(NamedTuple):
     groups: int = 1
 
 
-def convolved_shape(shape: Sequence[int], convs: Sequence[Any]) -> tuple[int, ...] | None:
-    """(N, C, H, W) behind some convolutions (ConvNorm or nn.Conv2d), one after the other; None if they do not fit."""
+def convolved_shape(shape: Sequence[int], convs: Sequence[ConvNorm]) -> tuple[int, ...] | None:
+    """(N, C, H, W) behind some convolutions, one after the other; None if they do not fit."""
     n, channels, *size = shape
     for conv in convs:
         outputs, inputs, *kernel = conv.weight.shape
@@ -78,9 +78,24 @@ def folds(part: ConvNorm, pixels: int, fused: bool = False) -> bool:
     variances, dW and W^T diag W.
     """
     n, k, *kernel = part.weight.shape
-    if kernel != [1, 1] or part.groups != 1 or part.padding != (0, 0) or k > n or pixels < FOLD_PIXELS:
+    if (
+        kernel != [1, 1]
+        or part.groups != 1
+        or part.padding != (0, 0)
+        or k > n
+        or not _always(pixels >= FOLD_PIXELS)
+    ):
         return False
-    return fused or k * k * (2 * pixels + 3 * n) <= FOLD_LIMIT * pixels * n
+    return fused or _always(k * k * (2 * pixels + 3 * n) <= FOLD_LIMIT * pixels * n)
+
+
+def _always(condition: bool) -> bool:
+    """A condition on sizes that torch.compile must not guard on: False unless it holds for every size there may be."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 class Stage(NamedTuple):
@@ -176,7 +191,7 @@ def moments(measured: Sequence[Measured]) -> list[Tensor]:
     factors = [each.total / (each.total - 1) for each in live]
     plain = [factor for factor in factors if isinstance(factor, float)]
     unbiased: Sequence[Tensor]
-    if live and len(plain) == len(live):
+    if live and len(plain) == len(live) and not torch.compiler.is_compiling():  # there factors may be symbols
         unbiased = torch._foreach_mul(variances, plain)  # one kernel on a GPU
     else:
         unbiased = [variance * factor for variance, factor in zip(variances, factors, strict=True)]
@@ -184,11 +199,10 @@ def moments(measured: Sequence[Measured]) -> list[Tensor]:
 
 
 class FoldedGradients(NamedTuple):
-    """Gradients of the parameters, and dc = (part of folded_backward) + c matrix^T + vector; None: nothing to add."""
+    """Gradients of the weights, and dc = (part of folded_backward) + c matrix^T + vector; None: nothing to add."""
 
     weight: Tensor
     gamma: Tensor
-    beta: Tensor
     matrix: Tensor | None
     vector: Tensor | None
 
@@ -213,7 +227,7 @@ def folded_gradients(
     along = (weight.double() * product).sum(1).to(weight.dtype) - sum_dz * used.mean
     dgamma = used.invstd * along
     if fold.covariance is None or fold.mean is None:
-        return FoldedGradients(factor[:, None] * product, dgamma, sum_dz, None, None)
+        return FoldedGradients(factor[:, None] * product, dgamma, None, None)
     shared_dz, shared_dgamma = shared_sums((sum_dz, dgamma), stage.group, used.share)
     slope, offset = -used.invstd * shared_dgamma / pixels, -shared_dz / pixels
     dweight = product + (slope * pixels)[:, None] * matrix_product(weight, fold.covariance)
@@ -225,4 +239,4 @@ def folded_gradients(
     dweight = factor[:, None] * dweight.addr(total, fold.mean)
     matrix = transposed_product(weight, (factor * slope)[:, None] * weight)
     vector = (factor * (offset - slope * used.mean)) @ weight
-    return FoldedGradients(dweight, dgamma, sum_dz, matrix, vector)
+    return FoldedGradients(dweight, dgamma, matrix, vector)

@@ -220,7 +220,7 @@ class FusedBackward(Backward):
                 self.weights[place].flatten(1), *norm, sum_dz, product, len(self.mask)
             )
             self.note_weight(place, dweight)
-            self.note_norm(place, dgamma, sum_dz)
+            self.note_fold_norm(place, dgamma, sum_dz)
         else:
             found = self.fold_gradients(place, stage, fold, sum_dz, product)
             scaled, matrix, vector = self.scaled(place, dtype), found.matrix, found.vector

@@ -191,8 +191,7 @@ class VendorBackward(Backward):
     def branch_input(self, k: int, stage: Stage) -> Tensor:
         if k == 0:
             last = self.chain - 1
-            shift = _shift_behind(self.parameters[last], stage) if stage.folded else None
-            return self.activation(last, shift)
+            return self.activation(last, self.folds[0].shift)
         return _centred(_seen(self.x, stage), self.folds[k].shift)
 
     def behind_end(self, grad: Tensor, y: Tensor, place: int, stage: Stage) -> Tensor:

@@ -66,6 +66,7 @@ def statistics(y: Tensor, norm: Norm) -> Statistics:
 
     In training updates the running statistics in place, with the unbiased variance, as F.batch_norm does.
     """
+    check_norm(norm, y.shape[1])
     if not norm.training:
         return frozen_statistics(norm, statistics_dtype(y.dtype))
     check_pixels(y.shape, norm.group)
@@ -82,6 +83,22 @@ def statistics(y: Tensor, norm: Norm) -> Statistics:
     return Statistics(mean, invstd, share)
 
 
+def check_norm(norm: Norm, channels: int) -> None:
+    """Raises what F.batch_norm does: kernels read as many elements as there are channels, and look no further."""
+    if norm.eps < 0 or (norm.training and norm.eps == 0):
+        kind = "positive during training" if norm.training else "non-negative"
+        raise ValueError(f"batch_norm eps must be {kind}, but got {norm.eps}")
+    if norm.training and (norm.running_mean is None) != (norm.running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        vector = getattr(norm, name)
+        if vector is None:
+            if name.startswith("running") and not norm.training:
+                raise RuntimeError(f"{name} must be defined in evaluation mode")
+        elif vector.numel() != channels:
+            raise RuntimeError(f"{name} should contain {channels} elements not {vector.numel()}")
+
+
 def check_pixels(shape: Sequence[int], group: dist.ProcessGroup | None) -> None:
     """Raises ValueError, as F.batch_norm does, where a batch of (N, C, H, W) has no variance."""
     if group is None and shape[0] * shape[2] * shape[3] <= 1:
@@ -93,19 +110,17 @@ def check_pixels(shape: Sequence[int], group: dist.ProcessGroup | None) -> None:
 def frozen_statistics(norm: Norm, dtype: torch.dtype) -> Statistics:
     """The statistics of the buffers, in the statistics dtype."""
     assert norm.running_mean is not None and norm.running_var is not None
-    invstd = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
-    return Statistics(norm.running_mean.to(dtype), invstd)
+    invstd = torch.rsqrt(norm.running_var.to(dtype) + norm.eps).contiguous()
+    return Statistics(norm.running_mean.to(dtype).contiguous(), invstd)
 
 
 @torch.no_grad()
 def update_running(norms: Sequence[Norm], moments: Sequence[Tensor]) -> None:
-    """running = (1 - momentum) * running + momentum * batch and a batch more, in place; not in a recomputed forward.
+    """running = (1 - momentum) * running + momentum * batch and a batch more, in place.
 
     Args:
         moments: of each norm in turn mean and unbiased variance.
     """
-    if _is_recomputing():
-        return
     if counters := [norm.counter for norm in norms if norm.counter is not None]:
         torch._foreach_add_(counters, 1)
     buffers: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
@@ -147,11 +162,16 @@ def shared_sums(
     return list((stacked * share).unbind())
 
 
-def _is_recomputing() -> bool:
-    """Whether activation checkpointing is running this forward a second time, from within backward."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
 def in_statistics_dtype(vector: Tensor | None, y: Tensor) -> Tensor | None:
-    """A parameter of the batch norm of ``y`` in the dtype that the kernels take; differentiable."""
-    return None if vector is None else vector.to(statistics_dtype(y.dtype))
+    """A parameter of the batch norm of ``y`` as kernels take it; differentiable."""
+    return None if vector is None else vector.to(statistics_dtype(y.dtype)).contiguous()
+
+
+def bias_for_backward(bias: Tensor | None, y: Tensor) -> Tensor | None:
+    """``in_statistics_dtype``, and a copy where backward may need it.
+
+    Backward finds the ReLU's mask with the bias of forward, while eager does not save it: there it may be changed in
+    place before backward.
+    """
+    found = in_statistics_dtype(bias, y)
+    return found.clone() if found is not None and found is bias and torch.is_grad_enabled() else found

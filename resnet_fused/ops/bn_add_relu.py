@@ -11,7 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from resnet_fused.ops._autograd import differentiable_backward, normalized
+from resnet_fused.ops._autograd import (
+    bias_gradient,
+    differentiable_backward,
+    needs_plain_backward,
+    normalized,
+    save,
+    saved,
+)
 from resnet_fused.ops._primitive import primitive
 from resnet_fused.ops.batch_norm_stats import Norm, in_statistics_dtype, shared_sums, statistics
 from resnet_fused.reference import bn_add_relu as reference
@@ -81,22 +88,21 @@ class _BnAddRelu(torch.autograd.Function):
         out: Tensor
         out, mask = forward_pass(y, mean, invstd, weight, bias, residual)
         ctx.training, ctx.group = training, group
-        ctx.save_for_backward(mask, y, weight, bias, mean, invstd, share)
+        save(ctx, [y], [mask, weight, mean, invstd, share])
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mask, y, weight, bias, mean, invstd, share = ctx.saved_tensors
+        (y,), (mask, weight, mean, invstd, share) = saved(ctx)
         needs_y, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():
+        if needs_plain_backward(grad):
             dz = torch.where(unpack_mask(mask, y), grad, 0.0)
 
-            def again(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-                return normalized(y, weight, bias, mean, invstd, ctx.training).to(y.dtype)
+            def again(y: Tensor, weight: Tensor | None) -> Tensor:
+                return normalized(y, weight, None, mean, invstd, ctx.training).to(y.dtype)
 
-            dy, dweight, dbias = differentiable_backward(
-                again, (y, weight, bias), (needs_y, needs_weight, needs_bias), dz, ctx.group
-            )
+            dy, dweight = differentiable_backward(again, (y, weight), (needs_y, needs_weight), dz, ctx.group)
+            dbias = bias_gradient(dz) if needs_bias else None
             return dy, dz if needs_residual else None, dweight, dbias, *[None] * 5
         dbias = dweight = None
         sums: list[Tensor | None] = [None, None]

@@ -8,7 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from resnet_fused.ops._autograd import differentiable_backward, normalized
+from resnet_fused.ops._autograd import (
+    bias_gradient,
+    differentiable_backward,
+    needs_plain_backward,
+    normalized,
+    save,
+    saved,
+)
 from resnet_fused.ops._primitive import primitive
 from resnet_fused.ops.batch_norm_stats import Norm, Statistics, in_statistics_dtype, shared_sums, statistics
 from resnet_fused.reference import bn_bn_add_relu as reference
@@ -83,33 +90,30 @@ class _BnBnAddRelu(torch.autograd.Function):
         )
         ctx.modes, ctx.groups = modes, groups
         used = mean, invstd, share, skip_mean, skip_invstd, skip_share
-        ctx.save_for_backward(mask, y, weight, bias, skip, skip_weight, skip_bias, *used)
+        save(ctx, [y, skip], [mask, weight, skip_weight, *used])
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mask, *inputs, mean, invstd, share, skip_mean, skip_invstd, skip_share = ctx.saved_tensors
-        y, weight, _, skip, skip_weight, _ = inputs
+        (y, skip), (mask, weight, skip_weight, *used) = saved(ctx)
+        mean, invstd, share, skip_mean, skip_invstd, skip_share = used
         needs_grad = ctx.needs_input_grad[:6]
         (training, skip_training), (group, skip_group) = ctx.modes, ctx.groups
-        if torch.is_grad_enabled():
+        if needs_plain_backward(grad):
             dz = torch.where(unpack_mask(mask, y), grad, 0.0)
 
-            def again(
-                y: Tensor,
-                weight: Tensor | None,
-                bias: Tensor | None,
-                skip: Tensor,
-                skip_weight: Tensor | None,
-                skip_bias: Tensor | None,
-            ) -> Tensor:
-                z = normalized(y, weight, bias, mean, invstd, training)
-                return (
-                    z + normalized(skip, skip_weight, skip_bias, skip_mean, skip_invstd, skip_training)
-                ).to(y.dtype)
+            def again(y: Tensor, weight: Tensor | None, skip: Tensor, skip_weight: Tensor | None) -> Tensor:
+                z = normalized(y, weight, None, mean, invstd, training)
+                return (z + normalized(skip, skip_weight, None, skip_mean, skip_invstd, skip_training)).to(
+                    y.dtype
+                )
 
-            grads = differentiable_backward(again, inputs, needs_grad, dz, group or skip_group)
-            return *grads, *[None] * 4
+            inputs, needs = (y, weight, skip, skip_weight), [needs_grad[i] for i in (0, 1, 3, 4)]
+            dy, dweight, dskip, dskip_weight = differentiable_backward(
+                again, inputs, needs, dz, group or skip_group
+            )
+            dbias, dskip_bias = (bias_gradient(dz) if needs_grad[i] else None for i in (2, 5))
+            return dy, dweight, dbias, dskip, dskip_weight, dskip_bias, *[None] * 4
         dbias = dweight = dskip_weight = None
         sums: list[Tensor | None] = [None, None]
         skip_sums: list[Tensor | None] = [None, None]
@@ -124,7 +128,9 @@ class _BnBnAddRelu(torch.autograd.Function):
         dy, dskip = backward_pass(
             grad, mask, y, mean, invstd, weight, *sums, skip, skip_mean, skip_invstd, skip_weight, *skip_sums
         )
-        all_grads = (dy, dweight, dbias, dskip, dskip_weight, dbias)
+        # Nobody else may see a gradient change that its owner scales in place.
+        dskip_bias = None if dbias is None else dbias.clone()
+        all_grads = (dy, dweight, dbias, dskip, dskip_weight, dskip_bias)
         wanted = [g if needed else None for g, needed in zip(all_grads, needs_grad, strict=True)]
         return *wanted, *[None] * 4
 

@@ -9,9 +9,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.ops._autograd import differentiable_backward, normalized
+from resnet_fused.ops._autograd import differentiable_backward, needs_plain_backward, normalized, save, saved
 from resnet_fused.ops._primitive import primitive
-from resnet_fused.ops.batch_norm_stats import Norm, in_statistics_dtype, shared_sums, statistics
+from resnet_fused.ops.batch_norm_stats import (
+    Norm,
+    bias_for_backward,
+    in_statistics_dtype,
+    shared_sums,
+    statistics,
+)
 from resnet_fused.reference import bn_relu as reference
 from resnet_fused.reference.layout import dense
 
@@ -57,15 +63,15 @@ class _BnRelu(torch.autograd.Function):
         group: dist.ProcessGroup | None,
     ) -> Tensor:
         ctx.training, ctx.group = training, group
-        ctx.save_for_backward(y, weight, bias, mean, invstd, share)
+        save(ctx, [y], [weight, bias, mean, invstd, share])
         out: Tensor = forward_pass(y, mean, invstd, weight, bias, None)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y, weight, bias, mean, invstd, share = ctx.saved_tensors
+        (y,), (weight, bias, mean, invstd, share) = saved(ctx)
         needs_grad = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
+        if needs_plain_backward(grad):
 
             def again(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
                 return F.relu(normalized(y, weight, bias, mean, invstd, ctx.training).to(y.dtype))
@@ -85,6 +91,6 @@ class _BnRelu(torch.autograd.Function):
 def bn_relu(y: Tensor, norm: Norm) -> Tensor:
     """relu(batch_norm(y)) of an activation (N, C, H, W), in its dtype and layout."""
     mean, invstd, share, _ = statistics(y, norm)
-    weight, bias = in_statistics_dtype(norm.weight, y), in_statistics_dtype(norm.bias, y)
+    weight, bias = in_statistics_dtype(norm.weight, y), bias_for_backward(norm.bias, y)
     out: Tensor = _BnRelu.apply(y, weight, bias, mean, invstd, share, norm.training, norm.group)
     return out

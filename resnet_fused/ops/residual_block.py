@@ -16,13 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.ops import _fused_block, _vendor_block
-from resnet_fused.ops._autograd import autocast_dtype, differentiable_backward, normalized, without_autocast
+from resnet_fused.ops._autograd import (
+    autocast_dtype,
+    differentiable_backward,
+    needs_plain_backward,
+    normalized,
+    save,
+    saved,
+    without_autocast,
+)
 from resnet_fused.ops._block import MaybeTensor, Parameters, Plan, grouped
 from resnet_fused.ops._branch import ConvNorm, Fold, Stage, convolved_shape, folds
 from resnet_fused.ops._fused_block import FusedBackward
 from resnet_fused.ops._vendor_block import VendorBackward
 from resnet_fused.ops.batch_norm_stats import (
     Statistics,
+    bias_for_backward,
+    check_norm,
     frozen_statistics,
     in_statistics_dtype,
     update_running,
@@ -37,10 +47,9 @@ class _ResidualBlock(torch.autograd.Function):
         run = _fused_block.forward if plan.fused else _vendor_block.forward
         out, mask, ys, used, folds, kept, running = run(x, plan, grouped(flat))
         ctx.plan = plan
-        ctx.counts = len(flat), len(ys), len(used), len(folds)
-        ctx.save_for_backward(
-            x, mask, *flat, *ys, *[v for s in used for v in s], *[v for f in folds for v in f], *kept
-        )
+        ctx.counts = len(flat), len(used), len(folds)
+        rest = *(v for s in used for v in s), *(v for f in folds for v in f)
+        save(ctx, [x, *ys, *kept], [mask, *flat, *rest])
         ctx.mark_non_differentiable(*running)
         ctx.set_materialize_grads(False)
         return out, *running
@@ -49,16 +58,16 @@ class _ResidualBlock(torch.autograd.Function):
     def backward(ctx: Any, grad: MaybeTensor, *_: MaybeTensor) -> tuple[MaybeTensor, ...]:
         if grad is None:
             return (None,) * (2 + ctx.counts[0])
-        saved = iter(ctx.saved_tensors)
-        take = lambda count: [next(saved) for _ in range(count)]  # noqa: E731
-        x, mask = take(2)
-        flats, chain_length, uses, ends = ctx.counts
-        flat, ys = take(flats), take(chain_length)
+        flats, uses, ends = ctx.counts
+        (x, *ys), (mask, *rest) = saved(ctx)
+        kept = [ys.pop() for _ in range(ends)][::-1]
+        values = iter(rest)
+        take = lambda count: [next(values) for _ in range(count)]  # noqa: E731
+        flat = take(flats)
         used = [Statistics(*take(len(Statistics._fields))) for _ in range(uses)]
         folds = [Fold(*take(3)) for _ in range(ends)]
-        kept = take(ends)
         with without_autocast(grad.device.type):
-            if torch.is_grad_enabled():
+            if needs_plain_backward(grad):
                 return _differentiable(ctx, x, flat, used, grad)
             backward = FusedBackward if ctx.plan.fused else VendorBackward
             started = backward(ctx.plan, ctx.needs_input_grad, x, mask, grouped(flat), ys, used, folds, kept)
@@ -68,7 +77,7 @@ class _ResidualBlock(torch.autograd.Function):
 def _differentiable(
     ctx: Any, x: Tensor, flat: list[MaybeTensor], used: list[Statistics], grad: Tensor
 ) -> tuple[MaybeTensor, ...]:
-    """Gradients that can be differentiated again, through plain PyTorch."""
+    """Gradients by plain PyTorch, that can be differentiated again."""
     plan: Plan = ctx.plan
     stages = [*plan.stages, *([] if plan.downsample is None else [plan.downsample])]
 
@@ -103,16 +112,6 @@ def _stage(part: ConvNorm, dtype: torch.dtype, folded: bool = False, shortcut: b
     return Stage(*geometry, part.padding, part.dilation, part.groups, norm.eps, norm.group, frozen, folded)
 
 
-def _check_norms(parts: Sequence[ConvNorm]) -> None:
-    """As F.batch_norm does: kernels read as many elements as there are channels, and look no further."""
-    for part in parts:
-        channels = len(part.weight)
-        for name in ("running_mean", "running_var", "weight", "bias"):
-            vector = getattr(part.norm, name)
-            if vector is not None and vector.numel() != channels:
-                raise RuntimeError(f"{name} should contain {channels} elements not {vector.numel()}")
-
-
 def residual_block(x: Tensor, parts: Sequence[ConvNorm], downsample: ConvNorm | None) -> Tensor:
     """relu(bn(conv(...relu(bn(conv(x)))...)) + shortcut), for ``x`` (N, C, H, W), dense in channels_last.
 
@@ -124,7 +123,8 @@ def residual_block(x: Tensor, parts: Sequence[ConvNorm], downsample: ConvNorm | 
 
     Raises:
         ValueError: ``x`` is contiguous, the convolutions do not fit each other, or a batch has one value per channel.
-        RuntimeError: a batch norm has another number of channels than its convolution makes.
+        RuntimeError: a batch norm has another number of channels than its convolution makes, or no running statistics
+            in evaluation.
     """
     device = x.device.type
     dtype = autocast_dtype(device) or x.dtype
@@ -139,7 +139,8 @@ def residual_block(x: Tensor, parts: Sequence[ConvNorm], downsample: ConvNorm | 
         raise ValueError(f"the convolutions do not fit each other or an input of shape {tuple(x.shape)}")
     pixels = shape[0] * shape[2] * shape[3]
     every = [*parts, *([] if downsample is None else [downsample])]
-    _check_norms(every)
+    for part in every:
+        check_norm(part.norm, len(part.weight))
     fused = runs_triton(x)
     with without_autocast(device):
         stages = tuple(
@@ -152,8 +153,8 @@ def residual_block(x: Tensor, parts: Sequence[ConvNorm], downsample: ConvNorm | 
         )
         flat: list[MaybeTensor] = []
         for part in every:
-            gamma, beta = (in_statistics_dtype(v, x) for v in (part.norm.weight, part.norm.bias))
-            flat += [part.weight, gamma, beta]
+            norm = part.norm
+            flat += [part.weight, in_statistics_dtype(norm.weight, x), bias_for_backward(norm.bias, x)]
         out: Tensor
         out, *running = _ResidualBlock.apply(x, Plan(stages, skip, fused), *flat)
     update_running([part.norm for part in every if part.norm.training], running)

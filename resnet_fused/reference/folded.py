@@ -175,7 +175,9 @@ def rectified_mean(weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
         return None
     spread = weight.abs()
     ratio = bias / spread.clamp_min(torch.finfo(weight.dtype).tiny)
-    density = torch.exp(-0.5 * ratio.square()) / (2 * torch.pi) ** 0.5
+    density = (
+        torch.exp(-0.5 * ratio.square()) / 6.283185307179586**0.5
+    )  # torch.compile makes a symbol of a named 2 pi
     return bias * torch.special.ndtr(ratio) + spread * density
 
 

@@ -6,6 +6,8 @@ made from the same table with ``build``.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -74,11 +76,6 @@ class BasicBlock(nn.Module):
         self.downsample = downsample
         self.stride = stride
 
-    @property
-    def last_norm(self) -> nn.Module:
-        """The normalization before the addition."""
-        return self.bn2
-
     def forward(self, x: Tensor) -> Tensor:
         """(N, inplanes, H, W) to (N, planes, H/stride, W/stride), rounded up."""
         out = self.relu(self.bn1(self.conv1(x)))
@@ -127,11 +124,6 @@ class Bottleneck(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
         self.stride = stride
-
-    @property
-    def last_norm(self) -> nn.Module:
-        """The normalization before the addition."""
-        return self.bn3
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inplanes, H, W) to (N, 4*planes, H/stride, W/stride), rounded up."""
@@ -215,22 +207,16 @@ class ResNet(nn.Module):
         if stride != 1 or self.inplanes != outplanes:
             downsample = nn.Sequential(conv1x1(self.inplanes, outplanes, stride), self._norm_layer(outplanes))
 
-        def make(stride: int, downsample: nn.Module | None, dilation: int) -> nn.Module:
-            inplanes, self.inplanes = self.inplanes, outplanes
-            return block(
-                inplanes,
-                planes,
-                stride,
-                downsample,
-                groups=self.groups,
-                base_width=self.base_width,
-                dilation=dilation,
-                norm_layer=self._norm_layer,
-            )
-
+        # By position here and by name below, as torchvision does: a block of the user's may rename its parameters.
         # The first block of a dilated stage still sees pixels at the previous stage's distance.
-        first = make(stride, downsample, first_dilation)
-        return nn.Sequential(first, *(make(1, None, self.dilation) for _ in range(1, blocks)))
+        groups, width, norm = self.groups, self.base_width, self._norm_layer
+        first = block(self.inplanes, planes, stride, downsample, groups, width, first_dilation, norm)
+        self.inplanes = outplanes
+        rest = (
+            block(outplanes, planes, groups=groups, base_width=width, dilation=self.dilation, norm_layer=norm)
+            for _ in range(1, blocks)
+        )
+        return nn.Sequential(first, *rest)
 
     def _initialize(self, zero_init_residual: bool) -> None:
         for module in self.modules():
@@ -244,7 +230,7 @@ class ResNet(nn.Module):
         if zero_init_residual:
             for module in self.modules():
                 if isinstance(module, (BasicBlock, Bottleneck)):
-                    weight = module.last_norm.weight
+                    weight = (module.bn3 if isinstance(module, Bottleneck) else module.bn2).weight
                     if isinstance(weight, Tensor):
                         nn.init.zeros_(weight)
 
@@ -287,6 +273,42 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 ResNetT = TypeVar("ResNetT", bound=ResNet)
+Constructor = TypeVar("Constructor", bound=Callable[..., ResNet])
+
+
+def torchvision_arguments(constructor: Constructor) -> Constructor:
+    """Takes what torchvision's constructors still take, with a warning: positions, and ``pretrained``.
+
+    Raises:
+        ValueError: pretrained is true.
+        TypeError: more than two arguments by position, or one given twice.
+    """
+
+    @functools.wraps(constructor)
+    def call(*args: Any, **kwargs: Any) -> ResNet:
+        name = constructor.__name__
+        if len(args) > 2:
+            raise TypeError(
+                f"{name}() takes at most 2 positional arguments, weights and progress, got {len(args)}"
+            )
+        for key, value in zip(("weights", "progress"), args, strict=False):
+            if key in kwargs:
+                raise TypeError(f"{name}() got multiple values for argument '{key}'")
+            warnings.warn(f"{name}(): give '{key}' by name, not by position", UserWarning, stacklevel=2)
+            kwargs[key] = value
+        if "pretrained" in kwargs:
+            warnings.warn(
+                f"{name}(): the parameter 'pretrained' is deprecated, use 'weights'",
+                UserWarning,
+                stacklevel=2,
+            )
+            if kwargs.pop("pretrained"):
+                kwargs["weights"] = "pretrained=True"
+        if isinstance(kwargs.get("weights"), bool):  # pretrained by position, of old
+            kwargs["weights"] = "pretrained=True" if kwargs["weights"] else None
+        return constructor(**kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 def build(
@@ -322,51 +344,61 @@ def build(
     return model(blocks[architecture.block], architecture.layers, **{**kwargs, **architecture.fixed})
 
 
+@torchvision_arguments
 def resnet18(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-18. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
     return build("resnet18", ResNet, BLOCKS, weights, kwargs)
 
 
+@torchvision_arguments
 def resnet34(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-34. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
     return build("resnet34", ResNet, BLOCKS, weights, kwargs)
 
 
+@torchvision_arguments
 def resnet50(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-50. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
     return build("resnet50", ResNet, BLOCKS, weights, kwargs)
 
 
+@torchvision_arguments
 def resnet101(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-101. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
     return build("resnet101", ResNet, BLOCKS, weights, kwargs)
 
 
+@torchvision_arguments
 def resnet152(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-152. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
     return build("resnet152", ResNet, BLOCKS, weights, kwargs)
 
 
+@torchvision_arguments
 def resnext50_32x4d(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNeXt-50, 32 groups of 4. Arguments as for resnet50, without groups and width_per_group."""
     return build("resnext50_32x4d", ResNet, BLOCKS, weights, kwargs)
 
 
+@torchvision_arguments
 def resnext101_32x8d(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNeXt-101, 32 groups of 8. Arguments as for resnet101, without groups and width_per_group."""
     return build("resnext101_32x8d", ResNet, BLOCKS, weights, kwargs)
 
 
+@torchvision_arguments
 def resnext101_64x4d(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNeXt-101, 64 groups of 4. Arguments as for resnet101, without groups and width_per_group."""
     return build("resnext101_64x4d", ResNet, BLOCKS, weights, kwargs)
 
 
+@torchvision_arguments
 def wide_resnet50_2(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-50 with twice the inner channels. Arguments as for resnet50, without width_per_group."""
     return build("wide_resnet50_2", ResNet, BLOCKS, weights, kwargs)
 
 
+@torchvision_arguments
 def wide_resnet101_2(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-101 with twice the inner channels. Arguments as for resnet101, without width_per_group."""
     return build("wide_resnet101_2", ResNet, BLOCKS, weights, kwargs)

@@ -1,0 +1,185 @@
+"""Modules as operands: what ops need of convolutions and batch norms, and whether ops may stand in for the modules.
+
+``why_plain`` says why a block or stem runs the plain composition, ``one_op`` why a block that does not do so runs as
+fused ops around its convolutions. Every forward asks: an answer takes a few microseconds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from resnet_fused import ops
+from resnet_fused.backend import why_not_fused
+from resnet_fused.ops import ConvNorm, Norm
+from resnet_fused.ops.transforms import why_not_here
+from resnet_fused.reference.layout import dense, is_channels_last
+
+_FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+#: Names of the methods of each kind of module: an attribute of an instance with one of them hides the method.
+_METHODS: dict[type[nn.Module], frozenset[str]] = {
+    kind: frozenset(name for name in dir(kind) if callable(getattr(kind, name)))
+    for kind in (*_NORMS, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Sequential)
+}
+
+#: Names of a block's convolutions or batch norms, in the order in which they run; not the shortcut's.
+Names = tuple[str, ...]
+
+
+def _changed(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str | None:
+    """What about a module keeps an op from standing in for it; None when it is as it was made."""
+    kind = type(module)
+    if kind not in kinds:
+        return f"is a {kind.__name__}"
+    own = _METHODS[kind].intersection(module.__dict__)
+    if own:
+        return f"has a {', '.join(sorted(own))} of its own"
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return "has hooks" if any(hooks) else None
+
+
+def _why_changed(owner: nn.Module, norms: Names) -> str | None:
+    """Why a block or stem runs its plain composition, as far as its modules tell."""
+    for name in norms:
+        if problem := _changed(owner.get_submodule(name), _NORMS):
+            return f"{name} {problem}"
+    if problem := _changed(owner.get_submodule("relu"), (nn.ReLU,)):
+        return f"relu {problem}"
+    downsample = getattr(owner, "downsample", None)
+    if downsample is None:
+        return None
+    if problem := _changed(downsample, (nn.Sequential,)):
+        return f"downsample {problem}"
+    if len(downsample) != 2:
+        return f"downsample has {len(downsample)} modules, not a conv and a norm"
+    if problem := _changed(downsample[1], _NORMS):
+        return f"downsample.1 {problem}"
+    return None
+
+
+def why_plain(x: Any, owner: nn.Module, norms: Names) -> str | None:
+    """Why a block or stem runs its plain composition on ``x``; None when it runs fused."""
+    if not isinstance(x, Tensor):
+        return f"the input is a {type(x).__name__}"  # a torch.fx.Proxy
+    if x.dtype not in _FUSED_DTYPES:
+        return f"the input is {x.dtype}"
+    if x.dim() != 4 or x.numel() == 0:
+        return f"the input has the shape {tuple(x.shape)}"
+    return why_module_plain(owner, norms, x.device.type)
+
+
+def why_module_plain(owner: nn.Module, norms: Names, device_type: str) -> str | None:
+    """Why a block or stem runs its plain composition, whatever its input."""
+    return why_not_fused(device_type) or why_not_here() or _why_changed(owner, norms)
+
+
+def why_no_pool(pool: nn.Module) -> str | None:
+    """Why the stem's max-pool is not fused; None when it is."""
+    if problem := _changed(pool, (nn.MaxPool2d,)):
+        return problem
+    assert isinstance(pool, nn.MaxPool2d)
+    for name, value in {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1}.items():
+        if getattr(pool, name) not in (value, (value, value)):
+            return f"has {name} {getattr(pool, name)}"
+    return "has another mode" if pool.ceil_mode or pool.return_indices else None
+
+
+def norm_of(bn: nn.Module) -> Norm:
+    """The operands and the mode of a batch norm module."""
+    assert isinstance(bn, _NORMS)
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    counter = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
+    if counter is not None and bn.momentum is None:
+        momentum = 1.0 / (float(counter) + 1.0)
+    training = bn.training or (bn.running_mean is None and bn.running_var is None)
+    tracked = not bn.training or bn.track_running_stats
+    group = _sync_group(bn) if bn.training else None
+    running_mean, running_var = (bn.running_mean, bn.running_var) if tracked else (None, None)
+    return Norm(running_mean, running_var, bn.weight, bn.bias, training, momentum, bn.eps, group, counter)
+
+
+def _sync_group(bn: nn.Module) -> dist.ProcessGroup | None:
+    """The processes a SyncBatchNorm shares its statistics with; None when it stands alone."""
+    if not isinstance(bn, nn.SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = bn.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    """A stride, padding or dilation as F.conv2d takes it: a number, or a sequence of one or two."""
+    if isinstance(value, int):
+        return value, value
+    return (value[0], value[-1])
+
+
+def _changed_conv(conv: nn.Module) -> str | None:
+    """What about a convolution keeps the op for a whole block from standing in for it."""
+    if problem := _changed(conv, (nn.Conv2d,)):
+        return problem
+    assert isinstance(conv, nn.Conv2d)
+    if conv.bias is not None:
+        return "has a bias"
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return f"has padding {conv.padding}, mode {conv.padding_mode}"
+    return None
+
+
+def _conv_norm(conv: nn.Module, bn: nn.Module) -> ConvNorm:
+    assert isinstance(conv, nn.Conv2d)
+    geometry = _pair(conv.stride), _pair(conv.padding), _pair(conv.dilation)
+    return ConvNorm(conv.weight, norm_of(bn), *geometry, conv.groups)
+
+
+def _conv_norms(block: nn.Module, convs: Names, norms: Names) -> list[tuple[str, Any, str, Any]]:
+    """Names and modules of the convolutions and their batch norms, the shortcut's last."""
+    found = [(c, getattr(block, c), n, getattr(block, n)) for c, n in zip(convs, norms, strict=True)]
+    downsample = getattr(block, "downsample", None)
+    if downsample is not None:
+        found.append(("downsample.0", downsample[0], "downsample.1", downsample[1]))
+    return found
+
+
+def why_not_one_op(block: nn.Module, convs: Names, norms: Names) -> str | None:
+    """Why a block runs as several fused ops, as far as its modules tell; None when it is one op."""
+    weights: dict[int, str] = {}
+    modules: dict[int, str] = {}
+    for name, conv, norm_name, norm in _conv_norms(block, convs, norms):
+        if problem := _changed_conv(conv):
+            return f"{name} {problem}"
+        # torch.compile would write to what is shared once, where eager does so twice.
+        if (other := weights.setdefault(id(conv.weight), name)) != name:
+            return f"{name} has the weight of {other}"
+        if (other := modules.setdefault(id(norm), norm_name)) != norm_name:
+            return f"{norm_name} is {other}"
+    return None
+
+
+def one_op(
+    x: Tensor, block: nn.Module, convs: Names, norms: Names
+) -> tuple[list[ConvNorm], ConvNorm | None] | str:
+    """The operands of ops.residual_block beside ``x``, or why a block runs as several fused ops on it."""
+    if problem := why_not_one_op(block, convs, norms):
+        return problem
+    if not is_channels_last(dense(x)):
+        return "the input is contiguous: use x.to(memory_format=torch.channels_last)"
+    parts = [_conv_norm(conv, norm) for _, conv, _, norm in _conv_norms(block, convs, norms)]
+    mixed = ops.autocast_dtype(x.device.type) is not None
+    if not mixed and any(part.weight.dtype != x.dtype for part in parts):
+        return f"the input is {x.dtype} and a convolution's weight is not"
+    if min(x.shape[1], *(part.weight.shape[0] for part in parts)) == 1:
+        return "an activation has one channel"  # it lies in memory as a contiguous one
+    downsample = parts.pop() if len(parts) > len(convs) else None
+    shape = ops.convolved_shape(x.shape, parts)
+    if shape is None or shape != ops.convolved_shape(x.shape, [] if downsample is None else [downsample]):
+        return f"the convolutions do not fit each other or an input of shape {tuple(x.shape)}"
+    return parts, downsample

@@ -1,0 +1,52 @@
+"""Transforms of PyTorch that fused ops do not serve: models and functions then run the plain composition."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+
+#: What plain modules call, as it was when this module was imported: {(owner, name): function}.
+_ORIGINALS = {
+    (owner, name): getattr(owner, name)
+    for owner, names in (
+        (nn.Module, ("__call__", "_wrapped_call_impl", "_call_impl")),
+        (nn.Conv2d, ("__call__", "forward", "_conv_forward")),
+        (nn.BatchNorm2d, ("__call__", "forward", "_check_input_dim")),
+        (nn.SyncBatchNorm, ("__call__", "forward")),
+        (nn.ReLU, ("__call__", "forward")),
+        (nn.MaxPool2d, ("__call__", "forward")),
+        (nn.Sequential, ("__call__", "forward")),
+        (F, ("conv2d", "batch_norm", "relu", "max_pool2d")),
+    )
+    for name in names
+}
+
+
+def transforms_are_active() -> bool:
+    """Whether tensors may be batched or dual: torch.func (vmap, grad, jvp, ...), is_grads_batched, forward-mode AD."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def why_not_here() -> str | None:
+    """What around a call asks for the plain composition, whatever the module and its input; None when nothing does."""
+    if transforms_are_active():
+        return "torch.func transforms and forward-mode AD take plain PyTorch"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace takes plain PyTorch"
+    if torch.compiler.is_exporting():
+        return "torch.export takes plain PyTorch"
+    if nn_module._has_any_global_hook():
+        return "hooks for all modules are registered"
+    for (owner, name), original in _ORIGINALS.items():
+        if getattr(owner, name) is not original:
+            return f"{owner.__name__}.{name} was replaced"
+    return None
+
+
+# torch.compile asks once, while it traces, and takes the answer as a constant (torch._dynamo.assume_constant_result,
+# which would load the compiler here).
+transforms_are_active._dynamo_marked_constant = True  # type: ignore[attr-defined]
+why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
