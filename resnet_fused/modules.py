@@ -15,17 +15,11 @@ from torch import Tensor, nn
 from resnet_fused import ops
 from resnet_fused.backend import why_not_fused
 from resnet_fused.ops import ConvNorm, Norm
-from resnet_fused.ops.transforms import why_not_here
+from resnet_fused.ops.transforms import METHODS, why_not_here
 from resnet_fused.reference.layout import dense, is_channels_last
 
 _FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-#: Names of the methods of each kind of module: an attribute of an instance with one of them hides the method.
-_METHODS: dict[type[nn.Module], frozenset[str]] = {
-    kind: frozenset(name for name in dir(kind) if callable(getattr(kind, name)))
-    for kind in (*_NORMS, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Sequential)
-}
-
 #: Names of a block's convolutions or batch norms, in the order in which they run; not the shortcut's.
 Names = tuple[str, ...]
 
@@ -35,9 +29,9 @@ def _changed(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str | Non
     kind = type(module)
     if kind not in kinds:
         return f"is a {kind.__name__}"
-    own = _METHODS[kind].intersection(module.__dict__)
-    if own:
-        return f"has a {', '.join(sorted(own))} of its own"
+    for name in METHODS[kind]:
+        if name in module.__dict__:
+            return f"has a {name} of its own"
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,

@@ -1,11 +1,13 @@
 #include "large_buffers.h"
 
 #if defined(__linux__)
+#include <pthread.h>
 #include <sys/mman.h>
 #else
 #include <cstdlib>
 #endif
 
+#include <algorithm>
 #include <mutex>
 #include <unordered_map>
 #include <vector>
@@ -37,24 +39,59 @@ struct Idle {
 struct Pool {
   std::mutex mutex;
   uint64_t requests = 0;
+  size_t in_use = 0, idle_bytes = 0, most_in_use = 0;
   std::vector<Idle> idle;  // in the order they were given back
   std::unordered_map<void*, size_t> taken;
 
-  void unmap_before(uint64_t since) {
-    size_t kept = 0;
-    for (const Idle& each : idle) {
-      if (each.since < since)
-        unmap(each.buffer, each.bytes);
-      else
-        idle[kept++] = each;
+  // Unmaps idle buffers, the oldest first, until those that are left and `needed` bytes are no more than
+  // `bound`.
+  void shrink(size_t needed, size_t bound) {
+    size_t gone = 0;
+    while (gone < idle.size() && idle_bytes + needed > bound) {
+      unmap(idle[gone].buffer, idle[gone].bytes);
+      idle_bytes -= idle[gone++].bytes;
     }
-    idle.resize(kept);
+    idle.erase(idle.begin(), idle.begin() + static_cast<std::ptrdiff_t>(gone));
+  }
+
+  void unmap_stale() {
+    while (!idle.empty() && idle.front().since + kPatience < requests) shrink(0, idle_bytes - 1);
+  }
+
+  void* reuse(size_t bytes) {
+    // The latest one: most of it may still be in a cache.
+    for (size_t i = idle.size(); i-- > 0;) {
+      if (idle[i].bytes != bytes) continue;
+      void* buffer = idle[i].buffer;
+      idle.erase(idle.begin() + static_cast<std::ptrdiff_t>(i));
+      idle_bytes -= bytes;
+      return buffer;
+    }
+    return nullptr;
+  }
+
+  // A step of training takes the same sizes again: all that it had in use at once may stay, and no more.
+  void* map_anew(size_t bytes) {
+    shrink(in_use + bytes, std::max(most_in_use, in_use + bytes));
+    void* buffer = map(bytes);
+    if (buffer == nullptr && !idle.empty()) {
+      shrink(0, 0);
+      buffer = map(bytes);
+    }
+    return buffer;
   }
 };
 
 // Never destroyed: tensors may outlive every static object.
 Pool& pool() {
-  static Pool* const instance = new Pool;
+  static Pool* const instance = [] {
+    Pool* const made = new Pool;
+#if defined(__linux__)
+    // A child is a copy of the thread that forked: another one may not be left holding the mutex in it.
+    pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); }, [] { pool().mutex.unlock(); });
+#endif
+    return made;
+  }();
   return *instance;
 }
 
@@ -65,16 +102,13 @@ void* take_large_buffer(size_t bytes) {
   Pool& all = pool();
   const std::lock_guard<std::mutex> lock(all.mutex);
   all.requests++;
-  void* buffer = nullptr;
-  // The latest one: most of it may still be in a cache.
-  for (size_t i = all.idle.size(); i-- > 0 && buffer == nullptr;) {
-    if (all.idle[i].bytes != bytes) continue;
-    buffer = all.idle[i].buffer;
-    all.idle.erase(all.idle.begin() + static_cast<std::ptrdiff_t>(i));
-  }
-  if (all.requests > kPatience) all.unmap_before(all.requests - kPatience);
-  if (buffer == nullptr) buffer = map(bytes);
-  if (buffer != nullptr) all.taken[buffer] = bytes;
+  void* buffer = all.reuse(bytes);
+  all.unmap_stale();
+  if (buffer == nullptr) buffer = all.map_anew(bytes);
+  if (buffer == nullptr) return nullptr;
+  all.taken[buffer] = bytes;
+  all.in_use += bytes;
+  all.most_in_use = std::max(all.most_in_use, all.in_use);
   return buffer;
 }
 
@@ -82,17 +116,20 @@ void give_large_buffer(void* buffer) {
   Pool& all = pool();
   const std::lock_guard<std::mutex> lock(all.mutex);
   const auto found = all.taken.find(buffer);
-  all.idle.push_back({buffer, found->second, all.requests});
+  const size_t bytes = found->second;
   all.taken.erase(found);
+  all.in_use -= bytes;
+  all.idle.push_back({buffer, bytes, all.requests});
+  all.idle_bytes += bytes;
 }
 
 int64_t release_large_buffers() {
   Pool& all = pool();
   const std::lock_guard<std::mutex> lock(all.mutex);
-  int64_t bytes = 0;
-  for (const Idle& each : all.idle) bytes += static_cast<int64_t>(each.bytes);
-  all.unmap_before(~uint64_t{0});
-  return bytes;
+  const size_t bytes = all.idle_bytes;
+  all.shrink(0, 0);
+  all.most_in_use = all.in_use;
+  return static_cast<int64_t>(bytes);
 }
 
 }  // namespace resnet_fused::cpu

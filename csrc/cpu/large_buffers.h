@@ -12,11 +12,15 @@ namespace resnet_fused::cpu {
 // What the C library maps itself: glibc's largest mmap threshold on 64-bit machines.
 constexpr int64_t kLargeBuffer = 32 << 20;
 
-// A buffer of at least that many bytes, aligned to a page; null where there is no memory.
+// Idle and in use, buffers never take more than was in use at once: enough for a step of training to map
+// none, while sizes that vary leave nothing behind.
+
+// A buffer of at least that many bytes, aligned to a page; null where there is no memory, idle buffers
+// included.
 void* take_large_buffer(size_t bytes);
 // Gives it back. Buffers that are not taken again for some time are unmapped.
 void give_large_buffer(void* buffer);
-// Unmaps all buffers that are not in use; how many bytes they were.
+// Unmaps all buffers that are not in use, and forgets how much was; how many bytes they were.
 int64_t release_large_buffers();
 
 }  // namespace resnet_fused::cpu

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
+_CALL = ("_wrapped_call_impl", "_call_impl", "forward")
+#: The methods that calling a module goes through, by its kind.
+METHODS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Conv2d: (*_CALL, "_conv_forward"),
+    nn.BatchNorm2d: (*_CALL, "_check_input_dim"),
+    nn.SyncBatchNorm: (*_CALL, "_check_input_dim", "_check_non_zero_input_channels"),
+    nn.ReLU: _CALL,
+    nn.MaxPool2d: _CALL,
+    nn.Sequential: _CALL,
+}
 #: What plain modules call, as it was when this module was imported: {(owner, name): function}.
-_ORIGINALS = {
-    (owner, name): getattr(owner, name)
-    for owner, names in (
-        (nn.Module, ("__call__", "_wrapped_call_impl", "_call_impl")),
-        (nn.Conv2d, ("__call__", "forward", "_conv_forward")),
-        (nn.BatchNorm2d, ("__call__", "forward", "_check_input_dim")),
-        (nn.SyncBatchNorm, ("__call__", "forward")),
-        (nn.ReLU, ("__call__", "forward")),
-        (nn.MaxPool2d, ("__call__", "forward")),
-        (nn.Sequential, ("__call__", "forward")),
-        (F, ("conv2d", "batch_norm", "relu", "max_pool2d")),
-    )
-    for name in names
+_ORIGINALS: dict[tuple[Any, str], Any] = {
+    **{(kind, name): getattr(kind, name) for kind in METHODS for name in ("__call__", *METHODS[kind])},
+    **{(F, name): getattr(F, name) for name in ("conv2d", "batch_norm", "relu", "max_pool2d")},
 }
 
 

@@ -1,0 +1,205 @@
+"""What code written for torchvision's ResNets does to them: arguments, subclasses, attributes set after the fact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import resnet_fused
+from resnet_fused import reference
+from tests.model_pairs import assert_equal, block_pair, pair, results
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+both_layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+both_libraries = pytest.mark.parametrize("library", [resnet_fused, reference], ids=["fused", "reference"])
+
+
+@both_libraries
+def test_legacy_arguments(library: Any) -> None:
+    with pytest.warns(UserWarning, match="'pretrained' is deprecated"):
+        assert library.resnet18(pretrained=False, num_classes=3).fc.out_features == 3
+    with pytest.warns(UserWarning, match="give 'weights' by name"):
+        library.resnet18(None)
+    with pytest.warns(UserWarning, match="give 'progress' by name"):
+        library.resnet18(False, True)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="holds no pretrained weights"):
+        library.resnet18(pretrained=True)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="holds no pretrained weights"):
+        library.resnet18(True)
+    with pytest.raises(TypeError, match="at most 2 positional arguments"):
+        library.resnet18(None, True, 10)
+    with pytest.raises(TypeError, match="multiple values for argument 'weights'"):
+        library.resnet18(None, weights=None)
+    assert library.resnet18.__name__ == "resnet18"
+
+
+@both_libraries
+def test_a_block_whose_parameters_have_other_names(library: Any) -> None:
+    """torchvision passes the first eight by position to a stage's first block."""
+
+    class Foreign(library.BasicBlock):
+        def __init__(self, a: int, b: int, c: int = 1, d: Any = None, *rest: Any, **options: Any) -> None:
+            assert len(rest) in (0, 4) and len(options) in (0, 4)
+            super().__init__(a, b, c, d, *rest, **options)
+
+    model = library.ResNet(Foreign, [2, 1, 1, 1], num_classes=5)
+    assert model.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 5)
+
+
+def test_subclasses_have_their_names_to_themselves() -> None:
+    class Block(resnet_fused.BasicBlock):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.norms = nn.ModuleList([nn.Identity()])
+            self.convs = nn.ModuleList([nn.Identity()])
+            self.last_norm = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last_norm(self.norms[0](self.convs[0](super().forward(x))))
+
+    class Net(resnet_fused.ResNet):
+        def __init__(self) -> None:
+            super().__init__(Block, [1, 1, 1, 1], num_classes=5, zero_init_residual=True)
+            self.norms = nn.ModuleList()
+            self.stem = nn.Identity()
+
+    model = Net().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    assert model(x).shape == (2, 5) and resnet_fused.explain(model, x) == {}
+
+
+def keep_resolution(model: nn.Module) -> None:
+    model.layer4[0].conv2.stride = 1
+    model.layer4[0].downsample[0].stride = 1
+
+
+def dilate(model: nn.Module) -> None:
+    for block in model.layer3:
+        block.conv2.dilation = 2
+        block.conv2.padding = 2
+
+
+def with_lists(model: nn.Module) -> None:
+    model.layer1[0].conv2.padding = (1,)
+    model.layer1[0].conv1.stride = [1]
+    model.layer2[1].conv2.padding = [1, 1]
+
+
+@both_layouts
+@pytest.mark.parametrize("change", [keep_resolution, dilate, with_lists], ids=lambda f: f.__name__)
+def test_geometry_set_after_the_fact(
+    change: Callable[[nn.Module], None], layout: torch.memory_format
+) -> None:
+    """As re-identification and segmentation code does, with numbers and sequences of one."""
+    x = torch.randn(3, 3, 64, 64, dtype=torch.float64).to(memory_format=layout)
+    found = []
+    for model in (m.double().to(memory_format=layout) for m in pair("resnet50", num_classes=7)):
+        change(model)
+        found.append(results(model, x))
+        if layout is torch.channels_last and isinstance(model, resnet_fused.ResNet):
+            assert resnet_fused.explain(model, x) == {}
+    assert_equal(*found)
+
+
+@both_layouts
+@pytest.mark.parametrize("downsample", [False, True])
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+def test_a_shortcut_that_is_broadcast(kind: str, downsample: bool, layout: torch.memory_format) -> None:
+    """A 1x1 shortcut, as of a pooled one, is added to every pixel; any other size is refused with eager's words."""
+    found, messages = [], []
+    x = torch.randn(3, 64, 1, 1, dtype=torch.float64).to(memory_format=layout)
+    for block in block_pair(kind, layout, training=True, downsample=downsample):
+        block.conv1.padding = 2
+        inputs = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        out = block(inputs)
+        assert out.shape[2] > 1
+        leaves = [inputs, *block.parameters()]
+        grads = torch.autograd.grad(out.sin().sum(), leaves)
+        found.append({"output": out.detach()} | {str(i): grad for i, grad in enumerate(grads)})
+        with pytest.raises(RuntimeError) as caught:
+            block(torch.ones(3, 64, 2, 3, dtype=torch.float64).cumsum(2).to(memory_format=layout))
+        messages.append(str(caught.value))
+    assert_equal(*found)
+    assert messages[0] == messages[1]
+
+
+def without_running_mean(model: nn.Module) -> None:
+    model.eval()
+    model.layer1[0].bn1.running_mean = None
+
+
+def without_running_var(model: nn.Module) -> None:
+    model.eval()
+    model.bn1.running_var = None
+
+
+def with_half_of_the_statistics(model: nn.Module) -> None:
+    model.layer1[0].bn2.running_var = None
+
+
+def with_eps_zero(model: nn.Module) -> None:
+    model.layer1[0].bn1.eps = 0.0
+
+
+def with_negative_eps(model: nn.Module) -> None:
+    model.eval()
+    model.layer1[0].bn1.eps = -1.0
+
+
+def with_another_number_of_channels(model: nn.Module) -> None:
+    model.layer1[0].bn1 = nn.BatchNorm2d(3)
+
+
+def with_a_short_bias(model: nn.Module) -> None:
+    model.layer2[0].downsample[1].bias = nn.Parameter(torch.zeros(3))
+
+
+WRONG = [
+    without_running_mean,
+    without_running_var,
+    with_half_of_the_statistics,
+    with_eps_zero,
+    with_negative_eps,
+    with_another_number_of_channels,
+    with_a_short_bias,
+]
+
+
+@both_layouts
+@pytest.mark.parametrize("change", WRONG, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_errors_are_eagers(
+    arch: str, change: Callable[[nn.Module], None], layout: torch.memory_format
+) -> None:
+    errors = []
+    for model in pair(arch):
+        change(model)
+        with pytest.raises((RuntimeError, ValueError)) as caught:
+            model(torch.randn(2, 3, 64, 64).to(memory_format=layout))
+        errors.append((caught.type, str(caught.value)))
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (2, 3, 64), (1, 2, 3, 64, 64)], ids=str)
+def test_other_ranks_are_refused_as_by_eager(shape: tuple[int, ...]) -> None:
+    errors = []
+    for model in pair("resnet18"):
+        with pytest.raises((RuntimeError, ValueError)) as caught:
+            model(torch.randn(shape))
+        errors.append((caught.type, str(caught.value)))
+    assert errors[0] == errors[1]
+
+
+@both_layouts
+def test_eps_zero_in_evaluation(layout: torch.memory_format) -> None:
+    found = []
+    for model in (m.eval().double() for m in pair("resnet18", num_classes=7)):
+        model.layer1[0].bn1.eps = 0.0
+        found.append(
+            results(model, torch.ones(2, 3, 64, 64, dtype=torch.float64).cumsum(2).to(memory_format=layout))
+        )
+    assert_equal(*found)
