@@ -266,7 +266,7 @@ BAD: dict[str, tuple[str, Callable[[Maker], Arguments], str]] = {
     "a norm of fewer channels": (
         "conv_stats",
         lambda m: ([m.activation(INPUTS), *m.norm(INPUTS - 1)], m.conv(OUTPUTS, INPUTS), *Window(), 1e-5, True),
-        "mean must be a contiguous vector of 8 channels",
+        "mean must be a vector of 8 channels",
     ),
     "a mask of fewer rows": (
         "folded_wgrad",
