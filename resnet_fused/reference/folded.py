@@ -18,11 +18,13 @@ from resnet_fused.reference.layout import dense, pack_mask, stored, widened
 
 
 def gram(c: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (K,) and biased covariance (K, K) of the channels of ``c`` over its pixels, in the statistics dtype."""
+    """Mean (K,) and biased covariance (K, K) of the channels of ``c`` over its pixels, in the statistics dtype; 0 where
+    there are none.
+    """
     rows = _rows(widened(c))
-    mean = rows.mean(0)
+    mean = rows.sum(0) if len(rows) == 0 else rows.mean(0)
     centred = rows - mean
-    return mean, centred.t() @ centred / len(rows)
+    return mean, centred.t() @ centred / max(len(rows), 1)
 
 
 def folded_add_relu(

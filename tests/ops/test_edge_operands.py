@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 import resnet_fused.reference as reference
+from resnet_fused.ops import PRIMITIVES
+from resnet_fused.ops._primitive import primitive
+from tests.ops import test_folded, test_passes
 from tests.ops.test_opcheck import KERNELS, OPS, STEMS, arguments, as_tuple, channels_last, contiguous, copied
 
 BOTH_LAYOUTS = pytest.mark.parametrize("layout", [contiguous, channels_last], ids=lambda f: f.__name__)
@@ -165,3 +168,63 @@ def test_scratch_memory_that_is_missing() -> None:
             print("MemoryError")
     """)
     assert printed.split() == ["MemoryError"]
+
+
+class OnGpu(Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("kind", [Tensor, OnGpu])
+def test_memory_of_a_gpu_that_is_missing(kind: type[Tensor]) -> None:
+    """What a native op says becomes the error that torch itself raises on a GPU, by whose type callers catch it."""
+    message = "lacks_memory: out of memory: tried to allocate 8 bytes. CUDA out of memory."
+
+    def fail(x: Tensor) -> Tensor:
+        raise RuntimeError(message)
+
+    if not hasattr(torch.ops.resnet_fused, "lacks_memory"):
+        test_memory_of_a_gpu_that_is_missing.op = primitive("lacks_memory(Tensor x) -> Tensor", fail, fail)  # type: ignore
+        PRIMITIVES.remove("lacks_memory")
+    with pytest.raises(RuntimeError, match=message) as error:
+        test_memory_of_a_gpu_that_is_missing.op(torch.ones(2).as_subclass(kind))  # type: ignore[attr-defined]
+    assert isinstance(error.value, torch.OutOfMemoryError) == (kind is OnGpu)
+
+
+@pytest.mark.parametrize("case", test_passes.CASES)
+def test_passes_without_images(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_passes, "IMAGES", 0)
+    test_passes.test_vendor_equals_reference(case, "odd")
+    test_passes.test_fakes_are_exact(case, torch.float64, "odd")
+
+
+@pytest.mark.parametrize("size", ["odd", "one_pixel", "one_row"])
+@pytest.mark.parametrize("case", [case for case in test_passes.CASES if case != "conv_stats-groups"])
+def test_passes_with_one_output(case: str, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mask has a row for each plane."""
+    monkeypatch.setattr(test_passes, "OUTPUTS", 1)
+    test_passes.test_vendor_equals_reference(case, size)
+    test_passes.test_fakes_are_exact(case, torch.float64, size)
+
+
+@pytest.mark.parametrize("shape", [(0, 11, 7, 3, 7, 13), (2, 1, 7, 3, 7, 13), (9, 1, 1, 1, 7, 13)], ids=str)
+@pytest.mark.parametrize("case", test_folded.CASES)
+def test_folded_passes_at_the_edge(
+    case: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without images, and with one output."""
+    monkeypatch.setitem(test_folded.SHAPES, "edge", shape)
+    test_folded.test_composition_equals_reference(case, "edge", "whole")
+
+
+@pytest.mark.parametrize("name", ["bn_relu", "bn_relu_backward_reduce", "batch_norm_stats"])
+def test_meta_tensors_beside_real_ones(name: str) -> None:
+    """One meta tensor is enough for the fake to run, whose result on the CPU nobody would have written."""
+    args = list(arguments(name, contiguous, torch.float32, True))
+    if name != "batch_norm_stats":
+        args[-1] = args[-1].to("meta")
+        with pytest.raises(ValueError, match=f"{name}: operands must be on one device, got cpu, meta"):
+            getattr(OPS, name)(*args)
+    args = [x.to("meta") if isinstance(x, Tensor) else x for x in args]
+    assert all(x.is_meta for x in as_tuple(getattr(OPS, name)(*args)))
