@@ -25,18 +25,21 @@ from resnet_fused.ops._operands import (
 )
 from resnet_fused.reference.layout import STATISTICS_DTYPES
 
+#: Where strides reach further, oneDNN's gradient of a convolution's input ends the process (torch 2.13, also in eager).
+_MOST_APART = 2**18
+
 
 def _convolved(
     op: str,
     x: Image,
-    conv: Tensor,
+    conv: MaybeTensor,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
 ) -> tuple[int, int, int, int]:
     """The shape of what ``conv`` makes of ``x``."""
-    if conv.dim() != 4:
+    if conv is None or conv.dim() != 4:
         refuse(op, "conv", "a weight (outputs, C / groups, kh, kw)", conv)
     if (
         len(stride) != 2
@@ -48,14 +51,11 @@ def _convolved(
         or not 0 < groups < MOST
     ):
         found = (*map(tuple, (stride, padding, dilation)), groups)
-        refuse(
-            op,
-            "geometry",
-            "two strides, paddings and dilations, and groups, as a convolution takes them",
-            found,
-        )
+        refuse(op, "geometry", "two strides, paddings and dilations of a convolution, and groups", found)
     outputs, _, down, across = conv.shape
     x.check_weight(op, "conv", conv, (outputs, x.channels // groups, down, across))
+    if max(stride) > 1 and max(stride) * max(x.channels, outputs, 16) >= _MOST_APART:
+        refuse(op, "stride", f"of fewer than {_MOST_APART} elements, channels of a pixel counted", stride)
     height = (x.height + 2 * padding[0] - dilation[0] * (down - 1) - 1) // stride[0] + 1
     width = (x.width + 2 * padding[1] - dilation[1] * (across - 1) - 1) // stride[1] + 1
     if (
@@ -273,6 +273,8 @@ def add_product_(out: Tensor, a: Tensor, matrix: Tensor, vector: Tensor) -> bool
     to.check_activation(op, "a", a, (to.count, x.channels, to.height, to.width))
     to.check_weight(op, "matrix", matrix, (to.channels, x.channels, 1, 1))
     to.check_vectors(op, "", ("vector",), (vector,), to.channels)
+    if vector is None:
+        refuse(op, "vector", "a vector", vector)
     return to.is_empty
 
 
@@ -291,32 +293,35 @@ def conv1x1_backward(dy: Tensor, x: Tensor, conv: Tensor, residual: MaybeTensor,
     return source.is_empty or (mask is not None and source.channels == 1)
 
 
-def _matrix(op: str, weight: Tensor) -> tuple[int, int]:
-    if weight.dim() != 2 or weight.dtype not in STATISTICS_DTYPES or weight.numel() == 0:
+def _matrix(op: str, weight: MaybeTensor) -> tuple[int, int]:
+    if weight is None or weight.dim() != 2 or weight.dtype not in STATISTICS_DTYPES or weight.numel() == 0:
         refuse(op, "weight", "a matrix (outputs, inputs) in a floating-point dtype", weight)
     return weight.shape[0], weight.shape[1]
 
 
 def _check_wide(
-    op: str, weight: Tensor, names: Sequence[str], operands: Fields, size: tuple[int, ...]
+    op: str, weight: Tensor, names: Sequence[str], operands: Fields, size: tuple[int, ...], optional: int = 0
 ) -> None:
-    """``operands``: vectors or matrices of ``size`` in the statistics dtype of ``weight``."""
+    """``operands``: vectors or matrices of ``size`` in the statistics dtype of ``weight``; the first may be None."""
     wide, device = STATISTICS_DTYPES[weight.dtype], device_of(weight)
-    for x in operands:
-        if x is not None and (
-            x.shape != size
-            or x.dtype is not wide
-            or not x.is_contiguous()
-            or (device is not None and x.get_device() != device)
-        ):
-            name = next(n for n, v in zip(names, operands, strict=True) if v is x)
-            refuse(op, name, f"contiguous {wide} of shape {size}, on the weight's device", x)
+    for i, x in enumerate(operands):
+        if x is None:
+            fits = i < optional
+        else:
+            fits = (
+                x.shape == size
+                and x.dtype is wide
+                and x.is_contiguous()
+                and (device is None or x.get_device() == device)
+            )
+        if not fits:
+            refuse(op, names[i], f"contiguous {wide} of shape {size}, on the weight's device", x)
 
 
 def fold_statistics(weight: Tensor, mean: Tensor, covariance: Tensor, shift: MaybeTensor, eps: float) -> bool:
     op = "fold_statistics"
     _, k = _matrix(op, weight)
-    _check_wide(op, weight, ("mean", "shift"), (mean, shift), (k,))
+    _check_wide(op, weight, ("shift", "mean"), (shift, mean), (k,), optional=1)
     _check_wide(op, weight, ("covariance",), (covariance,), (k, k))
     return False
 
@@ -335,7 +340,7 @@ def fold_gradients(
     op = "fold_gradients"
     n, k = _matrix(op, weight)
     of_outputs = (gamma, mean_y, invstd, sum_dz)
-    _check_wide(op, weight, ("gamma", "mean_y", "invstd", "sum_dz"), of_outputs, (n,))
+    _check_wide(op, weight, ("gamma", "mean_y", "invstd", "sum_dz"), of_outputs, (n,), optional=1)
     _check_wide(op, weight, ("product",), (product,), (n, k))
     if (mean is None) != (covariance is None):
         refuse(op, "covariance", "None where mean is, and nowhere else", covariance)
@@ -349,7 +354,7 @@ def fold_gradients(
 
 def rectified_mean(weight: Tensor, bias: Tensor) -> bool:
     op = "rectified_mean"
-    if weight.dim() != 1 or STATISTICS_DTYPES.get(weight.dtype) is not weight.dtype:
+    if weight is None or weight.dim() != 1 or STATISTICS_DTYPES.get(weight.dtype) is not weight.dtype:
         refuse(op, "weight", "a float32 or float64 vector", weight)
     _check_wide(op, weight, ("weight", "bias"), (weight, bias), tuple(weight.shape))
     return weight.numel() == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,18 +44,20 @@ def primitive(
     name = schema.partition("(")[0]
     qualified = f"resnet_fused::{name}"
     torch.library.define(qualified, schema.removeprefix(name), tags=(torch.Tag.pt2_compliant_tag,))
-    if check is not None:
-        if composition is not None:
-            composition = _checked(check, composition, reference)
-        reference = _checked(check, reference, reference)
+    handle = getattr(torch.ops.resnet_fused, name).default
+    needed = [i for i, x in enumerate(handle._schema.arguments) if isinstance(x.type, torch.TensorType)]
+    if check is None:
+        check = functools.partial(_needs_tensors, name, needed)
+    elif composition is not None:
+        composition = _checked(check, composition, reference)
+    reference = _checked(check, reference, reference)
     torch.library.impl(qualified, "CompositeExplicitAutograd", reference)
-    torch.library.register_fake(qualified, _on_one_device(name, fake))
+    torch.library.register_fake(qualified, _on_one_device(name, needed, fake))
     if composition is not None:
         torch.library.impl(qualified, ("cpu", "cuda"), composition)
         COMPOSITIONS[name] = composition
         if triton:
             TRITON.add(name)
-    handle = getattr(torch.ops.resnet_fused, name).default
     PRIMITIVES.append(name)
 
     def call(*args: Any) -> Any:
@@ -81,6 +83,13 @@ def _checked(
     return run
 
 
+def _needs_tensors(name: str, needed: Sequence[int], *args: Any) -> bool:
+    """The check of a reference whose native kernel has its own: the dispatcher takes None for any tensor."""
+    if any(args[i] is None for i in needed):
+        raise TypeError(f"{name}: expected tensors as operands {needed}, got None for one of them")
+    return True
+
+
 def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
     for x in args:
         if isinstance(x, Tensor):
@@ -89,7 +98,7 @@ def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(x)
 
 
-def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+def _on_one_device(name: str, needed: Sequence[int], fake: Callable[..., Any]) -> Callable[..., Any]:
     """A fake runs as soon as one operand is a meta tensor, and would give uninitialized results beside real ones."""
 
     @functools.wraps(fake)
@@ -97,6 +106,7 @@ def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
         devices = {str(x.device) for x in _tensors(args)}
         if len(devices) > 1:
             raise ValueError(f"{name}: operands must be on one device, got {', '.join(sorted(devices))}")
+        _needs_tensors(name, needed, *args)
         return fake(*args)
 
     return run
