@@ -228,3 +228,14 @@ def test_meta_tensors_beside_real_ones(name: str) -> None:
             getattr(OPS, name)(*args)
     args = [x.to("meta") if isinstance(x, Tensor) else x for x in args]
     assert all(x.is_meta for x in as_tuple(getattr(OPS, name)(*args)))
+
+
+@pytest.mark.parametrize("stride", [(1, 2**15), (2**31 - 1, 1)])
+def test_strides_that_end_a_process_in_onednn(stride: tuple[int, int]) -> None:
+    m = test_passes.Maker(torch.float32, (1, 1))
+    source, conv, padding = m.plain(), m.conv(test_passes.OUTPUTS, test_passes.INPUTS, 3), (1, 1)
+    with pytest.raises(ValueError, match="conv_stats: stride must be of fewer than 262144 elements"):
+        OPS.conv_stats(source, conv, stride, padding, (1, 1), 1, 1e-5, True)
+    dy = [m.activation(test_passes.OUTPUTS, (1, 1))]
+    with pytest.raises(ValueError, match="conv_backward: stride must be of fewer than 262144 elements"):
+        OPS.conv_backward(dy, source, conv, stride, padding, (1, 1), 1, None, None, (1, 1), [True, True])
