@@ -6,6 +6,8 @@ THREADS ?= 2
 RESULTS ?= build/bench.json
 # The Triton of torch 2.11, the oldest torch that is supported: kernels are compiled with it too.
 OLDEST_TRITON ?= 3.6.0
+# Of `make soak`.
+CASES ?= 5000
 # The interpreter, with the torch and Triton, of the machine with the GPU that `make gpu-bundle` compiles for.
 PYTHON312 ?= build/py312/bin/python
 
@@ -15,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 NATIVE := csrc tests/emulated_cuda
 
-.PHONY: demo test test-interpreter test-oldest-triton bench report lint format build gpu-bundle clean
+.PHONY: demo test test-interpreter test-oldest-triton soak bench report lint format build gpu-bundle clean
 
 demo: build
 	$(BIN)/python -m resnet_fused train --impl compare --data digits --out runs/demo --overwrite
@@ -25,10 +27,24 @@ test: build lint test-interpreter test-oldest-triton
 
 # Triton's interpreter has to be asked for before triton is imported.
 test-interpreter: build
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -m interpreter tests/kernels tests/test_plan.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -m interpreter tests/kernels tests/ops tests/test_plan.py
 
 test-oldest-triton: build build/triton-$(OLDEST_TRITON)
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(PYTEST) tests/kernels/test_ahead_of_time.py tests/kernels/test_code_generation.py
+
+# Ops with operands that do not fit, from a random seed, with csrc under AddressSanitizer: a copy of the package in
+# build/asan has an extension of its own. libstdc++ is loaded early too, so that exceptions are intercepted.
+soak: build
+	mkdir -p build/asan
+	rm -rf build/asan/csrc build/asan/resnet_fused build/asan/tests
+	cp -rp csrc resnet_fused tests setup.py pyproject.toml README.md LICENSE build/asan/
+	rm -f build/asan/resnet_fused/_C*.so
+	cd build/asan && RESNET_FUSED_BUILD=cpu CFLAGS='-fsanitize=address -fno-omit-frame-pointer' LDFLAGS=-fsanitize=address \
+		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	cd build/asan && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+		OMP_NUM_THREADS=$(THREADS) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 \
+		$(abspath $(BIN))/python -m tests.ops.ill_fitting --memory 0 --cases $(CASES) --log cases.log \
+		|| { tail -n 1 cases.log; exit 1; }
 
 # RESULTS=benchmarks/results/NAME.json keeps the figures; `make report` makes tables and pictures of what is there.
 bench: build

@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <exception>
+#include <mutex>
 #include <tuple>
 
 #include "bindings_common.h"
@@ -18,10 +20,19 @@ namespace cpu {
 
 int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
+// torch hands on that a task has failed, but not with what.
 void parallel_for(int64_t tasks, const std::function<void(int64_t)>& body) {
+  std::exception_ptr error;
+  std::mutex mutex;
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(i);
+    try {
+      for (int64_t i = begin; i < end; ++i) body(i);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      error = std::current_exception();
+    }
   });
+  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace cpu
@@ -29,9 +40,9 @@ void parallel_for(int64_t tasks, const std::function<void(int64_t)>& body) {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_stats(const Tensor& x_, double eps) {
-  const char* op = "batch_norm_stats";
+  Op op{"batch_norm_stats"};
   const Tensor x = dense(op, x_);
-  Tensor mean = new_vector(x), var = new_vector(x), invstd = new_vector(x);
+  Tensor mean = new_vector(op, x), var = new_vector(op, x), invstd = new_vector(op, x);
   const BatchNormStats params{
       x.const_data_ptr(), mean.mutable_data_ptr(), var.mutable_data_ptr(), invstd.mutable_data_ptr(), eps,
       matrix(x),          dtype_of(op, x)};
@@ -41,9 +52,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_stats(const Tensor& x_, double eps
 
 Tensor bn_relu(const Tensor& y_, const Tensor& mean, const Tensor& invstd, const OptionalTensor& weight,
                const OptionalTensor& bias, const OptionalTensor& shift) {
-  const char* op = "bn_relu";
+  Op op{"bn_relu"};
   const Tensor y = dense(op, y_);
-  Tensor out = new_like(y);
+  Tensor out = new_like(op, y);
   const BnRelu params{y.const_data_ptr(),
                       norm(op, y, mean, invstd, weight, bias),
                       vector(op, "shift", shift, y),
@@ -57,9 +68,9 @@ Tensor bn_relu(const Tensor& y_, const Tensor& mean, const Tensor& invstd, const
 std::tuple<Tensor, Tensor> bn_relu_backward_reduce(const Tensor& grad_, const Tensor& y_, const Tensor& mean,
                                                    const Tensor& invstd, const OptionalTensor& weight,
                                                    const OptionalTensor& bias) {
-  const char* op = "bn_relu_backward_reduce";
+  Op op{"bn_relu_backward_reduce"};
   const Tensor y = dense(op, y_), grad = like(op, "grad", grad_, y);
-  Tensor sum_dz = new_vector(y), sum_dz_xhat = new_vector(y);
+  Tensor sum_dz = new_vector(op, y), sum_dz_xhat = new_vector(op, y);
   const BnReluBackwardReduce params{grad.const_data_ptr(),
                                     y.const_data_ptr(),
                                     norm(op, y, mean, invstd, weight, bias),
@@ -74,9 +85,9 @@ std::tuple<Tensor, Tensor> bn_relu_backward_reduce(const Tensor& grad_, const Te
 Tensor bn_relu_backward(const Tensor& grad_, const Tensor& y_, const Tensor& mean, const Tensor& invstd,
                         const OptionalTensor& weight, const OptionalTensor& bias,
                         const OptionalTensor& sum_dz, const OptionalTensor& sum_dz_xhat) {
-  const char* op = "bn_relu_backward";
+  Op op{"bn_relu_backward"};
   const Tensor y = dense(op, y_), grad = like(op, "grad", grad_, y);
-  Tensor dy = new_like(y);
+  Tensor dy = new_like(op, y);
   const BnReluBackward params{grad.const_data_ptr(),
                               y.const_data_ptr(),
                               norm(op, y, mean, invstd, weight, bias),
@@ -88,7 +99,7 @@ Tensor bn_relu_backward(const Tensor& grad_, const Tensor& y_, const Tensor& mea
   return dy;
 }
 
-void run_bn_add_relu(const char* op, const Tensor& y, const Tensor& mean, const Tensor& invstd,
+void run_bn_add_relu(Op& op, const Tensor& y, const Tensor& mean, const Tensor& invstd,
                      const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& residual_,
                      const Tensor& out, const Tensor& mask) {
   const Tensor residual = like(op, "residual", residual_, y);
@@ -105,9 +116,9 @@ void run_bn_add_relu(const char* op, const Tensor& y, const Tensor& mean, const 
 std::tuple<Tensor, Tensor> bn_add_relu(const Tensor& y_, const Tensor& mean, const Tensor& invstd,
                                        const OptionalTensor& weight, const OptionalTensor& bias,
                                        const Tensor& residual) {
-  const char* op = "bn_add_relu";
+  Op op{"bn_add_relu"};
   const Tensor y = dense(op, y_);
-  Tensor out = new_like(y), mask = new_mask(y);
+  Tensor out = new_like(op, y), mask = new_mask(op, y);
   run_bn_add_relu(op, y, mean, invstd, weight, bias, residual, out, mask);
   return {out, mask};
 }
@@ -115,16 +126,16 @@ std::tuple<Tensor, Tensor> bn_add_relu(const Tensor& y_, const Tensor& mean, con
 void bn_add_relu_out(const Tensor& y, const Tensor& mean, const Tensor& invstd, const OptionalTensor& weight,
                      const OptionalTensor& bias, const Tensor& residual, const Tensor& out,
                      const Tensor& mask) {
-  const char* op = "bn_add_relu_out";
+  Op op{"bn_add_relu_out"};
   run_bn_add_relu(op, dense(op, y), mean, invstd, weight, bias, residual, out, mask);
 }
 
 std::tuple<Tensor, Tensor> bn_add_relu_backward_reduce(const Tensor& grad_, const Tensor& mask,
                                                        const Tensor& y_, const Tensor& mean,
                                                        const Tensor& invstd) {
-  const char* op = "bn_add_relu_backward_reduce";
+  Op op{"bn_add_relu_backward_reduce"};
   const Tensor y = dense(op, y_), grad = like(op, "grad", grad_, y);
-  Tensor sum_dz = new_vector(y), sum_dz_xhat = new_vector(y);
+  Tensor sum_dz = new_vector(op, y), sum_dz_xhat = new_vector(op, y);
   const BnAddReluBackwardReduce params{grad.const_data_ptr(),
                                        check_mask(op, mask, y),
                                        y.const_data_ptr(),
@@ -137,7 +148,7 @@ std::tuple<Tensor, Tensor> bn_add_relu_backward_reduce(const Tensor& grad_, cons
   return {sum_dz, sum_dz_xhat};
 }
 
-void run_bn_add_relu_backward(const char* op, const Tensor& grad_, const Tensor& mask, const Tensor& y,
+void run_bn_add_relu_backward(Op& op, const Tensor& grad_, const Tensor& mask, const Tensor& y,
                               const Tensor& mean, const Tensor& invstd, const OptionalTensor& weight,
                               const OptionalTensor& sum_dz, const OptionalTensor& sum_dz_xhat,
                               const Tensor& dy, void* dresidual) {
@@ -158,9 +169,9 @@ std::tuple<Tensor, Tensor> bn_add_relu_backward(const Tensor& grad, const Tensor
                                                 const Tensor& mean, const Tensor& invstd,
                                                 const OptionalTensor& weight, const OptionalTensor& sum_dz,
                                                 const OptionalTensor& sum_dz_xhat) {
-  const char* op = "bn_add_relu_backward";
+  Op op{"bn_add_relu_backward"};
   const Tensor y = dense(op, y_);
-  Tensor dy = new_like(y), dresidual = new_like(y);
+  Tensor dy = new_like(op, y), dresidual = new_like(op, y);
   run_bn_add_relu_backward(op, grad, mask, y, mean, invstd, weight, sum_dz, sum_dz_xhat, dy,
                            dresidual.mutable_data_ptr());
   return {dy, dresidual};
@@ -169,14 +180,14 @@ std::tuple<Tensor, Tensor> bn_add_relu_backward(const Tensor& grad, const Tensor
 Tensor bn_add_relu_backward_dy(const Tensor& grad, const Tensor& mask, const Tensor& y_, const Tensor& mean,
                                const Tensor& invstd, const OptionalTensor& weight,
                                const OptionalTensor& sum_dz, const OptionalTensor& sum_dz_xhat) {
-  const char* op = "bn_add_relu_backward_dy";
+  Op op{"bn_add_relu_backward_dy"};
   const Tensor y = dense(op, y_);
-  Tensor dy = new_like(y);
+  Tensor dy = new_like(op, y);
   run_bn_add_relu_backward(op, grad, mask, y, mean, invstd, weight, sum_dz, sum_dz_xhat, dy, nullptr);
   return dy;
 }
 
-void run_bn_bn_add_relu(const char* op, const Tensor& y, const Tensor& mean, const Tensor& invstd,
+void run_bn_bn_add_relu(Op& op, const Tensor& y, const Tensor& mean, const Tensor& invstd,
                         const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& skip_,
                         const Tensor& skip_mean, const Tensor& skip_invstd, const OptionalTensor& skip_weight,
                         const OptionalTensor& skip_bias, const Tensor& out, const Tensor& mask) {
@@ -197,9 +208,9 @@ std::tuple<Tensor, Tensor> bn_bn_add_relu(const Tensor& y_, const Tensor& mean, 
                                           const Tensor& skip, const Tensor& skip_mean,
                                           const Tensor& skip_invstd, const OptionalTensor& skip_weight,
                                           const OptionalTensor& skip_bias) {
-  const char* op = "bn_bn_add_relu";
+  Op op{"bn_bn_add_relu"};
   const Tensor y = dense(op, y_);
-  Tensor out = new_like(y), mask = new_mask(y);
+  Tensor out = new_like(op, y), mask = new_mask(op, y);
   run_bn_bn_add_relu(op, y, mean, invstd, weight, bias, skip, skip_mean, skip_invstd, skip_weight, skip_bias,
                      out, mask);
   return {out, mask};
@@ -209,7 +220,7 @@ void bn_bn_add_relu_out(const Tensor& y, const Tensor& mean, const Tensor& invst
                         const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& skip,
                         const Tensor& skip_mean, const Tensor& skip_invstd, const OptionalTensor& skip_weight,
                         const OptionalTensor& skip_bias, const Tensor& out, const Tensor& mask) {
-  const char* op = "bn_bn_add_relu_out";
+  Op op{"bn_bn_add_relu_out"};
   run_bn_bn_add_relu(op, dense(op, y), mean, invstd, weight, bias, skip, skip_mean, skip_invstd, skip_weight,
                      skip_bias, out, mask);
 }
@@ -219,9 +230,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_bn_add_relu_backward_reduce(const Tensor& 
                                                                   const Tensor& invstd, const Tensor& skip_,
                                                                   const Tensor& skip_mean,
                                                                   const Tensor& skip_invstd) {
-  const char* op = "bn_bn_add_relu_backward_reduce";
+  Op op{"bn_bn_add_relu_backward_reduce"};
   const Tensor y = dense(op, y_), grad = like(op, "grad", grad_, y), skip = like(op, "skip", skip_, y);
-  Tensor sum_dz = new_vector(y), sum_dz_xhat = new_vector(y), sum_dz_skip_xhat = new_vector(y);
+  Tensor sum_dz = new_vector(op, y), sum_dz_xhat = new_vector(op, y), sum_dz_skip_xhat = new_vector(op, y);
   const BnBnAddReluBackwardReduce params{grad.const_data_ptr(),
                                          check_mask(op, mask, y),
                                          y.const_data_ptr(),
@@ -245,9 +256,9 @@ std::tuple<Tensor, Tensor> bn_bn_add_relu_backward(const Tensor& grad_, const Te
                                                    const OptionalTensor& skip_weight,
                                                    const OptionalTensor& skip_sum_dz,
                                                    const OptionalTensor& sum_dz_skip_xhat) {
-  const char* op = "bn_bn_add_relu_backward";
+  Op op{"bn_bn_add_relu_backward"};
   const Tensor y = dense(op, y_), grad = like(op, "grad", grad_, y), skip = like(op, "skip", skip_, y);
-  Tensor dy = new_like(y), dskip = new_like(y);
+  Tensor dy = new_like(op, y), dskip = new_like(op, y);
   const BnBnAddReluBackward params{grad.const_data_ptr(),
                                    check_mask(op, mask, y),
                                    y.const_data_ptr(),
@@ -266,7 +277,7 @@ std::tuple<Tensor, Tensor> bn_bn_add_relu_backward(const Tensor& grad_, const Te
 
 void masked_grad(const Tensor& grad_, const Tensor& mask, const Tensor& out, bool accumulate,
                  const OptionalTensor& sum) {
-  const char* op = "masked_grad";
+  Op op{"masked_grad"};
   // The mask belongs to the layout of `out`, which is not copied.
   const Tensor y = dense(op, out), grad = like(op, "grad", grad_, y);
   double* total = nullptr;
@@ -285,17 +296,18 @@ void masked_grad(const Tensor& grad_, const Tensor& mask, const Tensor& out, boo
 
 Tensor fresh_like(const Tensor& x_, std::optional<int64_t> n, std::optional<int64_t> c,
                   std::optional<int64_t> h, std::optional<int64_t> w) {
-  const Tensor x = dense("fresh_like", x_);
+  const Op op{"fresh_like"};
+  const Tensor x = dense(op, x_);
   return new_activation(
-      x, {n.value_or(x.size(0)), c.value_or(x.size(1)), h.value_or(x.size(2)), w.value_or(x.size(3))},
+      op, x, {n.value_or(x.size(0)), c.value_or(x.size(1)), h.value_or(x.size(2)), w.value_or(x.size(3))},
       x.scalar_type());
 }
 
 std::tuple<Tensor, Tensor> bn_relu_maxpool(const Tensor& y_, const Tensor& mean, const Tensor& invstd,
                                            const OptionalTensor& weight, const OptionalTensor& bias) {
-  const char* op = "bn_relu_maxpool";
+  Op op{"bn_relu_maxpool"};
   const Tensor y = dense(op, y_);
-  Tensor out = new_pooled(y, y.scalar_type()), indices = new_pooled(y, ScalarType::Byte);
+  Tensor out = new_pooled(op, y, y.scalar_type()), indices = new_pooled(op, y, ScalarType::Byte);
   const BnReluMaxpool params{y.const_data_ptr(),
                              norm(op, y, mean, invstd, weight, bias),
                              out.mutable_data_ptr(),
@@ -309,10 +321,10 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool(const Tensor& y_, const Tensor& mean,
 std::tuple<Tensor, Tensor> bn_relu_maxpool_backward_reduce(const Tensor& grad_, const Tensor& indices_,
                                                            const Tensor& y_, const Tensor& mean,
                                                            const Tensor& invstd) {
-  const char* op = "bn_relu_maxpool_backward_reduce";
+  Op op{"bn_relu_maxpool_backward_reduce"};
   const Tensor y = dense(op, y_), grad = like_pooled(op, "grad", grad_, y, y.scalar_type()),
                indices = like_pooled(op, "indices", indices_, y, ScalarType::Byte);
-  Tensor sum_dz = new_vector(y), sum_dz_xhat = new_vector(y);
+  Tensor sum_dz = new_vector(op, y), sum_dz_xhat = new_vector(op, y);
   const BnReluMaxpoolBackwardReduce params{grad.const_data_ptr(),
                                            static_cast<const uint8_t*>(indices.const_data_ptr()),
                                            y.const_data_ptr(),
@@ -328,10 +340,10 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_backward_reduce(const Tensor& grad_, 
 Tensor bn_relu_maxpool_backward(const Tensor& grad_, const Tensor& indices_, const Tensor& y_,
                                 const Tensor& mean, const Tensor& invstd, const OptionalTensor& weight,
                                 const OptionalTensor& sum_dz, const OptionalTensor& sum_dz_xhat) {
-  const char* op = "bn_relu_maxpool_backward";
+  Op op{"bn_relu_maxpool_backward"};
   const Tensor y = dense(op, y_), grad = like_pooled(op, "grad", grad_, y, y.scalar_type()),
                indices = like_pooled(op, "indices", indices_, y, ScalarType::Byte);
-  Tensor dy = new_like(y);
+  Tensor dy = new_like(op, y);
   const BnReluMaxpoolBackward params{grad.const_data_ptr(),
                                      static_cast<const uint8_t*>(indices.const_data_ptr()),
                                      y.const_data_ptr(),

@@ -155,16 +155,17 @@ struct MaskedGrad {
 };
 
 // Max-pooling of relu(bn(y)) with a 3x3 window, stride 2, padding 1.
-// Output is H_out = (H-1)/2+1 by W_out = (W-1)/2+1. An index is kh*3+kw of the window's first maximum,
-// or kNoGradient where that maximum is not above zero.
+// Output is H_out = (H+1)/2 by W_out = (W+1)/2. An index is kh*3+kw of the window's first maximum,
+// or kNoGradient where that maximum is not above zero. It is the caller's in backward, so it may be any byte:
+// one that names no pixel of y counts as kNoGradient.
 constexpr uint8_t kNoGradient = 9;
 
 struct Image {
   int64_t batch, channels, height, width;
   bool channels_last;
 
-  int64_t pooled_height() const { return (height - 1) / 2 + 1; }
-  int64_t pooled_width() const { return (width - 1) / 2 + 1; }
+  int64_t pooled_height() const { return (height + 1) / 2; }
+  int64_t pooled_width() const { return (width + 1) / 2; }
 };
 
 struct BnReluMaxpool {

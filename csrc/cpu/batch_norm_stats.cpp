@@ -219,8 +219,8 @@ void batch_norm_stats(const BatchNormStats& op) {
       for (int64_t plane = c; plane < slots; plane += channels)
         moments.merge(lanes.at(plane, 0, runs.length));
     }
-    const double variance = moments.m2 / moments.count;  // 0 / 0 without values: no mean either
-    mean[c] = S(moments.count == 0 ? variance : moments.mean + moments.low);
+    const double variance = moments.count == 0 ? 0 : moments.m2 / moments.count;
+    mean[c] = S(moments.mean + moments.low);
     var[c] = S(variance);
     invstd[c] = S(1 / std::sqrt(variance + op.eps));
   }

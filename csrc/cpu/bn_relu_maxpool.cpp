@@ -8,8 +8,7 @@ namespace resnet_fused::cpu {
 namespace {
 
 PoolShape pool_shape(const Image& image) {
-  const bool empty = image.height == 0 || image.width == 0;
-  return {image.height, image.width, empty ? 0 : image.pooled_height(), empty ? 0 : image.pooled_width()};
+  return {image.height, image.width, image.pooled_height(), image.pooled_width()};
 }
 
 constexpr int kTaps = 9;
@@ -117,6 +116,11 @@ RESNET_FUSED_INLINE void reduce_row(const ReduceRow<T>& args) {
                     alignas(64) Lane<S> index[kBlock];
                     RESNET_FUSED_VECTOR
                     for (int i = 0; i < count; i++) index[i] = indices[i];
+                    for (int k = 0; k < kTaps; k++) {
+                      if (taps.code[k] == k) continue;
+                      RESNET_FUSED_VECTOR
+                      for (int i = 0; i < count; i++) index[i] = index[i] == k ? kNoGradient : index[i];
+                    }
                     RESNET_FUSED_VECTOR
                     for (int i = 0; i < count; i++) {
                       S y = 0;  // at most one tap is added
@@ -147,9 +151,12 @@ struct BackwardRow {
   bool batch_statistics;
 };
 
+// A place in a window that no byte names.
+constexpr int kNowhere = 256;
+
 // A pixel's windows along one axis: an even one lies in the middle of one, an odd one at the end of one and,
 // unless the image ends there, at the beginning of the next. `place` is the pixel's place in the window, or
-// one that matches none.
+// kNowhere.
 struct Windows {
   int count;
   int64_t at[2];
@@ -161,7 +168,7 @@ struct Windows {
     place[0] = pixel % 2 == 0 ? 1 : 2;
     const bool has_next = pixel % 2 == 1 && at[0] + 1 < pooled;
     at[1] = has_next ? at[0] + 1 : at[0];
-    place[1] = has_next ? 0 : kTaps;
+    place[1] = has_next ? 0 : kNowhere;
   }
 };
 
@@ -176,7 +183,7 @@ RESNET_FUSED_INLINE void backward_pixel(const BackwardRow<T>& args, const Window
   for (int w = 0; w < kWindows; w++) {
     const int r = w / columns.count, c = w % columns.count;
     at[w] = (rows.at[r] * args.shape.pooled_width + columns.at[c]) * panel.lanes;
-    code[w] = columns.place[c] == kTaps ? kTaps * kTaps : 3 * rows.place[r] + columns.place[c];
+    code[w] = 3 * rows.place[r] + columns.place[c];
   }
   for_each_block(panel.lanes, [&](int64_t lane, auto n) RESNET_FUSED_INLINED {
     const T* y = args.y + column * panel.lanes + lane;

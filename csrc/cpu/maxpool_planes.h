@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "element.h"
 
@@ -12,6 +13,11 @@ namespace resnet_fused::cpu {
 // (2r-1+kh, 2c-1+kw) of y, if there is one.
 struct PoolShape {
   int64_t height, width, pooled_height, pooled_width;
+
+  // As unsigned numbers, those before the first are beyond the last.
+  RESNET_FUSED_INLINE bool contains(int64_t row, int64_t column) const {
+    return uint64_t(row) < uint64_t(height) && uint64_t(column) < uint64_t(width);
+  }
 };
 
 template <class T>
@@ -83,15 +89,24 @@ RESNET_FUSED_INLINE void reduce_plane(const ReducePlane<T>& args) {
   const PoolShape shape = args.shape;
   for (int64_t row = 0; row < shape.pooled_height; row++) {
     S sum_dz = 0, sum_dz_centred = 0;
-    for (int64_t column = 0; column < shape.pooled_width; column++) {
+    const auto add = [&](int64_t column, auto at_border) RESNET_FUSED_INLINED {
       const int64_t at = row * shape.pooled_width + column;
       const int k = args.indices[at];
-      if (k >= kNoGradient) continue;
+      if (k >= kNoGradient) return;
+      const int64_t y_row = 2 * row - 1 + k / 3, y_column = 2 * column - 1 + k % 3;
+      if (at_border && !shape.contains(y_row, y_column)) return;
       const S dz = load(args.grad[at]);
-      const T y = args.y[(2 * row - 1 + k / 3) * shape.width + 2 * column - 1 + k % 3];
+      const T y = args.y[y_row * shape.width + y_column];
       sum_dz += dz;
       sum_dz_centred += dz * (load(y) - args.mean);
-    }
+    };
+    // Columns [1, last) of a row that is not at the border have windows inside of y.
+    const bool inside = row > 0 && 2 * row + 1 < shape.height;
+    const int64_t last = inside ? shape.width / 2 : 1;
+    add(0, std::true_type{});
+    for (int64_t column = 1; column < last; column++) add(column, std::false_type{});
+    for (int64_t column = last < 1 ? 1 : last; column < shape.pooled_width; column++)
+      add(column, std::true_type{});
     args.sums[0] += double(sum_dz);
     args.sums[1] += double(sum_dz_centred);
   }

@@ -52,7 +52,8 @@ struct Runs {
     length = channels_last ? shape.rows * shape.cols : shape.cols;
     mask_bytes = channels_last ? shape.rows * shape.mask_bytes_per_row() : shape.mask_bytes_per_row();
     // A mask row starts on a byte, so pixels are put side by side only where that leaves no gap.
-    const bool foldable = channels_last && channels < kPlaneLanes && (!has_mask || channels % 8 == 0);
+    const bool foldable =
+        channels_last && 0 < channels && channels < kPlaneLanes && (!has_mask || channels % 8 == 0);
     lanes = !channels_last ? std::min(kPlaneLanes, length)
             : foldable     ? kPlaneLanes / channels * channels
                            : channels;

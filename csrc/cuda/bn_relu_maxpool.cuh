@@ -21,6 +21,12 @@ struct PoolShape {
         width(static_cast<int>(y.width)),
         pooled_height(static_cast<int>(y.pooled_height())),
         pooled_width(static_cast<int>(y.pooled_width())) {}
+
+  // As unsigned numbers, those before the first are beyond the last.
+  __device__ bool contains(int row, int column) const {
+    return static_cast<unsigned>(row) < static_cast<unsigned>(height) &&
+           static_cast<unsigned>(column) < static_cast<unsigned>(width);
+  }
 };
 
 template <typename T>
@@ -143,6 +149,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<false>)
         for (int j = 0; j < kLanes; ++j) {
           const int ih = 2 * oh - 1 + static_cast<int>(index[j] / 3),
                     iw = 2 * ow - 1 + static_cast<int>(index[j] % 3);
+          if (!s.contains(ih, iw)) index[j] = kNoGradient;
           const bool selected = index[j] < kNoGradient && at.has(j);
           y[j] =
               selected ? widen(op.y[((image * s.height + ih) * s.width + iw) * s.channels + at[j]]) : mean[j];
@@ -174,8 +181,8 @@ __global__ void __launch_bounds__(kThreads)
         for (int ow = threadIdx.x; ow < s.pooled_width; ow += blockDim.x) {
           const int64_t pixel = (plane * s.pooled_height + oh) * s.pooled_width + ow;
           const int index = op.indices[pixel];
-          if (index >= kNoGradient) continue;
           const int ih = 2 * oh - 1 + index / 3, iw = 2 * ow - 1 + index % 3;
+          if (index >= kNoGradient || !s.contains(ih, iw)) continue;
           const S dz = widen(op.grad[pixel]);
           line_sums[0] += dz;
           line_sums[1] += dz * (widen(y[int64_t{ih} * s.width + iw]) - mean);

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from resnet_fused.backend import uses_reference
 
@@ -23,6 +25,7 @@ def primitive(
     fake: Callable[..., Any],
     composition: Callable[..., Any] | None = None,
     triton: bool = False,
+    check: Callable[..., bool] | None = None,
 ) -> Callable[..., Any]:
     """Defines ``resnet_fused::<schema>`` and returns the function that calls it.
 
@@ -35,21 +38,84 @@ def primitive(
         fake: the same results without data: shapes, dtypes and strides of the native kernel.
         composition: what runs on CPU and CUDA instead of a native kernel: vendor products and other primitives.
         triton: the composition chooses between those and a Triton kernel.
+        check: takes the arguments, raises where they do not fit, and returns whether only the reference knows such
+            arguments. Native kernels have theirs in csrc/bindings_common.h.
     """
     name = schema.partition("(")[0]
     qualified = f"resnet_fused::{name}"
     torch.library.define(qualified, schema.removeprefix(name), tags=(torch.Tag.pt2_compliant_tag,))
+    handle = getattr(torch.ops.resnet_fused, name).default
+    needed = [i for i, x in enumerate(handle._schema.arguments) if isinstance(x.type, torch.TensorType)]
+    if check is None:
+        check = functools.partial(_needs_tensors, name, needed)
+    elif composition is not None:
+        composition = _checked(check, composition, reference)
+    reference = _checked(check, reference, reference)
     torch.library.impl(qualified, "CompositeExplicitAutograd", reference)
-    torch.library.register_fake(qualified, fake)
+    torch.library.register_fake(qualified, _on_one_device(name, needed, fake))
     if composition is not None:
         torch.library.impl(qualified, ("cpu", "cuda"), composition)
         COMPOSITIONS[name] = composition
         if triton:
             TRITON.add(name)
-    handle = getattr(torch.ops.resnet_fused, name).default
     PRIMITIVES.append(name)
 
     def call(*args: Any) -> Any:
-        return reference(*args) if uses_reference() else handle(*args)
+        if uses_reference():
+            return reference(*args)
+        try:
+            return handle(*args)
+        except RuntimeError as error:
+            if _is_out_of_memory(error, args):
+                raise torch.OutOfMemoryError(str(error)) from error
+            raise
 
     return call
+
+
+def _checked(
+    check: Callable[..., bool], implementation: Callable[..., Any], reference: Callable[..., Any]
+) -> Callable[..., Any]:
+    @functools.wraps(implementation)
+    def run(*args: Any) -> Any:
+        return reference(*args) if check(*args) else implementation(*args)
+
+    return run
+
+
+def _needs_tensors(name: str, needed: Sequence[int], *args: Any) -> bool:
+    """The check of a reference whose native kernel has its own: the dispatcher takes None for any tensor."""
+    if any(args[i] is None for i in needed):
+        raise TypeError(f"{name}: expected tensors as operands {needed}, got None for one of them")
+    return True
+
+
+def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
+    for x in args:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            yield from _tensors(x)
+
+
+def _on_one_device(name: str, needed: Sequence[int], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """A fake runs as soon as one operand is a meta tensor, and would give uninitialized results beside real ones."""
+
+    @functools.wraps(fake)
+    def run(*args: Any) -> Any:
+        devices = {str(x.device) for x in _tensors(args)}
+        if len(devices) > 1:
+            raise ValueError(f"{name}: operands must be on one device, got {', '.join(sorted(devices))}")
+        _needs_tensors(name, needed, *args)
+        return fake(*args)
+
+    return run
+
+
+def _is_out_of_memory(error: RuntimeError, args: tuple[Any, ...]) -> bool:
+    """Whether a native op failed for memory of a GPU: through the stable ABI every error is a RuntimeError."""
+    return (
+        not isinstance(error, torch.OutOfMemoryError)
+        and "out of memory" in str(error)
+        and any(x.is_cuda for x in _tensors(args))
+    )

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from resnet_fused.ops import _checks
 from resnet_fused.ops._primitive import primitive
 from resnet_fused.ops.passes import kernels, runs_triton
 from resnet_fused.reference import folded as reference
@@ -27,6 +28,7 @@ fold_statistics = primitive(
     lambda weight, mean, *_: tuple(mean.new_empty(weight.shape[0]) for _ in range(4)),
     lambda weight, *rest: _by_triton("fold_statistics", weight, weight, *rest),
     triton=True,
+    check=_checks.fold_statistics,
 )
 
 
@@ -59,6 +61,7 @@ fold_gradients = primitive(
     _fake_fold_gradients,
     _fold_gradients,
     triton=True,
+    check=_checks.fold_gradients,
 )
 rectified_mean = primitive(
     "rectified_mean(Tensor weight, Tensor bias) -> Tensor",
@@ -66,4 +69,5 @@ rectified_mean = primitive(
     lambda weight, bias: weight.new_empty(weight.shape),
     lambda weight, bias: _by_triton("rectified_mean", weight, weight, bias),
     triton=True,
+    check=_checks.rectified_mean,
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from resnet_fused.ops import _checks
 from resnet_fused.ops._matmul import (
     accumulate,
     convolution_backward,
@@ -43,7 +44,9 @@ def fake_gram(c: Tensor) -> tuple[Tensor, Tensor]:
     return c.new_empty(channels, dtype=dtype), c.new_empty(channels, channels, dtype=dtype)
 
 
-gram = primitive("gram(Tensor c) -> (Tensor mean, Tensor covariance)", reference.gram, fake_gram, _gram)
+gram = primitive(
+    "gram(Tensor c) -> (Tensor mean, Tensor covariance)", reference.gram, fake_gram, _gram, check=_checks.gram
+)
 
 
 def _new_output(y: Tensor, conv: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -90,6 +93,7 @@ folded_add_relu = primitive(
     reference.folded_add_relu,
     lambda y, conv, *_: _new_output(y, conv),
     _folded_add_relu,
+    check=_checks.folded_add_relu,
 )
 
 
@@ -128,6 +132,7 @@ folded_backward = primitive(
     reference.folded_backward,
     lambda grad, mask, inputs, matrices: _new_results(grad, inputs, statistics_dtype(grad.dtype)),
     _folded_backward,
+    check=_checks.folded_backward,
 )
 
 
@@ -142,6 +147,7 @@ add_product_ = primitive(
     reference.add_product_,
     lambda *_: None,
     _add_product,
+    check=_checks.add_product_,
 )
 
 
@@ -196,4 +202,5 @@ conv1x1_backward = primitive(
     reference.conv1x1_backward,
     _new_gradients,
     _conv1x1_backward,
+    check=_checks.conv1x1_backward,
 )

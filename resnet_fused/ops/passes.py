@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backend import choice, why_not_triton
-from resnet_fused.ops import folded
+from resnet_fused.ops import _checks, folded
 from resnet_fused.ops._matmul import pieces as pieces_of
 from resnet_fused.ops._matmul import rows_in_piece, sum_of_inner, times_into
 from resnet_fused.ops._primitive import primitive
@@ -246,6 +246,7 @@ conv_stats = primitive(
     _fake_conv_stats,
     _conv_stats,
     triton=True,
+    check=_checks.conv_stats,
 )
 
 
@@ -274,6 +275,7 @@ gram_of = primitive(
     lambda source, every: folded.fake_gram(source[0]),
     _gram,
     triton=True,
+    check=_checks.gram_of,
 )
 
 
@@ -296,7 +298,8 @@ def _expand(
         return found
 
     outputs = a.x.shape[1] if conv is None else len(conv)
-    if not runs_triton(a.x) or a.x.numel() // a.x.shape[1] * outputs >= COUNTABLE:
+    large = max(a.x.numel() // a.x.shape[1] * outputs, skip.numel()) >= COUNTABLE
+    if not runs_triton(a.x) or large:
         return vendor()
     sizes = (
         *a.x.shape,
@@ -325,6 +328,7 @@ expand = primitive(
     _fake_expand,
     _expand,
     triton=True,
+    check=_checks.expand,
 )
 
 
@@ -343,7 +347,8 @@ def _folded_wgrad(
         second = nothing(grad, 1)[0] if other is None else product(other, skip_every)
         return product(a, every), second, sums
 
-    if not runs_triton(grad) or not runs_triton(a.x):
+    largest = max(a.x.numel(), 0 if other is None else other.x.numel())
+    if not runs_triton(grad) or largest >= COUNTABLE:
         return vendor()
     sizes = (
         *grad.shape,
@@ -374,6 +379,7 @@ folded_wgrad = primitive(
     _fake_folded_wgrad,
     _folded_wgrad,
     triton=True,
+    check=_checks.folded_wgrad,
 )
 
 
@@ -397,7 +403,8 @@ def _folded_dgrad(
             dskip = _vendor_input_gradient(dz, other, skip_every, *skip_factors)
         return da, dskip, *_sums_below(da, a)
 
-    if not runs_triton(grad) or not runs_triton(a.x):
+    largest = max(a.x.numel(), 0 if other is None else other.x.numel())
+    if not runs_triton(grad) or largest >= COUNTABLE:
         return vendor()
     flags = _given_of(a) + _given((*factors, *skip_factors))
     sizes = (*grad.shape, *a.x.shape, *every, *flags, *([] if other is None else other.x.shape), *skip_every)
@@ -462,6 +469,7 @@ folded_dgrad = primitive(
     _fake_folded_dgrad,
     _folded_dgrad,
     triton=True,
+    check=_checks.folded_dgrad,
 )
 
 
@@ -480,8 +488,8 @@ def _conv_backward(
 ) -> tuple[Tensor, ...]:
     given, a, geometry = gradient(dy), activation(source), window(stride, padding, dilation, groups)
     convolution = (stride, padding, dilation, groups)
-    triton = runs_triton(a.x, groups) and runs_triton(given.g)
-    if triton and _launches(a.x):  # once for both gradients
+    triton = runs_triton(a.x, groups) and given.g.numel() < COUNTABLE
+    if triton:  # once for both gradients
         given = kernels("reductions").with_slopes(given)
         a = kernels("reductions").with_terms(a)
 
@@ -557,4 +565,5 @@ conv_backward = primitive(
     _fake_conv_backward,
     _conv_backward,
     triton=True,
+    check=_checks.conv_backward,
 )

@@ -18,11 +18,13 @@ from resnet_fused.reference.layout import dense, pack_mask, stored, widened
 
 
 def gram(c: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (K,) and biased covariance (K, K) of the channels of ``c`` over its pixels, in the statistics dtype."""
+    """Mean (K,) and biased covariance (K, K) of the channels of ``c`` over its pixels, in the statistics dtype; 0 where
+    there are none.
+    """
     rows = _rows(widened(c))
-    mean = rows.mean(0)
+    mean = rows.sum(0) if len(rows) == 0 else rows.mean(0)
     centred = rows - mean
-    return mean, centred.t() @ centred / len(rows)
+    return mean, centred.t() @ centred / max(len(rows), 1)
 
 
 def folded_add_relu(
@@ -66,7 +68,7 @@ def folded_backward(
     """What backward takes from dz, the gradient behind the ReLU, for one or two folded convolutions.
 
     Args:
-        grad: (N, C, H, W), of the output of folded_add_relu; mask: its mask.
+        grad: (N, C, H, W), of the output of folded_add_relu; mask: its mask, in channels_last.
         inputs: c of each, (N, K, H, W).
         matrices: of each the transposed weight times the batch norm's scale, (K, C, 1, 1).
 
@@ -75,7 +77,8 @@ def folded_backward(
         products: of each Q = dz^T c, (C, K), statistics dtype.
         gradients: of each dz matrix^T, (N, K, H, W): the part of the gradient of c that needs no sums.
     """
-    dz = behind_relu(grad, mask, dense(grad))
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    dz = behind_relu(grad, mask, grad)
     rows = _rows(dz)
     products = [rows.t() @ _rows(widened(c)) for c in inputs]
     gradients = [
@@ -103,14 +106,15 @@ def conv1x1_backward(
     Args:
         dy: (N, K, H, W); x: (N, C, H, W); conv: (K, C, 1, 1).
         residual: (N, C, H, W), or None for none.
-        mask: residual counts where its bits are set; None: everywhere.
+        mask: residual counts where its bits are set, in channels_last; None: everywhere.
 
     Returns:
         dx: (N, C, H, W); dconv: (K, C), statistics dtype.
     """
     dx = _convolved(widened(dy), widened(conv).transpose(0, 1))
     if residual is not None:
-        dx = dx + (widened(residual) if mask is None else behind_relu(residual, mask, dense(residual)))
+        residual = residual.contiguous(memory_format=torch.channels_last)
+        dx = dx + (widened(residual) if mask is None else behind_relu(residual, mask, residual))
     return stored(dx, dense(x)), _rows(widened(dy)).t() @ _rows(widened(x))
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_STATISTICS_DTYPES = {
+#: The dtype of statistics, sums, per-channel vectors and arithmetic, by that of activations.
+STATISTICS_DTYPES = {
     torch.float64: torch.float64,
     torch.float32: torch.float32,
     torch.bfloat16: torch.float32,
@@ -23,9 +24,9 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     Raises:
         TypeError: ``dtype`` is not float32, float64, bfloat16 or float16.
     """
-    if dtype not in _STATISTICS_DTYPES:
+    if dtype not in STATISTICS_DTYPES:
         raise TypeError(f"expected float32, float64, bfloat16 or float16 activations, got {dtype}")
-    return _STATISTICS_DTYPES[dtype]
+    return STATISTICS_DTYPES[dtype]
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -133,7 +134,7 @@ def pack_mask(kept: Tensor, y: Tensor) -> Tensor:
     matrix = (kept.permute(0, 2, 3, 1) if by_pixels else kept).reshape(rows, cols)
     padded = torch.nn.functional.pad(matrix.to(torch.uint8), (0, -cols % 8))
     columns = padded.view(rows, (cols + 7) // 8, 8)
-    mask = columns[..., 0].clone()
+    mask = columns[..., 0].clone(memory_format=torch.contiguous_format)
     for bit in range(1, 8):
         mask |= columns[..., bit] << bit
     return mask

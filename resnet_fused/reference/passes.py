@@ -15,7 +15,7 @@ from resnet_fused.reference import folded
 from resnet_fused.reference.batch_norm_stats import batch_norm_stats
 from resnet_fused.reference.bn_add_relu import behind_relu
 from resnet_fused.reference.bn_relu import bn_relu_backward_reduce
-from resnet_fused.reference.layout import dense, fresh_like, statistics_dtype, widened
+from resnet_fused.reference.layout import dense, statistics_dtype, widened
 from resnet_fused.reference.operands import (
     Activation,
     Gradient,
@@ -67,8 +67,7 @@ def conv_stats(
     """
     a = activation(source).value()
     y = window(stride, padding, dilation, groups).convolve(a, conv)
-    y = y.contiguous(memory_format=torch.channels_last)
-    y = fresh_like(y).copy_(y)
+    y = _channels_last(y)
     if not measure:
         return y, *nothing(y, 4)
     mean, var, invstd = batch_norm_stats(y, eps)
@@ -100,7 +99,8 @@ def expand(
     assert mean is not None and invstd is not None
     a = activation(source).value()
     shortcut = seen(other, every), skip_conv, *skip_norm
-    return folded.folded_add_relu(a, conv, mean, invstd, weight, bias, *shortcut)  # type: ignore[arg-type]
+    out, mask = folded.folded_add_relu(a, conv, mean, invstd, weight, bias, *shortcut)  # type: ignore[arg-type]
+    return _channels_last(out), mask
 
 
 def folded_wgrad(
@@ -152,7 +152,7 @@ def folded_dgrad(
         da = F.conv2d(dz, widened(scaled).transpose(0, 1))
         if square is not None and vector is not None:
             da = da + F.conv2d(widened(seen(a.value(), every)), widened(square)) + vector.view(1, -1, 1, 1)
-        return fresh_like(grad, c=scaled.shape[1]).copy_(da)
+        return _channels_last(da.to(grad.dtype))
 
     a = activation(source)
     da = input_gradient(a, every, factors)
@@ -208,8 +208,7 @@ def wgrad(
     """The gradient of ``conv`` (given for its shape), channels_last, in the statistics dtype."""
     g, a = widened(gradient(dy).value()), widened(activation(source).value())
     geometry = (stride, padding, dilation, groups)
-    found: Tensor = conv2d_weight(a, conv.shape, g, *geometry)
-    return found.contiguous(memory_format=torch.channels_last)
+    return _channels_last(conv2d_weight(a, conv.shape, g, *geometry))
 
 
 def conv_backward(
@@ -250,3 +249,8 @@ def sums_below(da: Tensor, below: Activation) -> tuple[Tensor, ...]:
 def nothing(like: Tensor, count: int) -> tuple[Tensor, ...]:
     """Empty vectors, where an op always has as many results."""
     return tuple(like.new_empty(0, dtype=statistics_dtype(like.dtype)) for _ in range(count))
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """With exactly those strides, where others would do too: of a single channel, or without elements."""
+    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)

@@ -277,6 +277,18 @@ def check_bn_relu_maxpool(
 
     grad = device.activation(random(tuple(expected.shape)))
     dz = spread(grad.double(), indices, y.shape)
+    check_pooling_backward(device, y, grad, indices, norm, dz, None if frozen else random_sums(device, y))
+
+
+def check_pooling_backward(
+    device: Device,
+    y: Tensor,
+    grad: Tensor,
+    indices: Tensor,
+    norm: Norm,
+    dz: Value,
+    sums: tuple[Tensor, Tensor] | None,
+) -> None:
     statistics = [norm.mean, norm.invstd]
     reduced = device("bn_relu_maxpool_backward_reduce", [grad, indices, y, *statistics], y.shape, vectors=2)
     xhat = normalized(y.double(), norm)
@@ -285,7 +297,6 @@ def check_bn_relu_maxpool(
     ):
         expected_sum = Value(total.sum((0, 2, 3)), size_of.sum((0, 2, 3)))
         assert_rounds_to(actual, expected_sum, device.statistics, 16)
-    sums = None if frozen else random_sums(device, y)
     inputs = [grad, indices, y, *statistics, norm.weight, *both_sums(sums)]
     (dy,) = device("bn_relu_maxpool_backward", inputs, y.shape, like=1)
     assert_rounds_to(dy, input_gradient(dz, y.double(), norm, sums), device.statistics)
@@ -369,6 +380,18 @@ def test_nan_and_infinity(device: Device) -> None:
     )
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=0, equal_nan=True)
     assert indices.equal(taps)
+
+
+@pytest.mark.parametrize("size", [(2, 16, 1, 1), (3, 16, 2, 13), (2, 5, 4, 3), (1, 3, 45, 47)], ids=str)
+def test_pooling_indices_of_any_byte(device: Device, size: tuple[int, ...]) -> None:
+    """An index that names no pixel, because its window is cut off there or has no such element, has no gradient."""
+    y, norm = device.activation(random(size)), random_norm(device, size[1])
+    grad = device.activation(random((*size[:2], (size[2] + 1) // 2, (size[3] + 1) // 2)))
+    memory_format = torch.channels_last if device.channels_last else torch.contiguous_format
+    indices = torch.randint(0, 14, grad.shape, dtype=torch.uint8).contiguous(memory_format=memory_format)
+    indices[indices > 11] += 240
+    dz = spread(grad.double(), indices, y.shape, any_index=True)
+    check_pooling_backward(device, y, grad, indices, norm, dz, random_sums(device, y))
 
 
 def test_zeros_are_not_kept(device: Device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -42,16 +43,19 @@ LAYOUTS = [contiguous, channels_last, permuted, sliced]
 N, C, H, W = 2, 11, 5, 3
 
 
-def arguments(name: str, layout: Any, dtype: torch.dtype, affine: bool) -> tuple[Any, ...]:
+def arguments(
+    name: str, layout: Any, dtype: torch.dtype, affine: bool, shape: tuple[int, ...] = (N, C, H, W)
+) -> tuple[Any, ...]:
     """Arguments for a primitive, the results of its forward pass among them."""
+    batch, channels, *image = shape
 
-    def activation(size: tuple[int, int] = (H, W)) -> Tensor:
-        x: Tensor = layout(torch.randn(N, C, *size).to(dtype))
+    def activation(size: Sequence[int] = image) -> Tensor:
+        x: Tensor = layout(torch.randn(batch, channels, *size).to(dtype))
         return x
 
     def vectors(count: int) -> list[Tensor]:
         return [
-            torch.rand(C, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+            torch.rand(channels, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
             for _ in range(count)
         ]
 
@@ -75,7 +79,7 @@ def arguments(name: str, layout: Any, dtype: torch.dtype, affine: bool) -> tuple
         return (grad, *forward) if name.endswith("reduce") else (grad, *forward, *sums)
     if name == "masked_grad":
         out, mask = OPS.bn_add_relu(y, mean, invstd, weight, bias, skip)
-        return grad, mask, out, affine, torch.rand(C, dtype=torch.float64) if affine else None
+        return grad, mask, out, affine, torch.rand(channels, dtype=torch.float64) if affine else None
     if name.startswith("bn_add_relu"):
         forward = (y, mean, invstd, weight, bias, skip)
         if name == "bn_add_relu":
@@ -155,7 +159,7 @@ def test_masks_of_another_layout_are_refused() -> None:
     [
         (lambda a: (a[0][0], *a[1:]), "expected a 4-D activation"),
         (lambda a: (a[0].to(torch.int32), *a[1:]), "must be float32, float64, bfloat16 or float16"),
-        (lambda a: (a[0], a[1][:-1], *a[2:]), "mean must be a contiguous vector of 11 channels"),
+        (lambda a: (a[0], a[1][:-1], *a[2:]), "mean must be a vector of 11 channels"),
         (lambda a: (a[0], a[1], a[2].double(), *a[3:]), "invstd must be float64 for a float64"),
         (lambda a: (*a[:5], a[5][:, :, :-1]), "residual must have the shape"),
         (lambda a: (*a[:5], a[5].double()), "residual must have the activation's dtype"),

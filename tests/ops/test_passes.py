@@ -254,57 +254,58 @@ def test_float64_and_groups_are_left_to_the_vendor() -> None:
 
 #: What is wrong: primitive, its arguments, what the error says. Not what torch says of its own, which versions reword.
 BAD: dict[str, tuple[str, Callable[[Maker], Arguments], str]] = {
-    "no fields": ("conv_stats", lambda m: ([], m.conv(OUTPUTS, INPUTS), *Window(), 1e-5, True), "'x'"),
+    "no fields": ("conv_stats", lambda m: ([], m.conv(OUTPUTS, INPUTS), *Window(), 1e-5, True), "fields of"),
     "a field too many": (
-        "conv_stats", lambda m: ([*m.plain(), None], m.conv(OUTPUTS, INPUTS), *Window(), 1e-5, True), "arguments"
+        "conv_stats", lambda m: ([*m.plain(), None], m.conv(OUTPUTS, INPUTS), *Window(), 1e-5, True), "fields of"
     ),
     "too few arguments": ("conv_stats", lambda m: (m.source(), m.conv(OUTPUTS, INPUTS)), "stride"),
     "no distance": ("gram_of", lambda m: (m.source(), None), "every"),
     "a weight of other inputs": (
-        "conv_stats", lambda m: (m.plain(), m.conv(OUTPUTS, INPUTS + 1), *Window(), 1e-5, True), "channels"
+        "conv_stats", lambda m: (m.plain(), m.conv(OUTPUTS, INPUTS + 1), *Window(), 1e-5, True), "conv must be"
     ),
     "a norm of fewer channels": (
         "conv_stats",
         lambda m: ([m.activation(INPUTS), *m.norm(INPUTS - 1)], m.conv(OUTPUTS, INPUTS), *Window(), 1e-5, True),
-        "mean must be a contiguous vector of 8 channels",
+        "source.mean must be a contiguous torch.float32 vector of 8 channels",
     ),
     "a mask of fewer rows": (
         "folded_wgrad",
         lambda m: (*(x[i:] for i, x in enumerate(m.end())), m.source(), (1, 1), [], (1, 1)),
-        "mask must be",
+        "bits must be a contiguous torch.uint8 mask of shape",
     ),
     "a mask that is none": (
         "folded_dgrad",
         lambda m: (*(x.int() if i else x for i, x in enumerate(m.end())), m.factors(INPUTS), m.source(), (1, 1), [], [],
                    (1, 1)),
-        "mask must be",
+        "bits must be a contiguous torch.uint8 mask of shape",
     ),
     "a residual of other channels": (
         "conv_backward",
         lambda m: (m.gradient(NORMAL, 3, True), m.source(), m.conv(OUTPUTS, INPUTS, 3), *NORMAL,
                    m.activation(INPUTS + 1), None, (1, 1), BOTH),
-        "size",
+        "residual must be channels_last torch.float32 of shape",
     ),
     "a shortcut of other channels": (
         "expand",
         lambda m: (m.source(), m.conv(OUTPUTS, INPUTS), m.norm(OUTPUTS), m.activation(OTHERS), None, None, [None] * 4,
                    (1, 1)),
-        "residual must have the shape",
+        "skip must be of shape",
     ),
     "an input of other pixels": (
         "conv_backward",
         lambda m: (m.gradient(Window(), 1, True), m.source(INPUTS, (3, 3)), m.conv(OUTPUTS, INPUTS), *Window(), None,
                    None, (1, 1), [False, True]),
-        "dimension",
+        "dy.g must be torch.float32 of shape",
     ),
     "a covariance of fewer rows": (
-        "fold_statistics", lambda m: (*(x[i // 2 :] for i, x in enumerate(_statistics(m))), None, 1e-5), "shape"
+        "fold_statistics", lambda m: (*(x[i // 2 :] for i, x in enumerate(_statistics(m))), None, 1e-5), "contiguous"
     ),
     "a product of fewer columns": (
         "fold_gradients",
-        lambda m: (*(x[:, 1:] if i == 7 else x for i, x in enumerate(_fold_gradients(m, True, False))),), "size",
+        lambda m: (*(x[:, 1:] if i == 7 else x for i, x in enumerate(_fold_gradients(m, True, False))),),
+        "product must be contiguous",
     ),
-    "a shift of fewer channels": ("rectified_mean", lambda m: (m.vector(INPUTS), m.vector(INPUTS - 1)), "size"),
+    "a shift of fewer channels": ("rectified_mean", lambda m: (m.vector(INPUTS), m.vector(INPUTS - 1)), "bias must be"),
 }  # fmt: skip
 
 

@@ -1,0 +1,241 @@
+"""Operands at the edge of what fits: no elements, no channels, bytes and strides of the caller's, too little memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import resnet_fused.reference as reference
+from resnet_fused.ops import PRIMITIVES
+from resnet_fused.ops._primitive import primitive
+from tests.ops import test_folded, test_passes
+from tests.ops.test_opcheck import KERNELS, OPS, STEMS, arguments, as_tuple, channels_last, contiguous, copied
+
+BOTH_LAYOUTS = pytest.mark.parametrize("layout", [contiguous, channels_last], ids=lambda f: f.__name__)
+
+
+def run(script: str) -> str:
+    """What a script prints; a test fails where its process does not end as it should."""
+    start = "import torch, resnet_fused\nfrom torch import empty, rand, zeros\nOPS = torch.ops.resnet_fused\n"
+    command = [sys.executable, "-c", start + textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def of_reference(name: str) -> Callable[..., Any]:
+    found: Callable[..., Any] = getattr(
+        getattr(reference, next(s for s in STEMS if name.startswith(s))), name
+    )
+    return found
+
+
+def assert_equals_reference(name: str, args: tuple[Any, ...]) -> None:
+    """In results, and in arguments that are written to."""
+    ours, theirs = (
+        as_tuple(op(*copies)) + tuple(x for x in copies if isinstance(x, Tensor))
+        for op, copies in ((getattr(OPS, name), copied(args)), (of_reference(name), copied(args)))
+    )
+    for actual, expected in zip(ours, theirs, strict=True):
+        assert actual.shape == expected.shape and actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 5, 4), (2, 0, 5, 4), (2, 3, 0, 4), (2, 3, 5, 0), (0, 0, 0, 0), (1, 0, 1, 1)]
+)
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@BOTH_LAYOUTS
+@pytest.mark.parametrize("name", KERNELS)
+def test_without_elements(name: str, layout: Any, affine: bool, shape: tuple[int, ...]) -> None:
+    """Results are empty, sums and statistics zero, whichever dimension has no size."""
+    assert_equals_reference(name, arguments(name, layout, torch.float64, affine, shape))
+
+
+def test_without_channels_in_a_process_of_its_own() -> None:
+    """A division by zero channels ends a process."""
+    printed = run("""
+        for name in ("bn_relu", "bn_relu_maxpool"):
+            print(*getattr(resnet_fused.functional, name)(empty(1, 0, 1, 1), empty(0), empty(0)).shape)
+        print(*resnet_fused.functional.bn_add_relu(empty(1, 0, 1, 1), empty(1, 0, 1, 1), empty(0), empty(0)).shape)
+    """)
+    assert printed.split() == ["1", "0", "1", "1"] * 3
+
+
+@BOTH_LAYOUTS
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 13), (3, 4), (6, 6)])
+@pytest.mark.parametrize("name", ["bn_relu_maxpool_backward_reduce", "bn_relu_maxpool_backward"])
+def test_pooling_indices_of_any_byte(name: str, size: tuple[int, int], layout: Any) -> None:
+    """An index that names no pixel, because its window is cut off there or has no such element, has no gradient."""
+    args = arguments(name, layout, torch.float64, True, (5, 11, *size))
+    indices = args[1]
+    for values in (torch.randint(0, 10, indices.shape), torch.randint(0, 256, indices.shape)):
+        indices.copy_(values)
+        assert_equals_reference(name, args)
+
+
+def test_pooling_indices_outside_in_a_process_of_its_own() -> None:
+    """Window element 0 of the first pixels lies before y: read, it may end a process."""
+    printed = run("""
+        y, grad, vector = rand(5, 31, 2, 13), rand(5, 31, 1, 7), rand(31)
+        for _ in range(50):
+            sums = OPS.bn_relu_maxpool_backward_reduce(grad, zeros(5, 31, 1, 7, dtype=torch.uint8), y, vector, vector)
+        print(*(x.abs().max().item() for x in sums))
+    """)
+    assert printed.split() == ["0.0", "0.0"]
+
+
+@BOTH_LAYOUTS
+@pytest.mark.parametrize("name", KERNELS)
+def test_vectors_that_are_not_contiguous(name: str, layout: Any) -> None:
+    """Those of stacked ensembles are slices."""
+    args = arguments(name, layout, torch.float64, True)
+    sliced = tuple(
+        torch.stack([x, x + 1], -1)[..., 0]
+        if isinstance(x, Tensor) and x.dim() == 1 and name != "masked_grad"
+        else x
+        for x in args
+    )
+    ours, theirs = as_tuple(getattr(OPS, name)(*sliced)), as_tuple(getattr(OPS, name)(*args))
+    for actual, expected in zip(ours, theirs, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((2**40, 2**40), "more bytes than an address counts"),
+        ((2**62, 2), "more bytes than an address counts"),
+        ((-1, 1), "must not be negative"),
+        ((0, -(2**62)), "must not be negative"),
+    ],
+)
+def test_fresh_like_checks_sizes(sizes: tuple[int, int], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        OPS.fresh_like(torch.empty(1, 1, 1, 1), *sizes)
+
+
+def test_failed_allocations_say_so() -> None:
+    """What a caller that frees memory and tries again looks for: the word memory, and how much was asked for."""
+    printed = run("""
+        import resource
+        resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+        y, vector = rand(1, 8, 4, 4), rand(8)
+        large = rand(1).expand(1 << 14, 8, 128, 128)
+        for call in (
+            lambda: OPS.fresh_like(y, 1 << 20, 1 << 12, 1, 1),
+            lambda: OPS.bn_relu(large, vector, vector, None, None, None),
+            lambda: OPS.batch_norm_stats(large, 0.0),
+        ):
+            try:
+                call()
+            except RuntimeError as error:
+                print(str(error).splitlines()[0])
+        print("still works", OPS.bn_relu(y, vector, vector, None, None, None).numel())
+    """)
+    *errors, last = printed.splitlines()
+    assert last == "still works 128"
+    for error, op, size in zip(
+        errors, ("fresh_like", "bn_relu", "batch_norm_stats"), (34, 33, 33), strict=True
+    ):
+        assert error.startswith(f"{op}: out of memory: tried to allocate {1 << size} bytes")
+
+
+def test_scratch_memory_that_is_missing() -> None:
+    """A kernel's own buffers, here of three lines of an image for each thread, are allocated in its threads."""
+    printed = run("""
+        import resource
+        width = 1 << 24
+        y, vector = zeros(4, 1, 1, width, dtype=torch.float16), zeros(1)
+        grad, indices = zeros(4, 1, 1, width // 2, dtype=torch.float16), zeros(4, 1, 1, width // 2, dtype=torch.uint8)
+        torch.set_num_threads(2)
+        zeros(1 << 20).add_(1)  # starts the threads
+        with open("/proc/self/statm") as file:
+            mapped = int(file.read().split()[0]) * resource.getpagesize()
+        # The result fits into this, a buffer beside it does not.
+        limit = mapped + y.numel() * 2 + 12 * width // 2
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        try:
+            OPS.bn_relu_maxpool_backward(grad, indices, y, vector, vector, None, None, None)
+        except MemoryError as error:
+            print("MemoryError")
+    """)
+    assert printed.split() == ["MemoryError"]
+
+
+class OnGpu(Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("kind", [Tensor, OnGpu])
+def test_memory_of_a_gpu_that_is_missing(kind: type[Tensor]) -> None:
+    """What a native op says becomes the error that torch itself raises on a GPU, by whose type callers catch it."""
+    message = "lacks_memory: out of memory: tried to allocate 8 bytes. CUDA out of memory."
+
+    def fail(x: Tensor) -> Tensor:
+        raise RuntimeError(message)
+
+    if not hasattr(torch.ops.resnet_fused, "lacks_memory"):
+        test_memory_of_a_gpu_that_is_missing.op = primitive("lacks_memory(Tensor x) -> Tensor", fail, fail)  # type: ignore
+        PRIMITIVES.remove("lacks_memory")
+    with pytest.raises(RuntimeError, match=message) as error:
+        test_memory_of_a_gpu_that_is_missing.op(torch.ones(2).as_subclass(kind))  # type: ignore[attr-defined]
+    assert isinstance(error.value, torch.OutOfMemoryError) == (kind is OnGpu)
+
+
+@pytest.mark.parametrize("case", test_passes.CASES)
+def test_passes_without_images(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_passes, "IMAGES", 0)
+    test_passes.test_vendor_equals_reference(case, "odd")
+    test_passes.test_fakes_are_exact(case, torch.float64, "odd")
+
+
+@pytest.mark.parametrize("size", ["odd", "one_pixel", "one_row"])
+@pytest.mark.parametrize("case", [case for case in test_passes.CASES if case != "conv_stats-groups"])
+def test_passes_with_one_output(case: str, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mask has a row for each plane."""
+    monkeypatch.setattr(test_passes, "OUTPUTS", 1)
+    test_passes.test_vendor_equals_reference(case, size)
+    test_passes.test_fakes_are_exact(case, torch.float64, size)
+
+
+@pytest.mark.parametrize("shape", [(0, 11, 7, 3, 7, 13), (2, 1, 7, 3, 7, 13), (9, 1, 1, 1, 7, 13)], ids=str)
+@pytest.mark.parametrize("case", test_folded.CASES)
+def test_folded_passes_at_the_edge(
+    case: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without images, and with one output."""
+    monkeypatch.setitem(test_folded.SHAPES, "edge", shape)
+    test_folded.test_composition_equals_reference(case, "edge", "whole")
+
+
+@pytest.mark.parametrize("name", ["bn_relu", "bn_relu_backward_reduce", "batch_norm_stats"])
+def test_meta_tensors_beside_real_ones(name: str) -> None:
+    """One meta tensor is enough for the fake to run, whose result on the CPU nobody would have written."""
+    args = list(arguments(name, contiguous, torch.float32, True))
+    if name != "batch_norm_stats":
+        args[-1] = args[-1].to("meta")
+        with pytest.raises(ValueError, match=f"{name}: operands must be on one device, got cpu, meta"):
+            getattr(OPS, name)(*args)
+    args = [x.to("meta") if isinstance(x, Tensor) else x for x in args]
+    assert all(x.is_meta for x in as_tuple(getattr(OPS, name)(*args)))
+
+
+@pytest.mark.parametrize("stride", [(1, 2**15), (2**31 - 1, 1)])
+def test_strides_that_end_a_process_in_onednn(stride: tuple[int, int]) -> None:
+    m = test_passes.Maker(torch.float32, (1, 1))
+    source, conv, padding = m.plain(), m.conv(test_passes.OUTPUTS, test_passes.INPUTS, 3), (1, 1)
+    with pytest.raises(ValueError, match="conv_stats: stride must be of fewer than 262144 elements"):
+        OPS.conv_stats(source, conv, stride, padding, (1, 1), 1, 1e-5, True)
+    dy = [m.activation(test_passes.OUTPUTS, (1, 1))]
+    with pytest.raises(ValueError, match="conv_backward: stride must be of fewer than 262144 elements"):
+        OPS.conv_backward(dy, source, conv, stride, padding, (1, 1), 1, None, None, (1, 1), [True, True])
