@@ -113,6 +113,9 @@ def _check(y: Tensor, norm: Norm) -> None:
         raise ValueError(f"expected 4D input (got {y.dim()}D input)")
     if norm.training and len(y) * y.shape[2] * y.shape[3] == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
+    for name, value in zip(Norm._fields[:4], norm, strict=False):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor or None, got {type(value).__name__}")
     check_norm(norm, y.shape[1])
     for name in ("running_mean", "running_var", "weight", "bias"):
         vector = getattr(norm, name)

@@ -39,6 +39,7 @@ BUFFERS = (torch.zeros(C), torch.ones(C))
             "eps must be positive during training, but got 0.0",
         ),
         ((Y, *BUFFERS, None, None, False, 0.1, -1.0), ValueError, "eps must be non-negative, but got -1.0"),
+        ((Y, [0.0] * C, BUFFERS[1]), TypeError, "running_mean must be a tensor or None, got list"),
         ((Y, torch.zeros(3), torch.ones(3)), RuntimeError, "running_mean should contain 5 elements not 3"),
         ((Y, *BUFFERS, torch.ones(4)), RuntimeError, "weight should contain 5 elements not 4"),
         (
