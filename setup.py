@@ -84,7 +84,7 @@ def fitting_toolkit() -> Toolkit:
 
     cuda: str | None = torch.version.cuda
     if cuda is None:
-        raise NoToolkit(f"torch {torch.__version__} is a build without CUDA")
+        raise NoToolkit(f"torch {torch.__version__} has no CUDA support")
     installed = installed_cuda()
     if installed is not None and installed.partition(".")[0] != cuda.partition(".")[0]:
         raise NoToolkit(

@@ -70,7 +70,7 @@ def _why_not_loaded(error: ImportError) -> str:
     return (
         f"resnet_fused._C was built for CUDA and needs {library[0].rstrip(':')}, but torch {torch.__version__} is "
         f"{f'for CUDA {cuda}' if cuda else 'a build without CUDA'}: "
-        "build it against this torch with `pip install --no-build-isolation --force-reinstall --no-deps .`"
+        "build for this torch with `pip install --no-build-isolation --force-reinstall --no-deps .`"
     )
 
 

@@ -179,25 +179,28 @@ def table(summary: dict[str, Any]) -> str:
 
 def conclusion(summary: dict[str, Any]) -> str:
     """What was shown, in words."""
-    fused, reference = summary["fused"], summary["reference"]
     if summary["why_not_fused"] is not None:
         return f"Nothing ran fused, both columns are plain PyTorch: {summary['why_not_fused']}."
+    fused, reference = summary["fused"], summary["reference"]
     ours, theirs = fused["held_out_accuracy"], reference["held_out_accuracy"]
-    # Two standard errors of the difference: what two runs that differ in rounding alone may differ by.
-    chance = 2 * math.sqrt((ours * (1 - ours) + theirs * (1 - theirs)) / fused["held_out_images"])
-    apart = abs(ours - theirs)
+    images = fused["held_out_images"]
+    error = math.sqrt(
+        (ours * (1 - ours) + theirs * (1 - theirs)) / images
+    )  # standard error of the difference
+    same = abs(ours - theirs) <= 2 * error
     share = fused["held_for_backward_bytes"] / reference["held_for_backward_bytes"]
-    learned = "the same within chance" if apart <= chance else "more apart than by chance"
-    words = [
-        f"Trained on the same batches, fused and reference are {learned} in accuracy ({ours:.2%} and {theirs:.2%} "
-        f"held out; chance is up to {100 * chance:.2f} points), and fused holds {share:.2f}x the memory for backward."
-    ]
+    words = (
+        f"Shown: trained on the same batches, fused reaches {'the same' if same else 'another'} accuracy "
+        f"{'as' if same else 'than'} plain PyTorch ({ours:.2%} and {theirs:.2%} of {images} held-out images, "
+        f"{'within' if same else 'more than'} two standard errors{'' if same else ' apart'}), and holds {share:.2f}x "
+        "the memory for backward"
+    )
     size = summary["image_size"]
     if summary["timed_steps"]:
-        words.append(f"At {size}x{size} pixels it trains {summary['speedup']['median']:.2f}x as fast.")
+        words += f", at {summary['speedup']['median']:.2f}x the speed on images of {size}x{size}"
     if size < TYPICAL_SIZE:
-        words.append(
-            "That isn't the speed at the usual size: activations of such small images stay in the cache, where fusing "
-            f"saves little. `python -m resnet_fused bench` measures {TYPICAL_SIZE}x{TYPICAL_SIZE} pixels."
+        words += (
+            f". So small, their activations stay in the cache and fusion saves little time: for speed at "
+            f"{TYPICAL_SIZE}x{TYPICAL_SIZE} run `python -m resnet_fused bench`"
         )
-    return " ".join(words)
+    return f"{words}."

@@ -93,14 +93,13 @@ def _summary(accuracies: tuple[float, float], size: int = 32, speedup: float = 0
 def test_conclusion() -> None:
     same = compare.conclusion(_summary((0.98, 0.97)))
     assert (
-        "the same within chance in accuracy (98.00% and 97.00% held out; chance is up to 1.47 points)" in same
+        "reaches the same accuracy as plain PyTorch (98.00% and 97.00% of 900 held-out images, within" in same
     )
-    assert "holds 0.60x the memory for backward. At 32x32 pixels it trains 0.90x as fast. That isn't" in same
-    assert same.endswith("`python -m resnet_fused bench` measures 224x224 pixels.")
+    assert "holds 0.60x the memory for backward, at 0.90x the speed on images of 32x32. So small, " in same
+    assert same.endswith("for speed at 224x224 run `python -m resnet_fused bench`.")
     other = compare.conclusion(_summary((0.98, 0.96), size=224, speedup=1.2))
-    assert "more apart than by chance" in other and other.endswith(
-        "At 224x224 pixels it trains 1.20x as fast."
-    )
+    assert "another accuracy than plain PyTorch (98.00% and 96.00% of 900 held-out images, more than" in other
+    assert other.endswith("at 1.20x the speed on images of 224x224.")
 
 
 def _learner(name: str, size: int = 32) -> Learner:
