@@ -11,7 +11,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
+import setup
 from csrc.cuda_toolkit import NoToolkit, Toolkit, find_toolkit
 
 ROOT = Path(__file__).parents[1]
@@ -145,6 +147,25 @@ def test_the_newest_of_several_toolkits(tmp_path: Path) -> None:
         make_toolkit(tmp_path / f"cuda-{version}", version)
     assert find_toolkit("13.0", {}, NOWHERE, prefix=tmp_path).version == (13, 10)
     assert find_toolkit("12.6", {}, NOWHERE, prefix=tmp_path).version == (12, 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "cuda"), [("cuda: Optional[str] = '13.0'", "13.0"), ("cuda: Optional[str] = None", "")]
+)
+def test_the_torch_that_build_isolation_hides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, cuda: str
+) -> None:
+    """CUDA kernels for another major version than its own would keep the extension from loading."""
+    monkeypatch.setattr(setup.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert setup.installed_cuda() is None
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "version.py").write_text(
+        f"__version__ = '2.13.0'\ndebug = False\n{text}\nhip = None\n"
+    )
+    assert setup.installed_cuda() == cuda
+    monkeypatch.setattr(torch.version, "cuda", "99.1")
+    with pytest.raises(NoToolkit, match="builds for the installed one"):
+        setup.fitting_toolkit()
 
 
 @pytest.fixture
