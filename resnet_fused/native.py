@@ -105,7 +105,11 @@ def summary() -> str:
     """What the extension has, in one line."""
     if missing_reason is not None:
         return f"no kernels: {missing_reason}"
-    return "CPU and CUDA kernels" if has_cuda else f"CPU kernels only: {missing_cuda_reason}"
+    return (
+        "CPU and CUDA kernels"
+        if has_cuda
+        else f"CPU kernels only, {_build['missing'] or 'built without CUDA'}"
+    )
 
 
 def release_buffers() -> int:

@@ -168,6 +168,17 @@ def test_the_torch_that_build_isolation_hides(
         setup.fitting_toolkit()
 
 
+def test_a_torch_that_is_missing_or_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    with pytest.raises(
+        SystemExit, match=r"^resnet_fused needs torch >= 2\.11, and torch 2\.9\.1\+cpu is installed: run"
+    ):
+        setup.check_torch()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit, match=r"^resnet_fused builds against torch, .*, or install torch first$"):
+        setup.check_torch()
+
+
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
     """A copy of what is built, with an extension that compiles in a second."""
