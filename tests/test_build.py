@@ -218,10 +218,11 @@ def has_extension(root: Path) -> bool:
     return bool(list((root / "lib" / "resnet_fused").glob("_C.*.so")))
 
 
-@pytest.mark.parametrize(
-    "compiles",
-    ["echo 'unsupported compiler' >&2; exit 1", 'while [ "$1" != -o ]; do shift; done; touch "$2"'],
-)
+FAILS = "echo 'unsupported compiler' >&2; exit 1"
+MAKES_NO_OBJECT_FILE = 'while [ "$1" != -o ]; do shift; done; echo "no object file" > "$2"'
+
+
+@pytest.mark.parametrize("compiles", [FAILS, MAKES_NO_OBJECT_FILE], ids=["compiler", "linker"])
 def test_a_cuda_build_that_fails(sources: Path, tmp_path: Path, compiles: str) -> None:
     """In nvcc, or at the link: what is left is the CPU's, and the reason."""
     make_toolkit(tmp_path / "cuda", compiles=compiles)
