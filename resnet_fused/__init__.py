@@ -9,7 +9,7 @@ The front door: ten constructors with torchvision's names and arguments, ``expla
 
 from resnet_fused import functional, reference
 from resnet_fused._version import __version__
-from resnet_fused.backend import backend
+from resnet_fused.backend import backend, warn_unless_native
 from resnet_fused.cuda_graph import GraphedStep
 from resnet_fused.models import (
     BasicBlock,
@@ -27,6 +27,9 @@ from resnet_fused.models import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+
+warn_unless_native()
+del warn_unless_native
 
 __all__ = [
     "BasicBlock",

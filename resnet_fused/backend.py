@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -74,7 +75,7 @@ def why_not_native(device_type: str) -> str | None:
     if not native.is_loaded:
         return native.missing_reason
     if device_type == "cuda" and not native.has_cuda:
-        return "resnet_fused._C was built without CUDA: rebuild with nvcc on PATH and a CUDA build of torch"
+        return native.missing_cuda_reason
     if device_type not in ("cpu", "cuda"):
         return f"there are no kernels for {device_type} devices"
     return None
@@ -112,6 +113,30 @@ def why_not_fused(device_type: str) -> str | None:
     return None if uses_reference() else why_not_native(device_type)
 
 
+def warn_unless_native() -> None:
+    """Warns the importer of the package where nothing can run fused, unless that was asked for."""
+    if not (native.is_loaded or native.missing_on_request or uses_reference()):
+        message = f"resnet_fused runs plain PyTorch, nothing fused: {native.missing_reason}"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)  # the line that imports resnet_fused
+
+
+def why_plain(device_type: str) -> str | None:
+    """Why ops on a device type run in plain PyTorch; None when they run native kernels."""
+    return "forced by the backend setting" if uses_reference() else why_not_native(device_type)
+
+
+def summary(device_type: str) -> str:
+    """What runs on a device type, in one line: which kernels, or why plain PyTorch."""
+    if (reason := why_plain(device_type)) is not None:
+        return f"runs plain PyTorch, nothing fused: {reason}"
+    if device_type == "cpu":
+        return "runs fused: native CPU kernels"
+    without = why_not_triton(device_type)
+    return (
+        f"runs fused: CUDA {'and Triton kernels' if without is None else f'kernels, no Triton ({without})'}"
+    )
+
+
 def status() -> list[dict[str, str]]:
     """One row per op and device type: {op, device, implementation, reason}; reason is "" where nothing is missing.
 
@@ -123,7 +148,7 @@ def status() -> list[dict[str, str]]:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     rows = []
     for device in devices:
-        missing = "forced by the backend setting" if uses_reference() else why_not_native(device)
+        missing = why_plain(device)
         for op in _primitive.PRIMITIVES:
             implementation, reason = "native", missing
             if missing is not None:

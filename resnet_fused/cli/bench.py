@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from resnet_fused.backend import summary, why_plain
 from resnet_fused.cli import timing
 from resnet_fused.cli.distributed import from_environment, pick_device
 from resnet_fused.cli.errors import UserError, require
@@ -125,7 +126,8 @@ def bench(given: dict[str, Any]) -> None:
     case, device = settle(options)
     impls = [OURS, EAGER, *([COMPILED] if options.compile else [])]
     entrants = [Entrant(impl) for impl in impls]
-    print(headline(case, device), flush=True)
+    print(headline(case, device))
+    print(f"resnet_fused {summary(device.type)}", flush=True)
     stages = Stages()
     try:
         with empty_caches():
@@ -136,8 +138,12 @@ def bench(given: dict[str, Any]) -> None:
         raise Stopped(signal.SIGINT) from None
     finally:
         stages.close()
+    unfused = why_plain(device.type)
+    if unfused is not None:
+        ours = entrants[0]
+        ours.note = f"{ours.note and f'{ours.note}; '}plain PyTorch, nothing fused: {unfused}"
     rows = make_rows(entrants, case)
-    print(f"{table(entrants, case)}\n{verdict(entrants, case)}")
+    print(f"{table(entrants, case)}\n{verdict(entrants, case, unfused)}")
     head = header(device, time.monotonic() - begin, {})
     results = options.json or options.out / "bench.json"
     write_text(results, json.dumps({"header": head, "rows": rows}, indent=1) + "\n")
@@ -391,8 +397,10 @@ def shown(form: str, *values: float | None) -> str:
     return "-" if None in values else form.format(*values)
 
 
-def verdict(entrants: list[Entrant], case: Case) -> str:
-    """The result in one sentence."""
+def verdict(entrants: list[Entrant], case: Case, unfused: str | None = None) -> str:
+    """The result in one sentence. `unfused`: why nothing of resnet_fused could run fused."""
+    if unfused is not None:
+        return f"No speed-up is claimed: nothing ran fused, because {unfused}."
     speed, share = ratios(entrants, OURS, EAGER), share_of_memory(entrants, entrants[0])
     memory = "" if share is None else f" in {share:.2f}x its memory"
     if speed["median"] is None or speed["p20"] is None or speed["p80"] is None:

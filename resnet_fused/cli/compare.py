@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -12,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fused.backend import why_plain
 from resnet_fused.cli.data import Batches
 from resnet_fused.cli.files import write_text
 
 if TYPE_CHECKING:
     from resnet_fused.cli.learner import Learner
 
+TYPICAL_SIZE = 224  # pixels; activations of smaller images move less memory
 WARM_UP = 5  # steps at the start of the program that are not timed
 
 
@@ -80,7 +83,13 @@ def conclude(out: Path, title: str, learners: "Sequence[Learner]", batches: Batc
     """
     rows = {learner.name: measure(learner, batches) for learner in learners}
     fused, reference = (learner.progress.step_seconds for learner in learners)
-    summary: dict[str, Any] = {"title": title, "timed_steps": len(fused), **rows}
+    summary: dict[str, Any] = {
+        "title": title,
+        "why_not_fused": why_plain(learners[0].device.type),
+        "image_size": learners[0].settings.image_size,
+        "timed_steps": len(fused),
+        **rows,
+    }
     if fused:
         ratios = [r / f for f, r in zip(fused, reference, strict=True)]
         summary["speedup"] = spread(ratios)
@@ -88,7 +97,8 @@ def conclude(out: Path, title: str, learners: "Sequence[Learner]", batches: Batc
     if learners[0].world.main:
         write_text(out / "compare.json", json.dumps(summary, indent=2) + "\n")
         print(table(summary))
-        print(f"curves: {out / 'compare.png'}, table: {out / 'compare.json'}", flush=True)
+        print(f"curves: {out / 'compare.png'}, table: {out / 'compare.json'}")
+        print(conclusion(summary), flush=True)
 
 
 def measure(learner: "Learner", batches: Batches) -> dict[str, Any]:
@@ -101,6 +111,7 @@ def measure(learner: "Learner", batches: Batches) -> dict[str, Any]:
     held, peak = memory(learner, *learner.prepare((torch.zeros(shape, dtype=torch.uint8), labels)))
     images = settings.batch_size * learner.world.size
     return {
+        "label": learner.label,
         "images_per_second": spread([images / seconds for seconds in progress.step_seconds]),
         "held_for_backward_bytes": held,
         "peak_step_bytes": peak,
@@ -120,13 +131,15 @@ def spread(values: list[float]) -> dict[str, float] | None:
 def table(summary: dict[str, Any]) -> str:
     """The summary as text."""
     fused, reference = summary["fused"], summary["reference"]
-    lines: list[tuple[str, ...]] = [("", "fused", "reference", "fused against reference")]
+    labels = fused["label"], reference["label"]
+    lines: list[tuple[str, ...]] = [("", *labels, " against ".join(labels))]
+    size = f"{summary['image_size']}x{summary['image_size']}"
     speed = [row["images_per_second"] for row in (fused, reference)]
     if summary["timed_steps"]:
         gain = summary["speedup"]
         lines.append(
             (
-                "img/s, median of steps",
+                f"img/s at {size}, median of steps",
                 *(f"{s['median']:.1f}" for s in speed),
                 f"{gain['median']:.3f}x (paired steps)",
             )
@@ -139,7 +152,7 @@ def table(summary: dict[str, Any]) -> str:
             )
         )
     else:
-        lines.append(("img/s", "-", "-", f"the first {WARM_UP} steps are not timed"))
+        lines.append((f"img/s at {size}", "-", "-", f"the first {WARM_UP} steps are not timed"))
     for key, label in (
         ("held_for_backward_bytes", "memory held for backward"),
         ("peak_step_bytes", "peak memory of a step"),
@@ -162,3 +175,32 @@ def table(summary: dict[str, Any]) -> str:
     counts = f"{summary['timed_steps']} timed steps, {fused['held_out_images']} held-out images"
     head = f"{summary['title']}\n{counts}"
     return "\n".join([head, rule, body[0], rule, *body[1:], rule])
+
+
+def conclusion(summary: dict[str, Any]) -> str:
+    """What was shown, in words."""
+    if summary["why_not_fused"] is not None:
+        return f"Nothing ran fused, both columns are plain PyTorch: {summary['why_not_fused']}."
+    fused, reference = summary["fused"], summary["reference"]
+    ours, theirs = fused["held_out_accuracy"], reference["held_out_accuracy"]
+    images = fused["held_out_images"]
+    error = math.sqrt(
+        (ours * (1 - ours) + theirs * (1 - theirs)) / images
+    )  # standard error of the difference
+    same = abs(ours - theirs) <= 2 * error
+    share = fused["held_for_backward_bytes"] / reference["held_for_backward_bytes"]
+    words = (
+        f"Shown: trained on the same batches, fused reaches {'the same' if same else 'another'} accuracy "
+        f"{'as' if same else 'than'} plain PyTorch ({ours:.2%} and {theirs:.2%} of {images} held-out images, "
+        f"{'within' if same else 'more than'} two standard errors{'' if same else ' apart'}), and holds {share:.2f}x "
+        "the memory for backward"
+    )
+    size = summary["image_size"]
+    if summary["timed_steps"]:
+        words += f", at {summary['speedup']['median']:.2f}x the speed on images of {size}x{size}"
+    if size < TYPICAL_SIZE:
+        words += (
+            f". So small, their activations stay in the cache and fusion saves little time: for speed at "
+            f"{TYPICAL_SIZE}x{TYPICAL_SIZE} run `python -m resnet_fused bench`"
+        )
+    return f"{words}."

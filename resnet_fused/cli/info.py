@@ -50,6 +50,7 @@ def versions() -> list[tuple[str, str]]:
         ("torch", torch.__version__),
         ("triton", triton),
         ("CUDA of torch", torch.version.cuda or "none"),
+        ("extension", importlib.import_module("resnet_fused.native").summary()),
     ]
 
 

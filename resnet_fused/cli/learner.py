@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet_fused import GraphedStep
+from resnet_fused.backend import why_plain
 from resnet_fused.cli import checkpoint
 from resnet_fused.cli.data import Batch, Source
 from resnet_fused.cli.distributed import World
@@ -80,6 +81,7 @@ class Learner:
 
     Attributes:
         name: `fused` or `reference`.
+        label: the name to show: `unfused` where nothing of `fused` can run fused.
         model: the bare model; its `state_dict` is what checkpoints hold.
         progress: where it stands.
         captures: whether steps are replayed as a CUDA graph.
@@ -89,6 +91,7 @@ class Learner:
         self, name: str, settings: Settings, source: Source, steps: int, device: torch.device, world: World
     ) -> None:
         self.name = name
+        self.label = "unfused" if name == "fused" and why_plain(device.type) is not None else name
         self.settings = settings
         self.source = source
         self.steps_per_epoch = steps
@@ -181,7 +184,7 @@ class Learner:
             step = self.progress.step - len(losses) + 1 + bad
             instead = "" if self.settings.precision == "fp32" else " or --precision fp32"
             raise UserError(
-                f"the loss of the {self.name} model is {losses[bad]} at epoch {self.progress.epoch + 1}, "
+                f"the loss of the {self.label} model is {losses[bad]} at epoch {self.progress.epoch + 1}, "
                 f"step {step}: training stopped, the last checkpoint is untouched; "
                 f"try a lower --lr (it is {self.settings.lr:g}){instead}"
             )

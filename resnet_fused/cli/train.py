@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from resnet_fused.backend import summary
 from resnet_fused.cli import checkpoint, compare
 from resnet_fused.cli.data import Batch, Batches, open_source
 from resnet_fused.cli.distributed import World, from_environment, pick_device, process_group
@@ -175,6 +176,8 @@ class Run:
                 make_folder(self.folder(learner))
                 self.keep_best(learner)
             print(self.headline(), flush=True)
+            if self.learners[0].name == "fused":
+                print(f"resnet_fused {summary(self.device.type)}", flush=True)
         self.bar = require("tqdm").tqdm(
             total=self.total,
             initial=self.steps_done,
@@ -286,7 +289,7 @@ class Run:
         self.drawn = time.monotonic()
         if self.world.main:
             name = "compare.png" if self.comparing else "curves.png"
-            runs = {learner.name: learner.progress for learner in self.learners}
+            runs = {learner.label: learner.progress for learner in self.learners}
             plot_curves(self.invocation.folder / name, runs, self.headline())
 
     def finish(self) -> None:
@@ -306,11 +309,12 @@ class Run:
 
     def prefix(self, learner: Learner) -> str:
         """Before a line about one of two learners."""
-        return f"{learner.name:<9}  " if self.comparing else ""
+        return f"{learner.label:<9}  " if self.comparing else ""
 
     def headline(self) -> str:
         """The run in one line."""
         s = self.settings
+        what = s.impl if self.comparing else self.learners[0].label
         where = (
             torch.cuda.get_device_name(self.device)
             if self.device.type == "cuda"
@@ -318,7 +322,7 @@ class Run:
         )
         many = f" x {self.world.size} processes" if self.world.size > 1 else ""
         return (
-            f"{s.arch}, {s.impl}, {s.data} at {s.image_size}x{s.image_size}, batch {s.batch_size}{many}, "
+            f"{s.arch}, {what}, {s.data} at {s.image_size}x{s.image_size}, batch {s.batch_size}{many}, "
             f"{s.precision}{', channels_last' if s.channels_last else ''}"
             f"{', CUDA graph' if self.learners[0].captures else ''}, {self.device.type} ({where})"
         )

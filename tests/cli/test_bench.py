@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import resnet_fused
+from resnet_fused import native
+from resnet_fused.backend import summary
 from resnet_fused.cli import bench, probe, steps, timing
 from resnet_fused.cli.main import main
 from resnet_fused.cli.steps import COMPILED, EAGER, OURS, Case
@@ -60,6 +62,7 @@ def test_end_to_end_without_a_compiler(cli: Cli, tmp_path: Path, monkeypatch: py
     assert result.code == 0, result.err
     assert result.err == "" and os.environ == before
     assert "resnet18 in training, batch 4 at 32x32, fp32, channels_last" in result.out
+    assert f"resnet_fused {summary('cpu')}" in result.out.splitlines()
     found = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert found["header"].keys() == HEADER.keys()
     assert all(isinstance(found["header"][name], kind) for name, kind in HEADER.items())
@@ -140,6 +143,18 @@ def test_a_wrong_gradient_is_no_speed_up(cli: Cli, tmp_path: Path, monkeypatch: 
     assert not ours["checked"] and ours["note"] and ours["median_ms"] > 0
     assert eager["checked"] and eager["ratio"] is None
     assert not (tmp_path / "out" / "bench.json").exists()
+
+
+@pytest.mark.usefixtures("no_probes")
+def test_what_is_not_fused_is_no_speed_up(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "is_loaded", False)
+    monkeypatch.setattr(native, "missing_reason", "the extension is on holiday")
+    result = cli("bench", *SMALL, "--no-compile", "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+    reason = "plain PyTorch, nothing fused: the extension is on holiday"
+    assert f"resnet_fused runs {reason}" in result.out.splitlines()
+    assert "because the extension is on holiday." in result.out and "x as fast" not in result.out
+    assert json.loads((tmp_path / "out" / "bench.json").read_text())["rows"][0]["note"] == reason
 
 
 def test_check_accepts_what_is_right() -> None:

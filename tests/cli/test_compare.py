@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import resnet_fused
+from resnet_fused import native
+from resnet_fused.backend import summary
 from resnet_fused.cli import compare
 from resnet_fused.cli.compare import spread, timed_steps
 from resnet_fused.cli.data import open_source
@@ -23,14 +28,17 @@ def test_table_and_picture(train: Cli, tmp_path: Path) -> None:
     assert result.code == 0, result.err
     out = tmp_path / "out"
     for words in (
-        "img/s, median of steps",
+        "img/s at 16x16, median of steps",
+        "against reference",
         "paired steps",
         "memory held for backward",
         "held-out accuracy",
         "points",
     ):
         assert words in result.out
+    assert f"resnet_fused {summary('cpu')}" in result.out.splitlines()
     table = json.loads((out / "compare.json").read_text())
+    assert result.out.splitlines()[-1] == compare.conclusion(table)
     assert table["timed_steps"] == 3 * 4 - compare.WARM_UP
     for name in ("fused", "reference"):
         row, progress = table[name], load(out / name / "last.pt")["progress"]
@@ -48,6 +56,50 @@ def test_few_steps_still_end_with_a_table(train: Cli, tmp_path: Path) -> None:
     assert result.code == 0
     assert "not timed" in result.out and "held-out accuracy" in result.out
     assert json.loads((tmp_path / "out" / "compare.json").read_text())["timed_steps"] == 0
+
+
+def test_what_is_not_fused_is_not_called_so(
+    train: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "is_loaded", False)
+    monkeypatch.setattr(native, "missing_reason", "the extension is on holiday")
+    result = train("--impl", "compare", "--max-steps", 2)
+    assert result.code == 0, result.err
+    lines = result.out.splitlines()
+    assert "resnet_fused runs plain PyTorch, nothing fused: the extension is on holiday" in lines
+    assert any(re.search(r" unfused +reference +unfused against reference$", line) for line in lines)
+    assert lines[-1] == "Nothing ran fused, both columns are plain PyTorch: the extension is on holiday."
+    with_backend = tmp_path / "backend"
+    with resnet_fused.backend("reference"):
+        result = train("--max-steps", 1, out="backend")
+    assert result.out.startswith("resnet18, unfused, ") and with_backend.is_dir()
+    assert "resnet_fused runs plain PyTorch, nothing fused: forced by the backend setting" in result.out
+
+
+def _summary(accuracies: tuple[float, float], size: int = 32, speedup: float = 0.9) -> dict[str, Any]:
+    rows = {
+        name: {"held_out_accuracy": accuracy, "held_out_images": 900, "held_for_backward_bytes": held}
+        for name, accuracy, held in zip(("fused", "reference"), accuracies, (60, 100), strict=True)
+    }
+    return {
+        "why_not_fused": None,
+        "image_size": size,
+        "timed_steps": 9,
+        "speedup": {"median": speedup},
+        **rows,
+    }
+
+
+def test_conclusion() -> None:
+    same = compare.conclusion(_summary((0.98, 0.97)))
+    assert (
+        "reaches the same accuracy as plain PyTorch (98.00% and 97.00% of 900 held-out images, within" in same
+    )
+    assert "holds 0.60x the memory for backward, at 0.90x the speed on images of 32x32. So small, " in same
+    assert same.endswith("for speed at 224x224 run `python -m resnet_fused bench`.")
+    other = compare.conclusion(_summary((0.98, 0.96), size=224, speedup=1.2))
+    assert "another accuracy than plain PyTorch (98.00% and 96.00% of 900 held-out images, more than" in other
+    assert other.endswith("at 1.20x the speed on images of 224x224.")
 
 
 def _learner(name: str, size: int = 32) -> Learner:
