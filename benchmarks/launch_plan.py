@@ -90,6 +90,7 @@ SMALL = (
         ("_foreach_lerp_", "_foreach_mul", "_foreach_add_", "mul"),
     ),
     ("gradients of weights in the weights' dtype", ("_to_copy",)),
+    ("a second copy of the bias gradient that both branches of a block have", ("clone",)),
     ("the stem's two reductions", ("batch_norm_stats merge", "bn_relu_maxpool_backward_reduce merge")),
 )
 

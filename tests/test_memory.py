@@ -178,7 +178,7 @@ class Shape:
     """A block, and the sizes of what it keeps and makes.
 
     ``forward``, ``backward``: allocations of at least the output's size. ``kept``: elements of each large saved tensor.
-    ``small``: elements of all vectors and covariances together.
+    ``small``: elements of all vectors and covariances together: statistics, biases behind a ReLU, covariances.
     """
 
     kind: str
@@ -202,7 +202,7 @@ BLOCKS = {
         forward=1,
         backward=1,
         kept=(8 * 256 * P, 8 * 64 * P, 8 * 64 * P),
-        small=2 * (64 + 64 + 256) + 2 * 64 + 64 * 64,
+        small=2 * (64 + 64 + 256) + (64 + 64) + 2 * 64 + 64 * 64,
     ),
     # dx has a quarter of the output's channels.
     "downsample": Shape(
@@ -210,7 +210,7 @@ BLOCKS = {
         forward=1,
         backward=0,
         kept=(8 * 64 * P, 8 * 64 * P, 8 * 64 * P),
-        small=2 * (64 + 64 + 256 + 256) + 2 * (2 * 64 + 64 * 64),
+        small=2 * (64 + 64 + 256 + 256) + (64 + 64) + 2 * (2 * 64 + 64 * 64),
     ),
     # The 3x3 has the stride: y1 and a1 are as large as the output; backward: a1, da1, dy1 and dx.
     "downsample_stride": Shape(
@@ -218,7 +218,7 @@ BLOCKS = {
         forward=3,
         backward=4,
         kept=(8 * 256 * P, 8 * 128 * P, 8 * 128 * Q),
-        small=2 * (128 + 128 + 512 + 512) + (2 * 128 + 128 * 128) + (2 * 256 + 256 * 256),
+        small=2 * (128 + 128 + 512 + 512) + (128 + 128) + (2 * 128 + 128 * 128) + (2 * 256 + 256 * 256),
     ),
     # Forward: y1, a1, y2, the output. Backward: dy2, a1, da1, dy1, dx.
     "basic": Shape(
@@ -226,7 +226,7 @@ BLOCKS = {
         forward=4,
         backward=5,
         kept=(16 * 64 * P, 16 * 64 * P, 16 * 64 * P),
-        small=2 * (64 + 64),
+        small=2 * (64 + 64) + 64,
     ),
     # The same; the shortcut is folded and what it sees is half as large.
     "basic_downsample_stride": Shape(
@@ -234,7 +234,7 @@ BLOCKS = {
         forward=4,
         backward=5,
         kept=(32 * 64 * P, 32 * 128 * Q, 32 * 128 * Q),
-        small=2 * (128 + 128 + 128) + 2 * 64 + 64 * 64,
+        small=2 * (128 + 128 + 128) + 128 + 2 * 64 + 64 * 64,
     ),
 }
 

@@ -48,6 +48,27 @@ def saved(ctx: Any) -> tuple[list[Any], list[Any]]:
     return activations, [t if t is None or t.dim() == 4 else t.contiguous() for t in others]
 
 
+def remember(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
+    """Keeps inputs that only ``needs_plain_backward`` asks for, so that they may be changed in place before others."""
+    if any(ctx.needs_input_grad) and not torch.compiler.is_compiling():
+        ctx.remembered = [(t, None if t is None else t._version) for t in tensors]
+
+
+def remembered(ctx: Any) -> list[Tensor | None]:
+    """What ``remember`` kept.
+
+    Raises:
+        RuntimeError: one was changed in place since.
+    """
+    for t, version in ctx.remembered:
+        if t is not None and t._version != version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                f"batch norm's bias, of shape {tuple(t.shape)}; to differentiate gradients it must stay as it was"
+            )
+    return [t for t, _ in ctx.remembered]
+
+
 def needs_plain_backward(grad: Tensor) -> bool:
     """Whether gradients are to be made by ops that can be differentiated again, or batched (is_grads_batched)."""
     if torch.is_grad_enabled() or transforms_are_active():

@@ -13,15 +13,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.ops._autograd import differentiable_backward, needs_plain_backward, normalized, save, saved
-from resnet_fused.ops._primitive import primitive
-from resnet_fused.ops.batch_norm_stats import (
-    Norm,
-    bias_for_backward,
-    in_statistics_dtype,
-    shared_sums,
-    statistics,
+from resnet_fused.ops._autograd import (
+    differentiable_backward,
+    needs_plain_backward,
+    normalized,
+    remember,
+    remembered,
+    save,
+    saved,
 )
+from resnet_fused.ops._primitive import primitive
+from resnet_fused.ops.batch_norm_stats import Norm, in_statistics_dtype, shared_sums, statistics
 from resnet_fused.reference import bn_relu_maxpool as reference
 from resnet_fused.reference.layout import dense, memory_format
 
@@ -75,12 +77,13 @@ class _BnReluMaxpool(torch.autograd.Function):
         out: Tensor
         out, indices = forward_pass(y, mean, invstd, weight, bias)
         ctx.training, ctx.group = training, group
-        save(ctx, [y, indices], [weight, bias, mean, invstd, share])
+        remember(ctx, [bias])
+        save(ctx, [y, indices], [weight, mean, invstd, share])
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (y, indices), (weight, bias, mean, invstd, share) = saved(ctx)
+        (y, indices), (weight, mean, invstd, share) = saved(ctx)
         needs_grad = ctx.needs_input_grad[:3]
         if needs_plain_backward(grad):
 
@@ -88,6 +91,7 @@ class _BnReluMaxpool(torch.autograd.Function):
                 z = normalized(y, weight, bias, mean, invstd, ctx.training)
                 return F.max_pool2d(F.relu(z), 3, 2, 1).to(y.dtype)
 
+            (bias,) = remembered(ctx)
             grads = differentiable_backward(again, (y, weight, bias), needs_grad, grad, ctx.group)
             return *grads, *[None] * 5
         dbias = dweight = None
@@ -103,6 +107,6 @@ class _BnReluMaxpool(torch.autograd.Function):
 def bn_relu_maxpool(y: Tensor, norm: Norm) -> Tensor:
     """max_pool2d(relu(batch_norm(y)), 3, stride=2, padding=1) of an activation (N, C, H, W)."""
     mean, invstd, share, _ = statistics(y, norm)
-    weight, bias = in_statistics_dtype(norm.weight, y), bias_for_backward(norm.bias, y)
+    weight, bias = in_statistics_dtype(norm.weight, y), in_statistics_dtype(norm.bias, y)
     out: Tensor = _BnReluMaxpool.apply(y, weight, bias, mean, invstd, share, norm.training, norm.group)
     return out

@@ -9,6 +9,7 @@ and small per-channel data; relu(bn(y)) is computed again where it is needed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from resnet_fused.ops._autograd import (
     differentiable_backward,
     needs_plain_backward,
     normalized,
+    remember,
+    remembered,
     save,
     saved,
     without_autocast,
@@ -31,7 +34,6 @@ from resnet_fused.ops._fused_block import FusedBackward
 from resnet_fused.ops._vendor_block import VendorBackward
 from resnet_fused.ops.batch_norm_stats import (
     Statistics,
-    bias_for_backward,
     check_norm,
     frozen_statistics,
     in_statistics_dtype,
@@ -49,7 +51,13 @@ class _ResidualBlock(torch.autograd.Function):
         ctx.plan = plan
         ctx.counts = len(flat), len(used), len(folds)
         rest = *(v for s in used for v in s), *(v for f in folds for v in f)
-        save(ctx, [x, *ys, *kept], [mask, *flat, *rest])
+        biases = flat[2::3]
+        remember(ctx, biases)
+        ctx.biased = tuple(bias is not None for bias in biases)
+        # Outputs whose batch norm's backward takes the bias; Triton kernels do so at the ends of a block too.
+        outputs = [*ys, *(kept if plan.fused else [])]
+        copies = [_copied(*each) for each in zip_longest(biases, used, outputs)]
+        save(ctx, [x, *ys, *kept], [mask, *flat[0::3], *flat[1::3], *copies, *rest])
         ctx.mark_non_differentiable(*running)
         ctx.set_materialize_grads(False)
         return out, *running
@@ -63,22 +71,34 @@ class _ResidualBlock(torch.autograd.Function):
         kept = [ys.pop() for _ in range(ends)][::-1]
         values = iter(rest)
         take = lambda count: [next(values) for _ in range(count)]  # noqa: E731
-        flat = take(flats)
+        parameters = [Parameters(*p) for p in zip(*(take(flats // 3) for _ in range(3)), strict=True)]
         used = [Statistics(*take(len(Statistics._fields))) for _ in range(uses)]
+        for i, (p, stats) in enumerate(zip(parameters, used, strict=True)):
+            if ctx.biased[i] and stats.terms is not None:
+                parameters[i] = p._replace(beta=stats.terms[1])
         folds = [Fold(*take(3)) for _ in range(ends)]
         with without_autocast(grad.device.type):
             if needs_plain_backward(grad):
-                return _differentiable(ctx, x, flat, used, grad)
+                return _differentiable(ctx, x, parameters, used, grad)
             backward = FusedBackward if ctx.plan.fused else VendorBackward
-            started = backward(ctx.plan, ctx.needs_input_grad, x, mask, grouped(flat), ys, used, folds, kept)
+            started = backward(ctx.plan, ctx.needs_input_grad, x, mask, parameters, ys, used, folds, kept)
             return started.gradients(grad)
 
 
+def _copied(bias: MaybeTensor, stats: Statistics, output: MaybeTensor) -> MaybeTensor:
+    """A bias for backward, which eager does not save: it may change in place before. None where it is not needed."""
+    if bias is None or output is None or stats.terms is not None:  # terms hold it
+        return None
+    return bias.clone()
+
+
 def _differentiable(
-    ctx: Any, x: Tensor, flat: list[MaybeTensor], used: list[Statistics], grad: Tensor
+    ctx: Any, x: Tensor, parameters: list[Parameters], used: list[Statistics], grad: Tensor
 ) -> tuple[MaybeTensor, ...]:
     """Gradients by plain PyTorch, that can be differentiated again."""
     plan: Plan = ctx.plan
+    biases = remembered(ctx)
+    flat = [v for p, bias in zip(parameters, biases, strict=True) for v in p._replace(beta=bias)]
     stages = [*plan.stages, *([] if plan.downsample is None else [plan.downsample])]
 
     def normed(a: Tensor, p: Parameters, place: int) -> Tensor:
@@ -154,7 +174,7 @@ def residual_block(x: Tensor, parts: Sequence[ConvNorm], downsample: ConvNorm | 
         flat: list[MaybeTensor] = []
         for part in every:
             norm = part.norm
-            flat += [part.weight, in_statistics_dtype(norm.weight, x), bias_for_backward(norm.bias, x)]
+            flat += [part.weight, in_statistics_dtype(norm.weight, x), in_statistics_dtype(norm.bias, x)]
         out: Tensor
         out, *running = _ResidualBlock.apply(x, Plan(stages, skip, fused), *flat)
     update_running([part.norm for part in every if part.norm.training], running)
