@@ -116,6 +116,11 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value[0], value[-1])
 
 
+def _is_convolution(part: ConvNorm) -> bool:
+    """Whether F.conv2d takes the geometry."""
+    return min(*part.stride, *part.dilation, part.groups) > 0 and min(part.padding) >= 0
+
+
 def _changed_conv(conv: nn.Module) -> str | None:
     """What about a convolution keeps the op for a whole block from standing in for it."""
     if problem := _changed(conv, (nn.Conv2d,)):
@@ -145,16 +150,15 @@ def _conv_norms(block: nn.Module, convs: Names, norms: Names) -> list[tuple[str,
 
 def why_not_one_op(block: nn.Module, convs: Names, norms: Names) -> str | None:
     """Why a block runs as several fused ops, as far as its modules tell; None when it is one op."""
-    weights: dict[int, str] = {}
-    modules: dict[int, str] = {}
+    owners: dict[int, str] = {}
     for name, conv, norm_name, norm in _conv_norms(block, convs, norms):
         if problem := _changed_conv(conv):
             return f"{name} {problem}"
-        # torch.compile would write to what is shared once, where eager does so twice.
-        if (other := weights.setdefault(id(conv.weight), name)) != name:
-            return f"{name} has the weight of {other}"
-        if (other := modules.setdefault(id(norm), norm_name)) != norm_name:
-            return f"{norm_name} is {other}"
+        # torch.compile has one input for what is shared, and would write to it once where eager does so twice.
+        for shared in (conv.weight, norm, norm.weight, norm.bias):
+            owner = name if shared is conv.weight else norm_name
+            if shared is not None and (other := owners.setdefault(id(shared), owner)) != owner:
+                return f"{owner} shares a parameter or itself with {other}"
     return None
 
 
@@ -172,6 +176,8 @@ def one_op(
         return f"the input is {x.dtype} and a convolution's weight is not"
     if min(x.shape[1], *(part.weight.shape[0] for part in parts)) == 1:
         return "an activation has one channel"  # it lies in memory as a contiguous one
+    if not all(_is_convolution(part) for part in parts):
+        return "a convolution has a stride, padding or dilation that is refused"
     downsample = parts.pop() if len(parts) > len(convs) else None
     shape = ops.convolved_shape(x.shape, parts)
     if shape is None or shape != ops.convolved_shape(x.shape, [] if downsample is None else [downsample]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import torch
@@ -69,6 +70,14 @@ def block_pair(
             nn.init.uniform_(module.running_var, 0.5, 2.0)
     fused.load_state_dict(eager.state_dict())
     return fused, eager
+
+
+def scrambled(t: Tensor) -> Tensor:
+    """The same values in memory of another order, with gaps."""
+    order = random.sample(range(t.dim()), t.dim())
+    wide = t.new_empty([2 * t.shape[i] for i in order])
+    there = wide[tuple(slice(None, None, 2) for _ in order)].permute([order.index(i) for i in range(t.dim())])
+    return there.copy_(t)
 
 
 def results(model: nn.Module, x: Tensor) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.func import functional_call, grad, jacrev, jvp, vmap
 import resnet_fused
 from resnet_fused import functional
 from resnet_fused.ops import Norm
-from tests.model_pairs import assert_equal, block_pair, pair
+from tests.model_pairs import assert_equal, block_pair, pair, scrambled
 
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 F64 = torch.float64
@@ -91,14 +90,6 @@ def test_no_two_results_of_backward_share_memory(
     grads = torch.autograd.grad(out, [*inputs, *parameters], grad_out)
     assert len(memory_of(list(grads))) == len(grads)
     assert not memory_of(list(grads)) & memory_of([*saved, grad_out, out, *inputs, *parameters])
-
-
-def scrambled(t: Tensor) -> Tensor:
-    """The same values in memory of another order, with gaps."""
-    order = random.sample(range(t.dim()), t.dim())
-    wide = t.new_empty([2 * t.shape[i] for i in order])
-    there = wide[tuple(slice(None, None, 2) for _ in order)].permute([order.index(i) for i in range(t.dim())])
-    return there.copy_(t)
 
 
 @every_op

@@ -110,6 +110,17 @@ def test_checkpointing_under_autocast_recomputes_the_same(kind: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+def test_a_checkpointed_block_updates_its_statistics_twice(kind: str) -> None:
+    """A recomputation ends as soon as all is saved again: by then eager has updated them."""
+    found = []
+    x = images(3, 64, 8, 8, dtype=torch.float64).requires_grad_()
+    for block in block_pair(kind, FORMAT["now"]):
+        checkpoint(block, x, use_reentrant=False).sin().sum().backward()
+        found.append({name: b.double() for name, b in block.named_buffers()})
+    assert_equal(*found)
+
+
 def test_a_forward_within_backward_trains_as_eager() -> None:
     """A hook or a custom Function may call a model there: not a recomputation."""
     found = []

@@ -105,7 +105,7 @@ def test_a_rescaled_convolution(kind: str, layout: torch.memory_format) -> None:
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @both_layouts
-@pytest.mark.parametrize("shared", ["bn2", "downsample.1", "conv2.weight"])
+@pytest.mark.parametrize("shared", ["bn2", "downsample.1", "conv2.weight", "bn2.weight"])
 def test_what_two_places_share(shared: str, layout: torch.memory_format, compiled: bool) -> None:
     """Statistics are updated twice, gradients are added up; torch.compile has one input for both."""
     found = []
@@ -115,8 +115,10 @@ def test_what_two_places_share(shared: str, layout: torch.memory_format, compile
             block.bn2 = block.bn1
         elif shared == "downsample.1":
             block.downsample[1] = block.bn2
-        else:
+        elif shared == "conv2.weight":
             block.conv2.weight = block.conv1.weight
+        else:
+            block.bn2.weight = block.bn1.weight
         torch._dynamo.reset()
         out = (torch.compile(block, backend="aot_eager") if compiled else block)(x)
         leaves = [x, *block.parameters()]

@@ -158,7 +158,17 @@ def with_a_short_bias(model: nn.Module) -> None:
     model.layer2[0].downsample[1].bias = nn.Parameter(torch.zeros(3))
 
 
+def with_stride_zero(model: nn.Module) -> None:
+    model.layer2[0].conv1.stride = 0
+
+
+def with_negative_padding(model: nn.Module) -> None:
+    model.layer2[0].downsample[0].padding = (-1, 0)
+
+
 WRONG = [
+    with_stride_zero,
+    with_negative_padding,
     without_running_mean,
     without_running_var,
     with_half_of_the_statistics,

@@ -33,6 +33,7 @@ from resnet_fused.ops._branch import ConvNorm, Fold, Stage, convolved_shape, fol
 from resnet_fused.ops._fused_block import FusedBackward
 from resnet_fused.ops._vendor_block import VendorBackward
 from resnet_fused.ops.batch_norm_stats import (
+    Norm,
     Statistics,
     check_norm,
     frozen_statistics,
@@ -45,9 +46,17 @@ from resnet_fused.reference.layout import dense, is_channels_last, statistics_dt
 
 class _ResidualBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: Plan, *flat: MaybeTensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, plan_and_norms: tuple[Plan, list[Norm] | None], *flat: MaybeTensor
+    ) -> tuple[Tensor, ...]:
+        """The output, and where no norms are given the moments that their running statistics are updated with."""
+        plan, norms = plan_and_norms
         run = _fused_block.forward if plan.fused else _vendor_block.forward
         out, mask, ys, used, folds, kept, running = run(x, plan, grouped(flat))
+        if norms is not None:
+            # Here, since checkpointing stops a recomputed forward as soon as all is saved.
+            update_running(norms, running)
+            running = []
         ctx.plan = plan
         ctx.counts = len(flat), len(used), len(folds)
         rest = *(v for s in used for v in s), *(v for f in folds for v in f)
@@ -176,6 +185,10 @@ def residual_block(x: Tensor, parts: Sequence[ConvNorm], downsample: ConvNorm | 
             norm = part.norm
             flat += [part.weight, in_statistics_dtype(norm.weight, x), in_statistics_dtype(norm.bias, x)]
         out: Tensor
-        out, *running = _ResidualBlock.apply(x, Plan(stages, skip, fused), *flat)
-    update_running([part.norm for part in every if part.norm.training], running)
+        training = [part.norm for part in every if part.norm.training]
+        # torch.compile takes no buffers that an autograd.Function changes.
+        norms = None if torch.compiler.is_compiling() else training
+        out, *running = _ResidualBlock.apply(x, (Plan(stages, skip, fused), norms), *flat)
+    if norms is None:
+        update_running(training, running)
     return out
