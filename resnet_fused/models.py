@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import ops, reference
+from resnet_fused.backend import why_plain as why_backend_plain
 from resnet_fused.modules import (
     Names,
     norm_of,
@@ -153,6 +154,8 @@ def _is_block_or_stem(module: nn.Module) -> bool:
 
 def _why_not(part: nn.Module, x: Tensor | None, device: str) -> str | None:
     """Why a block or stem does not run fused, or not as one op; of what its modules tell where ``x`` is None."""
+    if reason := why_backend_plain(device):
+        return reason
     if isinstance(part, ResNet):
         reason = _why_plain(part, ("bn1",), x, device)
         if reason is None and (problem := why_no_pool(part.maxpool)):

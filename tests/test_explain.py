@@ -81,3 +81,9 @@ def test_of_blocks_that_do_not_run() -> None:
     model.forward = lambda x: model[0](x)  # type: ignore[method-assign]
     x = torch.randn(2, 64, 8, 8).to(memory_format=torch.channels_last)
     assert resnet_fused.explain(model, x) == {"extra": "does not run on this input"}
+
+
+def test_under_the_reference_backend() -> None:
+    with resnet_fused.backend("reference"):
+        explained = resnet_fused.explain(resnet_fused.resnet18())
+    assert len(explained) == 9 and set(explained.values()) == {"forced by the backend setting"}

@@ -21,7 +21,7 @@ DOORS = {
     "ops": {"backend", "kernels", "native", "reference"},
     "functional": {"ops"},
     "modules": {"backend", "ops", "reference"},
-    "models": {"modules", "ops", "reference"},
+    "models": {"backend", "modules", "ops", "reference"},
     "plan": {"backend", "kernels", "models", "ops", "reference"},
     "cli": {"", "backend", "models", "native", "plan", "reference"},
     "__main__": {"cli"},
