@@ -45,7 +45,7 @@ def bn_relu(
     """relu(batch_norm(y)). The memory held for backward is ``y`` alone."""
     norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
     _check(y, norm)
-    return F.relu(_batch_norm(y, norm)) if _runs_plain(y) else ops.bn_relu(y, norm)
+    return F.relu(_batch_norm(y, norm)) if _runs_plain(y, norm) else ops.bn_relu(y, norm)
 
 
 def bn_add_relu(
@@ -63,7 +63,9 @@ def bn_add_relu(
     norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
     _check(y, norm)
     residual = _partner(residual, y, "residual")
-    return F.relu(_batch_norm(y, norm) + residual) if _runs_plain(y) else ops.bn_add_relu(y, residual, norm)
+    if _runs_plain(y, norm):
+        return F.relu(_batch_norm(y, norm) + residual)
+    return ops.bn_add_relu(y, residual, norm)
 
 
 def bn_bn_add_relu(y: Tensor, skip: Tensor, norm: Norm, skip_norm: Norm) -> Tensor:
@@ -73,7 +75,7 @@ def bn_bn_add_relu(y: Tensor, skip: Tensor, norm: Norm, skip_norm: Norm) -> Tens
     _check(y, norm)
     skip = _partner(skip, y, "skip")
     _check(skip, skip_norm)
-    if _runs_plain(y):
+    if _runs_plain(y, norm, skip_norm):
         return F.relu(_batch_norm(y, norm) + _batch_norm(skip, skip_norm))
     return ops.bn_bn_add_relu(y, skip, norm, skip_norm)
 
@@ -91,13 +93,14 @@ def bn_relu_maxpool(
     """max_pool2d(relu(batch_norm(y)), 3, stride=2, padding=1). Held for backward: ``y`` and one byte per result."""
     norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
     _check(y, norm)
-    if _runs_plain(y):
+    if _runs_plain(y, norm):
         return F.max_pool2d(F.relu(_batch_norm(y, norm)), 3, 2, 1)
     return ops.bn_relu_maxpool(y, norm)
 
 
-def _runs_plain(y: Tensor) -> bool:
-    return y.numel() == 0 or why_not_here() is not None
+def _runs_plain(y: Tensor, *norms: Norm) -> bool:
+    # What F.batch_norm makes of such an eps depends on the version of torch.
+    return y.numel() == 0 or why_not_here() is not None or any(norm.eps <= 0 for norm in norms)
 
 
 def _batch_norm(y: Tensor, norm: Norm) -> Tensor:

@@ -41,10 +41,19 @@ def _changed(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str | Non
     return "has hooks" if any(hooks) else None
 
 
+def _changed_norm(norm: nn.Module) -> str | None:
+    """What about a batch norm asks for the plain composition."""
+    if problem := _changed(norm, _NORMS):
+        return problem
+    assert isinstance(norm, _NORMS)
+    # What F.batch_norm makes of that depends on the version of torch.
+    return f"has eps {norm.eps}" if norm.eps <= 0 else None
+
+
 def _why_changed(owner: nn.Module, norms: Names) -> str | None:
     """Why a block or stem runs its plain composition, as far as its modules tell."""
     for name in norms:
-        if problem := _changed(owner.get_submodule(name), _NORMS):
+        if problem := _changed_norm(owner.get_submodule(name)):
             return f"{name} {problem}"
     if problem := _changed(owner.get_submodule("relu"), (nn.ReLU,)):
         return f"relu {problem}"
@@ -55,7 +64,7 @@ def _why_changed(owner: nn.Module, norms: Names) -> str | None:
         return f"downsample {problem}"
     if len(downsample) != 2:
         return f"downsample has {len(downsample)} modules, not a conv and a norm"
-    if problem := _changed(downsample[1], _NORMS):
+    if problem := _changed_norm(downsample[1]):
         return f"downsample.1 {problem}"
     return None
 

@@ -127,7 +127,8 @@ def test_save_on_cpu(memory_format: torch.memory_format) -> None:
 def test_tools_that_walk_the_graph_meet_no_none(make: Any, memory_format: torch.memory_format) -> None:
     """torchviz asks every saved tensor for its size."""
     op, _, count = make(True)
-    todo = [op(*activations(count, memory_format)).grad_fn]
+    out = op(*activations(count, memory_format))
+    todo = [out.grad_fn]
     ours = 0
     while todo:
         node = todo.pop()

@@ -36,9 +36,9 @@ BUFFERS = (torch.zeros(C), torch.ones(C))
         (
             (Y, *BUFFERS, None, None, True, 0.1, 0.0),
             ValueError,
-            "eps must be positive during training, but got 0.0",
+            "batch_norm eps must be positive",
         ),
-        ((Y, *BUFFERS, None, None, False, 0.1, -1.0), ValueError, "eps must be non-negative, but got -1.0"),
+        ((Y, *BUFFERS, None, None, False, 0.1, -1.0), ValueError, "batch_norm eps must be .*, but got -1.0"),
         ((Y, [0.0] * C, BUFFERS[1]), TypeError, "running_mean must be a tensor or None, got list"),
         ((Y, torch.zeros(3), torch.ones(3)), RuntimeError, "running_mean should contain 5 elements not 3"),
         ((Y, *BUFFERS, torch.ones(4)), RuntimeError, "weight should contain 5 elements not 4"),

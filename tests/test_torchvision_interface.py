@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resnet_fused
@@ -206,7 +207,12 @@ def test_other_ranks_are_refused_as_by_eager(shape: tuple[int, ...]) -> None:
 
 @both_layouts
 def test_eps_zero_in_evaluation(layout: torch.memory_format) -> None:
-    found = []
+    """Where F.batch_norm takes it: torch 2.11 refuses it there too."""
+    found, x = [], torch.ones(1, 1, 1, 1)
+    try:
+        F.batch_norm(x, x.flatten(), x.flatten(), eps=0.0)
+    except ValueError:
+        pytest.skip("F.batch_norm refuses eps 0 in this version of torch")
     for model in (m.eval().double() for m in pair("resnet18", num_classes=7)):
         model.layer1[0].bn1.eps = 0.0
         found.append(

@@ -85,9 +85,6 @@ def statistics(y: Tensor, norm: Norm) -> Statistics:
 
 def check_norm(norm: Norm, channels: int) -> None:
     """Raises what F.batch_norm does: kernels read as many elements as there are channels, and look no further."""
-    if norm.eps < 0 or (norm.training and norm.eps == 0):
-        kind = "positive during training" if norm.training else "non-negative"
-        raise ValueError(f"batch_norm eps must be {kind}, but got {norm.eps}")
     if norm.training and (norm.running_mean is None) != (norm.running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     for name in ("running_mean", "running_var", "weight", "bias"):

@@ -76,9 +76,9 @@ class _ResidualBlock(torch.autograd.Function):
         if grad is None:
             return (None,) * (2 + ctx.counts[0])
         flats, uses, ends = ctx.counts
-        (x, *ys), (mask, *rest) = saved(ctx)
-        kept = [ys.pop() for _ in range(ends)][::-1]
-        values = iter(rest)
+        activations, others = saved(ctx)
+        x, ys, kept = activations[0], activations[1:-ends], activations[-ends:]
+        mask, values = others[0], iter(others[1:])
         take = lambda count: [next(values) for _ in range(count)]  # noqa: E731
         parameters = [Parameters(*p) for p in zip(*(take(flats // 3) for _ in range(3)), strict=True)]
         used = [Statistics(*take(len(Statistics._fields))) for _ in range(uses)]
