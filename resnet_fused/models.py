@@ -39,14 +39,30 @@ def _plain_copy(module: nn.Module) -> nn.Module:
     return copied
 
 
-class _Block:
-    """What BasicBlock and Bottleneck share; names of modules are private so that they hide none of a subclass's."""
+class _Block(nn.Module):
+    """The fused forward of the reference's block that follows it among the bases of a class."""
 
+    # Private: a subclass may use any name for modules of its own.
     _convs: Names
     _bns: Names
 
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor
+        if why_plain(x, self, self._bns):
+            out = super().forward(x)
+            return out
+        operands = one_op(x, self, self._convs, self._bns)
+        if not isinstance(operands, str):
+            return ops.residual_block(x, *operands)
+        *chain, (conv, bn) = (
+            (getattr(self, c), getattr(self, n)) for c, n in zip(self._convs, self._bns, strict=True)
+        )
+        a = x
+        for inner_conv, inner_bn in chain:
+            a = ops.bn_relu(inner_conv(a), norm_of(inner_bn))
+        return _end_of_block(self, conv(a), bn, x)
+
     def __prepare_scriptable__(self) -> nn.Module:
-        assert isinstance(self, nn.Module)
         return _plain_copy(self)
 
 
@@ -56,15 +72,6 @@ class BasicBlock(_Block, reference.BasicBlock):
     _convs = ("conv1", "conv2")
     _bns = ("bn1", "bn2")
 
-    def forward(self, x: Tensor) -> Tensor:
-        if why_plain(x, self, self._bns):
-            return reference.BasicBlock.forward(self, x)
-        operands = one_op(x, self, self._convs, self._bns)
-        if not isinstance(operands, str):
-            return ops.residual_block(x, *operands)
-        a = ops.bn_relu(self.conv1(x), norm_of(self.bn1))
-        return _end_of_block(self, self.conv2(a), self.bn2, x)
-
 
 class Bottleneck(_Block, reference.Bottleneck):
     """1x1, 3x3 and 1x1 convs and a shortcut, fused, the last folded with its batch norm."""
@@ -72,18 +79,8 @@ class Bottleneck(_Block, reference.Bottleneck):
     _convs = ("conv1", "conv2", "conv3")
     _bns = ("bn1", "bn2", "bn3")
 
-    def forward(self, x: Tensor) -> Tensor:
-        if why_plain(x, self, self._bns):
-            return reference.Bottleneck.forward(self, x)
-        operands = one_op(x, self, self._convs, self._bns)
-        if not isinstance(operands, str):
-            return ops.residual_block(x, *operands)
-        a = ops.bn_relu(self.conv1(x), norm_of(self.bn1))
-        a = ops.bn_relu(self.conv2(a), norm_of(self.bn2))
-        return _end_of_block(self, self.conv3(a), self.bn3, x)
 
-
-def _end_of_block(block: BasicBlock | Bottleneck, y: Tensor, bn: nn.Module, x: Tensor) -> Tensor:
+def _end_of_block(block: Any, y: Tensor, bn: nn.Module, x: Tensor) -> Tensor:
     """relu(bn(y) + shortcut), where the shortcut is the block's input or the downsampled one."""
     downsample = block.downsample
     if downsample is None:
