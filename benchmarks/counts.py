@@ -24,7 +24,7 @@ from benchmarks.kernel_resources import Resources, Specialisation, compile_all, 
 from benchmarks.saved import saving
 from resnet_fused import models, reference
 from resnet_fused.kernels.launch import Launch
-from resnet_fused.ops._primitive import COMPOSITIONS
+from resnet_fused.ops.dispatch import IMPLEMENTATIONS
 from resnet_fused.plan import launches, plan
 
 TABLE = Path(__file__).with_name("counts.json")
@@ -122,10 +122,11 @@ class _Made(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         namespace, _, name = func._schema.name.partition("::")
-        if namespace == "resnet_fused" and name in COMPOSITIONS:
+        composed = IMPLEMENTATIONS[name].composed if namespace == "resnet_fused" else None
+        if composed is not None:
             missing = func._schema.arguments[len(args) :]
             with self:  # what it is made of is counted, one by one
-                return COMPOSITIONS[name](*args, *(a.default_value for a in missing))
+                return composed(*args, *(a.default_value for a in missing))
         result = func(*args, **(kwargs or {}))
         given = {_address(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor) and _address(x) not in given]

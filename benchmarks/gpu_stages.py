@@ -127,9 +127,9 @@ def _info() -> tuple[int, str]:
 def tune(out: Path) -> int:
     """Checks and times what may run each problem of a step; writes the table of the fastest, also if interrupted."""
     import torch
+    from resnet_fused.ops.passes import kernels
 
     from benchmarks.kernel_times import make_step
-    from resnet_fused.ops.passes import kernels
 
     tuning: Any = kernels("tuning")
     begun = time.monotonic()

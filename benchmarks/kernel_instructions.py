@@ -30,7 +30,7 @@ from benchmarks.kernel_resources import (
 from benchmarks.page import show
 from benchmarks.roofline import H100
 from benchmarks.roofline_model import Kernel
-from resnet_fused.kernels.configs import MULTIPROCESSORS
+from resnet_fused.kernels.autotune.heuristics import MULTIPROCESSORS
 from resnet_fused.kernels.launch import Launch, cdiv
 from resnet_fused.plan import PASSES, launches
 from resnet_fused.reference.resnet import ARCHITECTURES

@@ -16,7 +16,7 @@ from benchmarks.peers import PEERS, Missing, peer_op
 from benchmarks.precision import Precision
 from benchmarks.roofline import Ceilings, op_bytes
 from resnet_fused import functional as fused
-from resnet_fused.ops import Norm
+from resnet_fused.types import BatchNorm
 
 LAYER = "op"
 #: Channels and image size of every batch norm whose ReLU follows at once.
@@ -55,7 +55,7 @@ def fused_bn_add_relu(y: Tensor, w: Tensor, b: Tensor, x: Tensor) -> Tensor:
 
 
 def fused_bn_bn_add_relu(y: Tensor, w: Tensor, b: Tensor, x: Tensor, wx: Tensor, bx: Tensor) -> Tensor:
-    norm, skip_norm = (Norm(None, None, *vectors, True, 0.1, 1e-5) for vectors in ((w, b), (wx, bx)))
+    norm, skip_norm = (BatchNorm(None, None, *vectors, True, 0.1, 1e-5) for vectors in ((w, b), (wx, bx)))
     return fused.bn_bn_add_relu(y, x, norm, skip_norm)
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from resnet_fused.ops._branch import Stage, folded_gradients, folds, measure_folded
+from resnet_fused.ops.folded import add_product_, folded_add_relu, folded_backward
 from torch import Tensor
 
 from benchmarks.page import show
 from resnet_fused import reference
-from resnet_fused.ops import ConvNorm, Norm
-from resnet_fused.ops._branch import Stage, folded_gradients, folds, measure_folded
-from resnet_fused.ops.folded import add_product_, folded_add_relu, folded_backward
+from resnet_fused.types import BatchNorm, ConvBN
 from resnet_fused.reference.batch_norm import scale
 
 PAGE = Path(__file__).parent.parent / "docs" / "training-fold.md"
@@ -116,8 +116,8 @@ def folded_table(batch: int = 16, size: int = 224) -> str:
         count = batch * pixels * pixels
         for name, place in (("conv3", "conv3"), ("downsample", "downsample.0")):
             conv: Any = block.get_submodule(place)
-            norm = Norm(None, None, None, None, True, 0.1, EPS)
-            part = ConvNorm(conv.weight, norm, conv.stride, conv.padding, conv.dilation, conv.groups)
+            norm = BatchNorm(None, None, None, None, True, 0.1, EPS)
+            part = ConvBN(conv.weight, norm, conv.stride, conv.padding, conv.dilation, conv.groups)
             n, k = conv.weight.shape[:2]
             cost = k * k * (2 * count + 3 * n) / (count * n)
             answer = "yes" if folds(part, count) else "no"

@@ -28,7 +28,7 @@ struct Norm {
   const void* bias;    // null: zeros
 };
 
-// Sums over the pixels of a channel, dz = gradient behind the ReLU, xhat = (y - mean) * invstd.
+// Sums over the pixels of a channel, dz = gradient w.r.t. the ReLU's input, xhat = (y - mean) * invstd.
 // Both null when the statistics did not come from this batch (frozen or eval batch norm); otherwise
 //   dy = invstd * weight * (dz - sum_dz / pixels - xhat * sum_dz_xhat / pixels).
 struct NormSums {
@@ -51,7 +51,7 @@ struct BatchNormStats {
 struct BnRelu {
   const void* y;
   Norm norm;
-  const void* shift;  // subtracted behind the ReLU, in the statistics type; null: nothing is
+  const void* shift;  // subtracted after the ReLU, in the statistics type; null: nothing is
   void* out;
   Matrix shape;
   Dtype dtype;

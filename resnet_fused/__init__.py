@@ -2,7 +2,7 @@
 
     model = resnet_fused.resnet50()            # where torchvision.models.resnet50() stood
 
-The front door: ten constructors with torchvision's names and arguments, ``explain`` (what does not run fused, and why),
+Ten constructors with torchvision's names and arguments, ``explain`` (what does not run fused, and why),
 ``functional`` (the fused ops), ``reference`` (the same in plain PyTorch), ``backend`` (which implementation runs) and
 ``GraphedStep`` (a training step as one CUDA graph).
 """

@@ -1,7 +1,7 @@
-"""The accuracy rule: a result may be half again as far from the exact one as the vendor's, plus four roundings.
+"""The accuracy rule: a result's error may be 1.5 times the vendor's, plus four roundings.
 
 With e = |x - exact| / |exact| for a result x and the same computation in more bits on the same (rounded) inputs, a
-result passes if e <= 1.5 * e_vendor + 4 * eps(dtype). It is asked of the result as a vector and of its elements.
+result passes if e <= 1.5 * e_vendor + 4 * eps(dtype). It holds for the result as a vector and elementwise.
 Tensors may be as large as memory nearly allows: they are compared in parts.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 PART = 2**24
 #: Bytes of a mask whose bits are also counted on their own, so that a wrong tile shows among many right ones.
 MASK_PART = 1024
-#: Of TF32, which has no dtype: ten bits behind the point.
+#: Of TF32, which has no dtype: ten bits of mantissa.
 TF32_EPS = 2.0**-10
 
 

@@ -1,7 +1,8 @@
 """Which implementation runs an op, and why one is missing.
 
 Every op has a reference in plain PyTorch, which defines what it must compute, and a native implementation (C++ on the
-CPU, CUDA on the GPU) or one of vendor products and native ops. What is GEMM-shaped has Triton kernels on a GPU too.
+CPU, CUDA on the GPU) or the vendor's GEMMs and convolutions with native ops around them. For these there are Triton
+kernels too, on a GPU.
 
 ``with resnet_fused.backend(choice):`` or the environment variable ``RESNET_FUSED_BACKEND=choice`` decides:
 
@@ -135,28 +136,3 @@ def summary(device_type: str) -> str:
     return (
         f"runs fused: CUDA {'and Triton kernels' if without is None else f'kernels, no Triton ({without})'}"
     )
-
-
-def status() -> list[dict[str, str]]:
-    """One row per op and device type: {op, device, implementation, reason}; reason is "" where nothing is missing.
-
-    implementation: native (csrc), vendor (products of the vendor's library and native ops), triton (where it is
-    faster than the vendor) or reference.
-    """
-    from resnet_fused.ops import _primitive
-
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    rows = []
-    for device in devices:
-        missing = why_plain(device)
-        for op in _primitive.PRIMITIVES:
-            implementation, reason = "native", missing
-            if missing is not None:
-                implementation = "reference"
-            elif op in _primitive.COMPOSITIONS:
-                reason = why_not_triton(device) if op in _primitive.TRITON else None
-                implementation = "triton" if op in _primitive.TRITON and reason is None else "vendor"
-            rows.append(
-                {"op": op, "device": device, "implementation": implementation, "reason": reason or ""}
-            )
-    return rows

@@ -167,7 +167,7 @@ class GraphedStep:
 
     def _step(self, images: Tensor, labels: Tensor) -> Outputs:
         self._optimizer.zero_grad(set_to_none=True)
-        # Casts that a cache kept from an earlier step would be captured as they are.
+        # Weights that autocast has cached from an earlier step would be captured as they are.
         enabled = self._autocast is not None
         with torch.autocast(self._device.type, self._autocast, enabled=enabled, cache_enabled=False):
             logits = self._model(images)

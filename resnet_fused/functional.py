@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused import ops
-from resnet_fused.ops import Norm
-from resnet_fused.ops.batch_norm_stats import check_norm
+from resnet_fused.ops.bn_stats import check_bn
 from resnet_fused.ops.transforms import why_not_here
+from resnet_fused.types import BatchNorm
 
-__all__ = ["bn_add_relu", "bn_bn_add_relu", "bn_relu", "bn_relu_maxpool"]
+__all__ = ["BatchNorm", "bn_add_relu", "bn_bn_add_relu", "bn_relu", "bn_relu_maxpool"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -43,9 +43,9 @@ def bn_relu(
     eps: float = 1e-5,
 ) -> Tensor:
     """relu(batch_norm(y)). The memory held for backward is ``y`` alone."""
-    norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
-    _check(y, norm)
-    return F.relu(_batch_norm(y, norm)) if _runs_plain(y, norm) else ops.bn_relu(y, norm)
+    bn = BatchNorm(running_mean, running_var, weight, bias, training, momentum, eps)
+    _check(y, bn)
+    return F.relu(_batch_norm(y, bn)) if _runs_plain(y, bn) else ops.bn_relu(y, bn)
 
 
 def bn_add_relu(
@@ -60,24 +60,24 @@ def bn_add_relu(
     eps: float = 1e-5,
 ) -> Tensor:
     """relu(batch_norm(y) + residual). Held for backward: ``y`` and one bit per element."""
-    norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
-    _check(y, norm)
+    bn = BatchNorm(running_mean, running_var, weight, bias, training, momentum, eps)
+    _check(y, bn)
     residual = _partner(residual, y, "residual")
-    if _runs_plain(y, norm):
-        return F.relu(_batch_norm(y, norm) + residual)
-    return ops.bn_add_relu(y, residual, norm)
+    if _runs_plain(y, bn):
+        return F.relu(_batch_norm(y, bn) + residual)
+    return ops.bn_add_relu(y, residual, bn)
 
 
-def bn_bn_add_relu(y: Tensor, skip: Tensor, norm: Norm, skip_norm: Norm) -> Tensor:
+def bn_bn_add_relu(y: Tensor, skip: Tensor, bn: BatchNorm, skip_bn: BatchNorm) -> Tensor:
     """relu(batch_norm(y) + batch_norm(skip)), each with a ``Norm``: running_mean, running_var, weight, bias,
     training, momentum, eps. Held for backward: ``y``, ``skip`` and one bit per element.
     """
-    _check(y, norm)
+    _check(y, bn)
     skip = _partner(skip, y, "skip")
-    _check(skip, skip_norm)
-    if _runs_plain(y, norm, skip_norm):
-        return F.relu(_batch_norm(y, norm) + _batch_norm(skip, skip_norm))
-    return ops.bn_bn_add_relu(y, skip, norm, skip_norm)
+    _check(skip, skip_bn)
+    if _runs_plain(y, bn, skip_bn):
+        return F.relu(_batch_norm(y, bn) + _batch_norm(skip, skip_bn))
+    return ops.bn_bn_add_relu(y, skip, bn, skip_bn)
 
 
 def bn_relu_maxpool(
@@ -91,37 +91,37 @@ def bn_relu_maxpool(
     eps: float = 1e-5,
 ) -> Tensor:
     """max_pool2d(relu(batch_norm(y)), 3, stride=2, padding=1). Held for backward: ``y`` and one byte per result."""
-    norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
-    _check(y, norm)
-    if _runs_plain(y, norm):
-        return F.max_pool2d(F.relu(_batch_norm(y, norm)), 3, 2, 1)
-    return ops.bn_relu_maxpool(y, norm)
+    bn = BatchNorm(running_mean, running_var, weight, bias, training, momentum, eps)
+    _check(y, bn)
+    if _runs_plain(y, bn):
+        return F.max_pool2d(F.relu(_batch_norm(y, bn)), 3, 2, 1)
+    return ops.bn_relu_maxpool(y, bn)
 
 
-def _runs_plain(y: Tensor, *norms: Norm) -> bool:
+def _runs_plain(y: Tensor, *bns: BatchNorm) -> bool:
     # What F.batch_norm makes of such an eps depends on the version of torch.
-    return y.numel() == 0 or why_not_here() is not None or any(norm.eps <= 0 for norm in norms)
+    return y.numel() == 0 or why_not_here() is not None or any(bn.eps <= 0 for bn in bns)
 
 
-def _batch_norm(y: Tensor, norm: Norm) -> Tensor:
-    mean, var, weight, bias, training, momentum, eps, *_ = norm
+def _batch_norm(y: Tensor, bn: BatchNorm) -> Tensor:
+    mean, var, weight, bias, training, momentum, eps, *_ = bn
     return F.batch_norm(y, mean, var, weight, bias, training, momentum, eps)
 
 
-def _check(y: Tensor, norm: Norm) -> None:
+def _check(y: Tensor, bn: BatchNorm) -> None:
     if not isinstance(y, Tensor) or y.dtype not in _DTYPES:
         found = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"expected a float32, float64, bfloat16 or float16 tensor, got {found}")
     if y.dim() != 4:
         raise ValueError(f"expected 4D input (got {y.dim()}D input)")
-    if norm.training and len(y) * y.shape[2] * y.shape[3] == 1:
+    if bn.training and len(y) * y.shape[2] * y.shape[3] == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
-    for name, value in zip(Norm._fields[:4], norm, strict=False):
+    for name, value in zip(BatchNorm._fields[:4], bn, strict=False):
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor or None, got {type(value).__name__}")
-    check_norm(norm, y.shape[1])
+    check_bn(bn, y.shape[1])
     for name in ("running_mean", "running_var", "weight", "bias"):
-        vector = getattr(norm, name)
+        vector = getattr(bn, name)
         if vector is not None and vector.device != y.device:
             raise ValueError(
                 f"{name} is on {vector.device} but the activation on {y.device}: move one of them"

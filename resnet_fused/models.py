@@ -17,7 +17,7 @@ from resnet_fused import ops, reference
 from resnet_fused.backend import why_plain as why_backend_plain
 from resnet_fused.modules import (
     Names,
-    norm_of,
+    batch_norm_of,
     one_op,
     why_module_plain,
     why_no_pool,
@@ -59,7 +59,7 @@ class _Block(nn.Module):
         )
         a = x
         for inner_conv, inner_bn in chain:
-            a = ops.bn_relu(inner_conv(a), norm_of(inner_bn))
+            a = ops.bn_relu(inner_conv(a), batch_norm_of(inner_bn))
         return _end_of_block(self, conv(a), bn, x)
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -85,13 +85,13 @@ def _end_of_block(block: Any, y: Tensor, bn: nn.Module, x: Tensor) -> Tensor:
     downsample = block.downsample
     if downsample is None:
         if x.shape == y.shape:
-            return ops.bn_add_relu(y, x.to(y.dtype), norm_of(bn))
+            return ops.bn_add_relu(y, x.to(y.dtype), batch_norm_of(bn))
         skip = x
     else:
         assert isinstance(downsample, nn.Sequential)
         skip = downsample[0](x)
         if skip.shape == y.shape:
-            return ops.bn_bn_add_relu(y, skip.to(y.dtype), norm_of(bn), norm_of(downsample[1]))
+            return ops.bn_bn_add_relu(y, skip.to(y.dtype), batch_norm_of(bn), batch_norm_of(downsample[1]))
         skip = downsample[1](skip)
     out: Tensor = bn(y)
     out += skip  # broadcast, or refused
@@ -107,8 +107,8 @@ class ResNet(reference.ResNet):
             return super()._stem(x)
         y = self.conv1(x)
         if why_no_pool(self.maxpool) is None:
-            return ops.bn_relu_maxpool(y, norm_of(self.bn1))
-        pooled: Tensor = self.maxpool(ops.bn_relu(y, norm_of(self.bn1)))
+            return ops.bn_relu_maxpool(y, batch_norm_of(self.bn1))
+        pooled: Tensor = self.maxpool(ops.bn_relu(y, batch_norm_of(self.bn1)))
         return pooled
 
     def __prepare_scriptable__(self) -> nn.Module:

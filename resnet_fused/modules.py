@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from resnet_fused import ops
 from resnet_fused.backend import why_not_fused
-from resnet_fused.ops import ConvNorm, Norm
+from resnet_fused.layout import dense, is_channels_last
 from resnet_fused.ops.transforms import METHODS, why_not_here
-from resnet_fused.reference.layout import dense, is_channels_last
+from resnet_fused.types import BatchNorm, ConvBN
 
 _FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -41,19 +41,19 @@ def _changed(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str | Non
     return "has hooks" if any(hooks) else None
 
 
-def _changed_norm(norm: nn.Module) -> str | None:
+def _changed_bn(bn: nn.Module) -> str | None:
     """What about a batch norm asks for the plain composition."""
-    if problem := _changed(norm, _NORMS):
+    if problem := _changed(bn, _NORMS):
         return problem
-    assert isinstance(norm, _NORMS)
+    assert isinstance(bn, _NORMS)
     # What F.batch_norm makes of that depends on the version of torch.
-    return f"has eps {norm.eps}" if norm.eps <= 0 else None
+    return f"has eps {bn.eps}" if bn.eps <= 0 else None
 
 
-def _why_changed(owner: nn.Module, norms: Names) -> str | None:
+def _why_changed(owner: nn.Module, bns: Names) -> str | None:
     """Why a block or stem runs its plain composition, as far as its modules tell."""
-    for name in norms:
-        if problem := _changed_norm(owner.get_submodule(name)):
+    for name in bns:
+        if problem := _changed_bn(owner.get_submodule(name)):
             return f"{name} {problem}"
     if problem := _changed(owner.get_submodule("relu"), (nn.ReLU,)):
         return f"relu {problem}"
@@ -64,12 +64,12 @@ def _why_changed(owner: nn.Module, norms: Names) -> str | None:
         return f"downsample {problem}"
     if len(downsample) != 2:
         return f"downsample has {len(downsample)} modules, not a conv and a norm"
-    if problem := _changed_norm(downsample[1]):
+    if problem := _changed_bn(downsample[1]):
         return f"downsample.1 {problem}"
     return None
 
 
-def why_plain(x: Any, owner: nn.Module, norms: Names) -> str | None:
+def why_plain(x: Any, owner: nn.Module, bns: Names) -> str | None:
     """Why a block or stem runs its plain composition on ``x``; None when it runs fused."""
     if not isinstance(x, Tensor):
         return f"the input is a {type(x).__name__}"  # a torch.fx.Proxy
@@ -77,12 +77,12 @@ def why_plain(x: Any, owner: nn.Module, norms: Names) -> str | None:
         return f"the input is {x.dtype}"
     if x.dim() != 4 or x.numel() == 0:
         return f"the input has the shape {tuple(x.shape)}"
-    return why_module_plain(owner, norms, x.device.type)
+    return why_module_plain(owner, bns, x.device.type)
 
 
-def why_module_plain(owner: nn.Module, norms: Names, device_type: str) -> str | None:
+def why_module_plain(owner: nn.Module, bns: Names, device_type: str) -> str | None:
     """Why a block or stem runs its plain composition, whatever its input."""
-    return why_not_fused(device_type) or why_not_here() or _why_changed(owner, norms)
+    return why_not_fused(device_type) or why_not_here() or _why_changed(owner, bns)
 
 
 def why_no_pool(pool: nn.Module) -> str | None:
@@ -96,18 +96,19 @@ def why_no_pool(pool: nn.Module) -> str | None:
     return "has another mode" if pool.ceil_mode or pool.return_indices else None
 
 
-def norm_of(bn: nn.Module) -> Norm:
+def batch_norm_of(bn: nn.Module) -> BatchNorm:
     """The operands and the mode of a batch norm module."""
     assert isinstance(bn, _NORMS)
     momentum = 0.0 if bn.momentum is None else bn.momentum
-    counter = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
-    if counter is not None and bn.momentum is None:
-        momentum = 1.0 / (float(counter) + 1.0)
+    batches = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
+    if batches is not None and bn.momentum is None:
+        momentum = 1.0 / (float(batches) + 1.0)
     training = bn.training or (bn.running_mean is None and bn.running_var is None)
     tracked = not bn.training or bn.track_running_stats
     group = _sync_group(bn) if bn.training else None
     running_mean, running_var = (bn.running_mean, bn.running_var) if tracked else (None, None)
-    return Norm(running_mean, running_var, bn.weight, bn.bias, training, momentum, bn.eps, group, counter)
+    affine = bn.weight, bn.bias
+    return BatchNorm(running_mean, running_var, *affine, training, momentum, bn.eps, group, batches)
 
 
 def _sync_group(bn: nn.Module) -> dist.ProcessGroup | None:
@@ -125,9 +126,9 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value[0], value[-1])
 
 
-def _is_convolution(part: ConvNorm) -> bool:
+def _is_convolution(conv: ConvBN) -> bool:
     """Whether F.conv2d takes the geometry."""
-    return min(*part.stride, *part.dilation, part.groups) > 0 and min(part.padding) >= 0
+    return min(*conv.stride, *conv.dilation, conv.groups) > 0 and min(conv.padding) >= 0
 
 
 def _changed_conv(conv: nn.Module) -> str | None:
@@ -142,53 +143,51 @@ def _changed_conv(conv: nn.Module) -> str | None:
     return None
 
 
-def _conv_norm(conv: nn.Module, bn: nn.Module) -> ConvNorm:
+def _conv_bn(conv: nn.Module, bn: nn.Module) -> ConvBN:
     assert isinstance(conv, nn.Conv2d)
     geometry = _pair(conv.stride), _pair(conv.padding), _pair(conv.dilation)
-    return ConvNorm(conv.weight, norm_of(bn), *geometry, conv.groups)
+    return ConvBN(conv.weight, batch_norm_of(bn), *geometry, conv.groups)
 
 
-def _conv_norms(block: nn.Module, convs: Names, norms: Names) -> list[tuple[str, Any, str, Any]]:
+def _conv_bns(block: nn.Module, convs: Names, bns: Names) -> list[tuple[str, Any, str, Any]]:
     """Names and modules of the convolutions and their batch norms, the shortcut's last."""
-    found = [(c, getattr(block, c), n, getattr(block, n)) for c, n in zip(convs, norms, strict=True)]
+    found = [(c, getattr(block, c), n, getattr(block, n)) for c, n in zip(convs, bns, strict=True)]
     downsample = getattr(block, "downsample", None)
     if downsample is not None:
         found.append(("downsample.0", downsample[0], "downsample.1", downsample[1]))
     return found
 
 
-def why_not_one_op(block: nn.Module, convs: Names, norms: Names) -> str | None:
+def why_not_one_op(block: nn.Module, convs: Names, bns: Names) -> str | None:
     """Why a block runs as several fused ops, as far as its modules tell; None when it is one op."""
     owners: dict[int, str] = {}
-    for name, conv, norm_name, norm in _conv_norms(block, convs, norms):
+    for name, conv, bn_name, bn in _conv_bns(block, convs, bns):
         if problem := _changed_conv(conv):
             return f"{name} {problem}"
         # torch.compile has one input for what is shared, and would write to it once where eager does so twice.
-        for shared in (conv.weight, norm, norm.weight, norm.bias):
-            owner = name if shared is conv.weight else norm_name
+        for shared in (conv.weight, bn, bn.weight, bn.bias):
+            owner = name if shared is conv.weight else bn_name
             if shared is not None and (other := owners.setdefault(id(shared), owner)) != owner:
                 return f"{owner} shares a parameter or itself with {other}"
     return None
 
 
-def one_op(
-    x: Tensor, block: nn.Module, convs: Names, norms: Names
-) -> tuple[list[ConvNorm], ConvNorm | None] | str:
+def one_op(x: Tensor, block: nn.Module, convs: Names, bns: Names) -> tuple[list[ConvBN], ConvBN | None] | str:
     """The operands of ops.residual_block beside ``x``, or why a block runs as several fused ops on it."""
-    if problem := why_not_one_op(block, convs, norms):
+    if problem := why_not_one_op(block, convs, bns):
         return problem
     if not is_channels_last(dense(x)):
         return "the input is contiguous: use x.to(memory_format=torch.channels_last)"
-    parts = [_conv_norm(conv, norm) for _, conv, _, norm in _conv_norms(block, convs, norms)]
+    conv_bns = [_conv_bn(conv, bn) for _, conv, _, bn in _conv_bns(block, convs, bns)]
     mixed = ops.autocast_dtype(x.device.type) is not None
-    if not mixed and any(part.weight.dtype != x.dtype for part in parts):
+    if not mixed and any(conv.weight.dtype != x.dtype for conv in conv_bns):
         return f"the input is {x.dtype} and a convolution's weight is not"
-    if min(x.shape[1], *(part.weight.shape[0] for part in parts)) == 1:
+    if min(x.shape[1], *(conv.weight.shape[0] for conv in conv_bns)) == 1:
         return "an activation has one channel"  # it lies in memory as a contiguous one
-    if not all(_is_convolution(part) for part in parts):
+    if not all(_is_convolution(conv) for conv in conv_bns):
         return "a convolution has a stride, padding or dilation that is refused"
-    downsample = parts.pop() if len(parts) > len(convs) else None
-    shape = ops.convolved_shape(x.shape, parts)
+    downsample = conv_bns.pop() if len(conv_bns) > len(convs) else None
+    shape = ops.convolved_shape(x.shape, conv_bns)
     if shape is None or shape != ops.convolved_shape(x.shape, [] if downsample is None else [downsample]):
         return f"the convolutions do not fit each other or an input of shape {tuple(x.shape)}"
-    return parts, downsample
+    return conv_bns, downsample

@@ -16,14 +16,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fused import models
 from resnet_fused.backend import why_not_triton
-from resnet_fused.kernels.launch import Launch, observing
-from resnet_fused.ops._primitive import COMPOSITIONS
-from resnet_fused.ops.passes import forget, kernels
+from resnet_fused.kernels.launch import Launch, observe_launches
+from resnet_fused.ops.dispatch import IMPLEMENTATIONS, clear_cache
 from resnet_fused.reference.resnet import ARCHITECTURES
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 #: Kernels that pass over activations; the other Triton kernels merge what these have left, or work on weights.
-PASSES = ("conv", "dgrad", "wgrad", "gram", "expand", "folded_wgrad", "folded_dgrad")
+PASSES = (
+    "conv_bn_stats",
+    "dgrad",
+    "wgrad",
+    "input_covariance",
+    "conv1x1_bn_add_relu",
+    "folded_wgrad",
+    "folded_dgrad",
+)
 #: Native ops that start a second, small kernel, which merges the parts of a sum.
 _MERGING = ("batch_norm_stats", "backward_reduce")
 
@@ -83,9 +90,10 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         namespace, _, name = func._schema.name.partition("::")
-        if namespace == "resnet_fused" and name in COMPOSITIONS:
+        composed = IMPLEMENTATIONS[name].composed if namespace == "resnet_fused" else None
+        if composed is not None:
             with self:
-                return COMPOSITIONS[name](*_complete(func, args))
+                return composed(*_complete(func, args))
         result = func(*args, **(kwargs or {}))
         native = namespace == "resnet_fused"
         if _is_free(func, name):
@@ -159,7 +167,7 @@ def plan(arch: str, batch: int, dtype: str = "bf16", image_size: int = 224) -> l
         stages = ("layer1", "layer2", "layer3", "layer4")
         parts += [(f"{s}.{i}", block) for s in stages for i, block in enumerate(getattr(model, s))]
         recorder.weights = {p.shape for p in model.parameters()}
-        with observing(recorder.launched):
+        with observe_launches(recorder.launched):
             for recorder.block, part in parts:
                 x = _step(recorder, part, x)
     return recorder.planned
@@ -182,11 +190,12 @@ def _step(recorder: _Recorder, part: Any, x: Tensor) -> Tensor:
 
 def launches(arch: str, batch: int, dtype: str, image_size: int = 224, capability: int = 90) -> list[Launch]:
     """Those of a plan that are Triton's, as they would be on a GPU of a compute capability (90: sm_90)."""
-    configs = kernels("configs")
-    with configs.assuming(capability):
-        forget()
+    from resnet_fused.kernels.autotune import heuristics
+
+    with heuristics.assume_architecture(capability):
+        clear_cache()
         found = [p.launch for p in plan(arch, batch, dtype, image_size) if p.launch is not None]
-    forget()
+    clear_cache()
     return found
 
 
@@ -194,7 +203,9 @@ def candidates(
     arch: str, batch: int, dtype: str, image_size: int = 224, capability: int = 90
 ) -> list[Launch]:
     """As ``launches``, and those of every configuration that tuning would try on such a GPU."""
-    with kernels("tuning").collecting() as collected:
+    from resnet_fused.kernels.autotune import search
+
+    with search.collect_candidates() as collected:
         return launches(arch, batch, dtype, image_size, capability) + collected
 
 

@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 import resnet_fused
 from resnet_fused import functional
-from resnet_fused.ops import Norm
+from resnet_fused.types import BatchNorm
 from tests.model_pairs import assert_equal, block_pair, pair, scrambled
 
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -24,10 +24,10 @@ def memory_format(request: pytest.FixtureRequest) -> torch.memory_format:
     return LAYOUTS[request.param]
 
 
-def norm(channels: int, training: bool) -> Norm:
+def norm(channels: int, training: bool) -> BatchNorm:
     vectors = [torch.randn(channels, dtype=F64), torch.rand(channels, dtype=F64) + 0.5]
     parameters = [v.clone().requires_grad_() for v in vectors]
-    return Norm(*vectors, parameters[1], parameters[0], training, 0.1, 1e-5)
+    return BatchNorm(*vectors, parameters[1], parameters[0], training, 0.1, 1e-5)
 
 
 def bn_relu(training: bool) -> tuple[Callable[..., Tensor], list[Tensor], int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks import counts
 from resnet_fused import models, native
-from resnet_fused.ops._primitive import COMPOSITIONS
+from resnet_fused.ops.registry import COMPOSITIONS
 
 needs_extension = pytest.mark.skipif(not native.is_loaded, reason="without the extension ops run unfused")
 

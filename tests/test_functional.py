@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from resnet_fused import functional
-from resnet_fused.ops import Norm
+from resnet_fused.types import BatchNorm
 
 C = 5
 Y = torch.randn(2, C, 4, 4)
@@ -67,7 +67,7 @@ def test_bad_input(name: str, arguments: tuple[Any, ...], error: type[Exception]
 def test_bad_partner(other: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"residual {message}"):
         functional.bn_add_relu(Y, other, *BUFFERS)
-    norm = Norm(*BUFFERS, None, None, False, 0.1, 1e-5)
+    norm = BatchNorm(*BUFFERS, None, None, False, 0.1, 1e-5)
     with pytest.raises(error, match=f"skip {message}"):
         functional.bn_bn_add_relu(Y, other, norm, norm)
 

@@ -87,7 +87,6 @@ def test_what_tuning_may_try_is_in_it() -> None:
     """More than one launch of each problem, and as many kernels as there are to compile."""
     pytest.importorskip("triton")
     from resnet_fused import plan
-    from resnet_fused.kernels import tuning
 
     launched = plan.launches("resnet18", 64, "bf16")
     tried = gpu_bundle.candidates([("resnet18", 64)])

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import resnet_fused
 from benchmarks.saved import saving
 from resnet_fused import models, native, reference
-from resnet_fused.ops import _matmul
+from resnet_fused.ops import vendor_gemm
 
 IMPLEMENTATIONS: dict[str, Any] = {"fused": resnet_fused, "reference": reference}
 # Which convolutions fold depends on the number of pixels, so the ratios are those of this batch.
@@ -283,7 +283,7 @@ def test_large_tensors_of_a_block(name: str, dtype: torch.dtype) -> None:
         out = block(x)
     size = out.numel() * dtype.itemsize
     # Else a piece, or a buffer that is used again and that PyTorch does not know of, would go uncounted.
-    assert _matmul.PIECE_BYTES["cpu"] < size < 32 * MB
+    assert vendor_gemm.CHUNK_BYTES["cpu"] < size < 32 * MB
     large = [elements * dtype.itemsize for elements in shape.kept]
     assert sorted(b for b in kept.values() if b > MB) == sorted(b for b in large if b > MB)
     assert sum(kept.values()) == sum(large) + out.numel() // 8 + 4 * shape.small

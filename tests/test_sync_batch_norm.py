@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import resnet_fused
-from resnet_fused.ops.batch_norm_stats import merge_across
+from resnet_fused.ops.bn_stats import merge_across
 
 #: Images of each process: their number differs, as in the last batch of an epoch.
 SHARES = (3, 2)

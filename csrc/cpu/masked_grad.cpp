@@ -1,4 +1,4 @@
-// The gradient behind a ReLU whose mask was kept, written or added to what is there, and its sum by channel.
+// The gradient w.r.t. a ReLU's input from its saved mask, written or added to what is there, and its sum by channel.
 #include "blocks.h"
 
 namespace resnet_fused::cpu {

@@ -1,4 +1,4 @@
-// The gradient behind a ReLU whose mask was kept, written or added to what is there; in a second pass its
+// The gradient w.r.t. a ReLU's input from its saved mask, written or added to what is there; in a second pass its
 // sum.
 #include "elementwise.cuh"
 #include "reduce.cuh"

@@ -14,9 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels import reductions
-from resnet_fused.kernels.configs import gemm_configs
-from resnet_fused.kernels.launch import Config, cdiv, launch
-from resnet_fused.kernels.problem import (
+from resnet_fused.kernels.arguments import (
     every_sizes,
     gradient_fields,
     input_sizes,
@@ -27,6 +25,8 @@ from resnet_fused.kernels.problem import (
     row_matrix,
     window_sizes,
 )
+from resnet_fused.kernels.autotune.heuristics import gemm_configs
+from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.tiles import (
     gradient_terms,
     gradient_tile,
@@ -38,17 +38,17 @@ from resnet_fused.kernels.tiles import (
     tile_of,
     unknown_zero,
 )
-from resnet_fused.reference.operands import Activation, Gradient, Pair, Window
+from resnet_fused.types import Activation, ConvGeometry, Gradient, Pair
 
 
 @triton.jit
 def dgrad_kernel(
     g,
-    bits,
+    mask,
     y,
     mean,
-    terms,
-    slopes,
+    bn_coeffs,
+    dy_coeffs,
     conv,
     da,
     below,
@@ -121,10 +121,10 @@ def dgrad_kernel(
             source = corner - (i * DILATION_H * OUT_WIDTH + j * DILATION_W)
             inside = ((seen_h >> i) & (seen_w >> j) & 1) != 0
         centre, scale, offset, level, slope = gradient_terms(
-            mean, terms, slopes, outputs, outputs < OUTPUTS, OUTPUTS, g.dtype.element_ty
+            mean, bn_coeffs, dy_coeffs, outputs, outputs < OUTPUTS, OUTPUTS, g.dtype.element_ty
         )
         a = gradient_tile(
-            g, bits, y, terms, slopes, centre, scale, offset, level, slope, zero, source, inside, first, OUTPUTS,
+            g, mask, y, bn_coeffs, dy_coeffs, centre, scale, offset, level, slope, zero, source, inside, first, OUTPUTS,
             BLOCK_K, not POINTWISE,
         )  # fmt: skip
         b = tl.load(
@@ -152,11 +152,13 @@ def dgrad_kernel(
         )  # fmt: skip
 
 
-def _pixels_of_a_class(x: Tensor, window: Window) -> int:
+def _pixels_of_a_class(x: Tensor, window: ConvGeometry) -> int:
     return x.shape[0] * cdiv(x.shape[2], window.stride[0]) * cdiv(x.shape[3], window.stride[1])
 
 
-def configs(gradient: Gradient, conv: Tensor, window: Window, below: Activation, *_: object) -> list[Config]:
+def configs(
+    gradient: Gradient, conv: Tensor, window: ConvGeometry, below: Activation, *_: object
+) -> list[Config]:
     outputs, channels, *kernel = conv.shape
     taps = cdiv(kernel[0] * kernel[1], window.stride[0] * window.stride[1])
     pixels, loaded = _pixels_of_a_class(below.x, window), 1 if gradient.y is None else 2
@@ -166,11 +168,11 @@ def configs(gradient: Gradient, conv: Tensor, window: Window, below: Activation,
 def dgrad(
     gradient: Gradient,
     conv: Tensor,
-    window: Window,
+    window: ConvGeometry,
     below: Activation,
     residual: Tensor | None,
     residual_bits: Tensor | None,
-    every: Pair,
+    input_stride: Pair,
     config: Config,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """da (+ residual), like below.x, and with statistics of ``below`` sum_dz, sum_dz_xhat and slopes, float32.
@@ -181,7 +183,7 @@ def dgrad(
         below: the convolution's input, (N, C, H, W), channels_last.
         residual: (N, C, ceil(H / every), ceil(W / every)), added at every so-manyth pixel; its bits in its own layout.
     """
-    gradient, below, x = reductions.with_slopes(gradient), reductions.with_terms(below), below.x
+    gradient, below, x = reductions.with_dy_coeffs(gradient), reductions.with_bn_coeffs(below), below.x
     da = new_activation(x, x.shape[1], x.shape[2], x.shape[3])
     classes = window.stride[0] * window.stride[1]
     tiles = cdiv(_pixels_of_a_class(x, window), config.block_m)
@@ -194,10 +196,10 @@ def dgrad(
         {
             **gradient_fields(gradient, config.block_k),
             "conv": row_matrix(conv, x.dtype), "da": da,
-            "below": summed.x, "below_mean": summed.mean, "below_terms": summed.terms, "sums": sums,
+            "below": summed.x, "below_mean": summed.mean, "below_terms": summed.bn_coeffs, "sums": sums,
             "residual": residual, "residual_bits": mask_words(residual_bits, x.shape[1], config.block_n),
             **input_sizes(x), "OUT_HEIGHT": gradient.g.shape[2], "OUT_WIDTH": gradient.g.shape[3], "OUTPUTS": outputs,
-            "IMAGES": x.shape[0], **window_sizes(window), **every_sizes(every),
+            "IMAGES": x.shape[0], **window_sizes(window), **every_sizes(input_stride),
         },
         {
             "KERNEL_H": kernel[0], "KERNEL_W": kernel[1], "POINTWISE": is_pointwise(conv, window),

@@ -1,4 +1,4 @@
-"""Gradients of the inputs of one or both folded convolutions of a block: da = dz scaled + c square^T + vector.
+"""Gradients of the inputs of one or both folded convolutions of a block: da = dz scaled + c matrix^T + vector.
 
 For each one GEMM over [dz | c]; dz, the gradient behind the block's ReLU, is read once for both. The epilogue takes the
 sums that the batch norm below needs of da behind its ReLU.
@@ -6,16 +6,12 @@ sums that the batch norm below needs of da behind its ReLU.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels import reductions
-from resnet_fused.kernels.configs import gemm_configs
-from resnet_fused.kernels.launch import Config, cdiv, launch
-from resnet_fused.kernels.problem import (
+from resnet_fused.kernels.arguments import (
     activation_fields,
     every_sizes,
     mask_words,
@@ -25,20 +21,22 @@ from resnet_fused.kernels.problem import (
     skip_fields,
     touched_of_both,
 )
+from resnet_fused.kernels.autotune.heuristics import gemm_configs
+from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.tiles import activation_tile, masked_tile, pixel_of, store_tile_sums, tile_of
-from resnet_fused.reference.operands import Activation, Pair
+from resnet_fused.types import Activation, DgradFactors, Pair
 
 
 @triton.jit
 def _input_gradient(
     g,
-    bits,
+    mask,
     scaled,
     x,
     mean,
-    terms,
+    bn_coeffs,
     shift,
-    square,
+    matrix,
     vector,
     da,
     sums,
@@ -70,23 +68,23 @@ def _input_gradient(
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for first in range(0, OUTPUTS, BLOCK_K):
         outputs = first + tl.arange(0, BLOCK_K)
-        dz = masked_tile(g, bits, rows, inside, first, OUTPUTS, BLOCK_K)
+        dz = masked_tile(g, mask, rows, inside, first, OUTPUTS, BLOCK_K)
         b = tl.load(
             scaled + outputs[:, None] * CHANNELS + columns[None, :],
             (outputs < OUTPUTS)[:, None] & column_inside[None, :],
             other=0.0,
         )
         acc = tl.dot(tl.trans(b), tl.trans(dz), acc, input_precision=PRECISION)
-    if square is not None:
+    if matrix is not None:
         source = rows
         if not POINTWISE:
             image, h, w = pixel_of(rows, OUT_HEIGHT, OUT_WIDTH)
             source = (image * HEIGHT + h * EVERY_H) * WIDTH + w * EVERY_W
         for first in range(0, CHANNELS, BLOCK_K):
             channels = first + tl.arange(0, BLOCK_K)
-            c = activation_tile(x, mean, terms, shift, source, inside, channels, CHANNELS, False)
+            c = activation_tile(x, mean, bn_coeffs, shift, source, inside, channels, CHANNELS, False)
             b = tl.load(
-                square + columns[:, None] * CHANNELS + channels[None, :],
+                matrix + columns[:, None] * CHANNELS + channels[None, :],
                 (channels < CHANNELS)[None, :] & column_inside[:, None],
                 other=0.0,
             )
@@ -96,25 +94,25 @@ def _input_gradient(
     tl.store(da + rows[:, None] * CHANNELS + columns[None, :], out, whole)
     if sums is not None:
         store_tile_sums(
-            out.to(tl.float32), below, mean, terms, sums, tile_m, tiles_m, whole, columns, CHANNELS
+            out.to(tl.float32), below, mean, bn_coeffs, sums, tile_m, tiles_m, whole, columns, CHANNELS
         )
 
 
 @triton.jit
 def folded_dgrad_kernel(
     g,
-    bits,
+    mask,
     scaled,
-    square,
+    matrix,
     vector,
     x,
     mean,
-    terms,
+    bn_coeffs,
     shift,
     da,
     sums,
     skip_scaled,
-    skip_square,
+    skip_matrix,
     skip_vector,
     skip,
     skip_shift,
@@ -148,46 +146,35 @@ def folded_dgrad_kernel(
     tile_m, tile_n, tiles_m = tl.program_id(0) // both, tl.program_id(0) % both, tl.num_programs(0) // both
     if tile_n < tiles:
         _input_gradient(
-            g, bits, scaled, x, mean, terms, shift, square, vector, da, sums, HEIGHT, WIDTH, CHANNELS,
+            g, mask, scaled, x, mean, bn_coeffs, shift, matrix, vector, da, sums, HEIGHT, WIDTH, CHANNELS,
             OUT_HEIGHT, OUT_WIDTH, OUTPUTS, PIXELS, EVERY_H, EVERY_W, tile_m, tiles_m, tile_n,
             POINTWISE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     elif skip is not None:
         _input_gradient(
-            g, bits, skip_scaled, skip, None, None, skip_shift, skip_square, skip_vector, dskip, None,
+            g, mask, skip_scaled, skip, None, None, skip_shift, skip_matrix, skip_vector, dskip, None,
             SKIP_HEIGHT, SKIP_WIDTH, SKIP_CHANNELS, OUT_HEIGHT, OUT_WIDTH, OUTPUTS, PIXELS, SKIP_EVERY_H, SKIP_EVERY_W,
             tile_m, tiles_m, tile_n - tiles, SKIP_POINTWISE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
-class Factors(NamedTuple):
-    """What the gradient of a folded convolution's input is made with.
+def _factors(factors: DgradFactors, like: Tensor, prefix: str = "") -> dict[str, Tensor | None]:
+    matrices = (m if m is None else row_matrix(m, like.dtype) for m in (factors.scaled, factors.matrix))
+    names = (f"{prefix}scaled", f"{prefix}matrix", f"{prefix}vector")
+    return dict(zip(names, (*matrices, factors.vector), strict=True))
 
-    ``scaled``: (outputs, C, 1, 1); ``square``: (C, C, 1, 1) and ``vector``: (C,) float32, or None where the statistics
-    are constants.
-    """
 
-    scaled: Tensor | None = None
-    square: Tensor | None = None
-    vector: Tensor | None = None
-
-    def arguments(self, like: Tensor, prefix: str = "") -> dict[str, Tensor | None]:
-        matrices = (m if m is None else row_matrix(m, like.dtype) for m in (self.scaled, self.square))
-        names = (f"{prefix}scaled", f"{prefix}square", f"{prefix}vector")
-        return dict(zip(names, (*matrices, self.vector), strict=True))
-
-    @property
-    def size(self) -> int:
-        return sum(m.numel() for m in (self.scaled, self.square) if m is not None)
+def _size(factors: DgradFactors) -> int:
+    return sum(m.numel() for m in (factors.scaled, factors.matrix) if m is not None)
 
 
 def configs(
     grad: Tensor,
-    bits: Tensor,
-    factors: Factors,
+    mask: Tensor,
+    factors: DgradFactors,
     source: Activation,
-    every: Pair,
-    skip_factors: Factors,
+    input_stride: Pair,
+    skip_factors: DgradFactors,
     skip: Activation | None,
     *_: object,
 ) -> list[Config]:
@@ -197,13 +184,13 @@ def configs(
 
 def folded_dgrad(
     grad: Tensor,
-    bits: Tensor,
-    factors: Factors,
+    mask: Tensor,
+    factors: DgradFactors,
     source: Activation,
-    every: Pair,
-    skip_factors: Factors,
+    input_stride: Pair,
+    skip_factors: DgradFactors,
     skip: Activation | None,
-    skip_every: Pair,
+    skip_input_stride: Pair,
     config: Config,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """da of ``source``, that of ``skip``, and sum_dz, sum_dz_xhat and slopes, where ``source`` has statistics.
@@ -213,7 +200,7 @@ def folded_dgrad(
         source, skip: inputs of folded convolutions, channels_last; of their pixels one in so many counts, down and
             across, and da is that of these alone. ``skip`` has no statistics.
     """
-    source = reductions.with_terms(source)
+    source = reductions.with_bn_coeffs(source)
     x, (images, outputs, height, width) = source.x, grad.shape
     channels, others = x.shape[1], 0 if skip is None else skip.x.shape[1]
     pixels = images * height * width
@@ -225,20 +212,20 @@ def folded_dgrad(
         folded_dgrad_kernel,
         (tiles * (cdiv(channels, config.block_n) + cdiv(others, config.block_n)),),
         {
-            "g": grad, "bits": mask_words(bits, outputs, config.block_k), **factors.arguments(grad),
+            "g": grad, "mask": mask_words(mask, outputs, config.block_k), **_factors(factors, grad),
             **activation_fields(source), "da": da, "sums": sums,
-            **skip_factors.arguments(grad, "skip_"), **skip_fields(skip), "dskip": dskip,
+            **_factors(skip_factors, grad, "skip_"), **skip_fields(skip), "dskip": dskip,
             "HEIGHT": x.shape[2], "WIDTH": x.shape[3], "CHANNELS": channels,
             "SKIP_HEIGHT": 0 if skip is None else skip.x.shape[2], "SKIP_WIDTH": 0 if skip is None else skip.x.shape[3],
             "SKIP_CHANNELS": others, "OUT_HEIGHT": height, "OUT_WIDTH": width, "OUTPUTS": outputs, "PIXELS": pixels,
-            **every_sizes(every), **every_sizes(skip_every, "SKIP_"),
+            **every_sizes(input_stride), **every_sizes(skip_input_stride, "SKIP_"),
         },
         {
-            "POINTWISE": every == (1, 1), "SKIP_POINTWISE": skip_every == (1, 1), "PRECISION": precision(grad.dtype),
-            **config.blocks(),
+            "POINTWISE": input_stride == (1, 1), "SKIP_POINTWISE": skip_input_stride == (1, 1),
+            "PRECISION": precision(grad.dtype), **config.blocks(),
         },
         config,
-        flops=2 * pixels * (factors.size + skip_factors.size),
+        flops=2 * pixels * (_size(factors) + _size(skip_factors)),
         touched=touched_of_both(source, skip, height, width),
     )  # fmt: skip
     return da, dskip, *((None, None, None) if sums is None else reductions.sum_tiles(sums, source))

@@ -11,9 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels import reductions
-from resnet_fused.kernels.configs import sum_configs
-from resnet_fused.kernels.launch import Config, cdiv, launch
-from resnet_fused.kernels.problem import (
+from resnet_fused.kernels.arguments import (
     activation_fields,
     every_sizes,
     mask_words,
@@ -22,6 +20,8 @@ from resnet_fused.kernels.problem import (
     skip_fields,
     touched_of_both,
 )
+from resnet_fused.kernels.autotune.heuristics import sum_configs
+from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.tiles import (
     activated,
     activation_terms,
@@ -30,16 +30,16 @@ from resnet_fused.kernels.tiles import (
     pixels_later,
     tile_of,
 )
-from resnet_fused.reference.operands import Activation, Pair
+from resnet_fused.types import Activation, Pair
 
 
 @triton.jit
 def _products(
     g,
-    bits,
+    mask,
     x,
     mean,
-    terms,
+    bn_coeffs,
     shift,
     part,
     sums,
@@ -65,12 +65,12 @@ def _products(
     channels = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     per_split = tl.cdiv(tl.cdiv(PIXELS, BLOCK_M), tl.num_programs(2))
     start = tl.program_id(2) * per_split * BLOCK_M
-    LOADED: tl.constexpr = terms is None and shift is None  # the first operand, as in wgrad
+    LOADED: tl.constexpr = bn_coeffs is None and shift is None  # the first operand, as in wgrad
     acc = tl.zeros((BLOCK_K, BLOCK_N) if LOADED else (BLOCK_N, BLOCK_K), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     channel_inside = channels < CHANNELS
     centre, scale, offset, level = activation_terms(
-        mean, terms, shift, channels, channel_inside, CHANNELS, x.dtype.element_ty
+        mean, bn_coeffs, shift, channels, channel_inside, CHANNELS, x.dtype.element_ty
     )
     if not POINTWISE:
         image, h, w = pixel_of(start + tl.arange(0, BLOCK_M), OUT_HEIGHT, OUT_WIDTH)
@@ -78,13 +78,13 @@ def _products(
     for step in range(per_split):
         rows = start + step * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = rows < PIXELS
-        dz = masked_tile(g, bits, rows, inside, first, OUTPUTS, BLOCK_N)
+        dz = masked_tile(g, mask, rows, inside, first, OUTPUTS, BLOCK_N)
         source = rows
         if not POINTWISE:
             source = (image * HEIGHT + h * EVERY_H) * WIDTH + w * EVERY_W
         value = tile_of(x, source, inside, channels, channel_inside, CHANNELS)
         # dz is 0 in rows outside.
-        c = activated(value, terms, shift, centre, scale, offset, level, inside, False)
+        c = activated(value, bn_coeffs, shift, centre, scale, offset, level, inside, False)
         if sums is not None:
             total += tl.sum(dz.to(tl.float32), 0)
         if LOADED:
@@ -104,10 +104,10 @@ def _products(
 @triton.jit
 def folded_wgrad_kernel(
     g,
-    bits,
+    mask,
     x,
     mean,
-    terms,
+    bn_coeffs,
     shift,
     skip,
     skip_shift,
@@ -139,20 +139,20 @@ def folded_wgrad_kernel(
     tile, tiles = tl.program_id(0), tl.cdiv(CHANNELS, BLOCK_K)
     if tile < tiles:
         _products(
-            g, bits, x, mean, terms, shift, part, sums, HEIGHT, WIDTH, CHANNELS,
+            g, mask, x, mean, bn_coeffs, shift, part, sums, HEIGHT, WIDTH, CHANNELS,
             OUT_HEIGHT, OUT_WIDTH, OUTPUTS, PIXELS, EVERY_H, EVERY_W, tile,
             POINTWISE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     elif skip is not None:
         _products(
-            g, bits, skip, None, None, skip_shift, skip_part, None, SKIP_HEIGHT, SKIP_WIDTH, SKIP_CHANNELS,
+            g, mask, skip, None, None, skip_shift, skip_part, None, SKIP_HEIGHT, SKIP_WIDTH, SKIP_CHANNELS,
             OUT_HEIGHT, OUT_WIDTH, OUTPUTS, PIXELS, SKIP_EVERY_H, SKIP_EVERY_W, tile - tiles,
             SKIP_POINTWISE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
 def configs(
-    grad: Tensor, bits: Tensor, source: Activation, every: Pair, skip: Activation | None, *_: object
+    grad: Tensor, mask: Tensor, source: Activation, input_stride: Pair, skip: Activation | None, *_: object
 ) -> list[Config]:
     outputs, channels = grad.shape[1], source.x.shape[1] + (0 if skip is None else skip.x.shape[1])
     # Masks take registers too: with larger tiles some would be spilled.
@@ -161,11 +161,11 @@ def configs(
 
 def folded_wgrad(
     grad: Tensor,
-    bits: Tensor,
+    mask: Tensor,
     source: Activation,
-    every: Pair,
+    input_stride: Pair,
     skip: Activation | None,
-    skip_every: Pair,
+    skip_input_stride: Pair,
     config: Config,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Q (outputs, C) of ``source``, that of ``skip``, and the sums of dz (outputs,), float32.
@@ -175,7 +175,7 @@ def folded_wgrad(
         source, skip: inputs of folded convolutions, channels_last; of their pixels one in so many counts, down and
             across. ``skip`` has no statistics.
     """
-    source = reductions.with_terms(source)
+    source = reductions.with_bn_coeffs(source)
     images, outputs, height, width = grad.shape
     channels, others = source.x.shape[1], 0 if skip is None else skip.x.shape[1]
     pixels = images * height * width
@@ -188,16 +188,16 @@ def folded_wgrad(
             config.splits,
         ),
         {
-            "g": grad, "bits": mask_words(bits, outputs, config.block_n),
+            "g": grad, "mask": mask_words(mask, outputs, config.block_n),
             **activation_fields(source), **skip_fields(skip), "parts": parts,
             "HEIGHT": source.x.shape[2], "WIDTH": source.x.shape[3], "CHANNELS": channels,
             "SKIP_HEIGHT": 0 if skip is None else skip.x.shape[2], "SKIP_WIDTH": 0 if skip is None else skip.x.shape[3],
             "SKIP_CHANNELS": others, "OUT_HEIGHT": height, "OUT_WIDTH": width, "OUTPUTS": outputs, "PIXELS": pixels,
-            **every_sizes(every), **every_sizes(skip_every, "SKIP_"),
+            **every_sizes(input_stride), **every_sizes(skip_input_stride, "SKIP_"),
         },
         {
-            "POINTWISE": every == (1, 1), "SKIP_POINTWISE": skip_every == (1, 1), "PRECISION": precision(grad.dtype),
-            **config.blocks(),
+            "POINTWISE": input_stride == (1, 1), "SKIP_POINTWISE": skip_input_stride == (1, 1),
+            "PRECISION": precision(grad.dtype), **config.blocks(),
         },
         config,
         flops=2 * pixels * outputs * (channels + others),

@@ -47,7 +47,7 @@ class Config:
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
 
 
-def _told_apart(arguments: Mapping[str, Any]) -> list[Any]:
+def _specialization_key(arguments: Mapping[str, Any]) -> list[Any]:
     """By what Triton compiles kernels anew: types, alignment to 16 bytes, sizes of 1 and multiples of 16."""
     return [
         (x.dtype, x.data_ptr() % 16)
@@ -169,7 +169,14 @@ def _start(
         with torch.cuda.device(device):
             return _start(kernel, grid, arguments, constants, config)
     # Triton's own search takes as long as all else that a launch takes of the processor: it is left out the next time.
-    seen = (kernel.fn, device, config.warps, config.stages, *_told_apart(arguments), *constants.values())
+    seen = (
+        kernel.fn,
+        device,
+        config.warps,
+        config.stages,
+        *_specialization_key(arguments),
+        *constants.values(),
+    )
     found = _compiled.get(seen)
     if found is None:
         options = compiler_options(config, architecture(device))
@@ -184,7 +191,7 @@ _thread = threading.local()
 
 
 @contextmanager
-def observing(tell: Callable[[Launch], None]) -> Iterator[None]:
+def observe_launches(tell: Callable[[Launch], None]) -> Iterator[None]:
     """Within, ``tell`` is called with every launch of this process, after it was started."""
     _observers.append(tell)
     try:
@@ -194,7 +201,7 @@ def observing(tell: Callable[[Launch], None]) -> Iterator[None]:
 
 
 @contextmanager
-def holding_back() -> Iterator[list[Launch]]:
+def capture_launches() -> Iterator[list[Launch]]:
     """Within, this thread's launches are put into the list instead of being started."""
     held: list[Launch] = []
     _thread.held = held

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels.launch import Config, cdiv, launch
-from resnet_fused.reference.operands import Activation, Gradient
+from resnet_fused.types import Activation, Gradient
 
 #: Elements that a program loads at once, and of how many splits and channels at most.
 ELEMENTS, MOST_SPLITS, MOST_CHANNELS = 4096, 64, 8
@@ -22,29 +22,31 @@ CHANNELS_AT_ONCE = 128
 
 
 @triton.jit
-def _store_terms(mean, invstd, gamma, beta, terms, channels, inside, CHANNELS):
-    """reference.operands.norm_terms of float32 ``mean`` and ``invstd`` of some channels."""
+def _store_terms(mean, invstd, gamma, beta, bn_coeffs, channels, inside, CHANNELS):
+    """types.make_bn_coeffs of float32 ``mean`` and ``invstd`` of some channels."""
     scale, bias = invstd, tl.zeros_like(mean)
     if gamma is not None:
         scale *= tl.load(gamma + channels, inside, 0.0)
     if beta is not None:
         bias = tl.load(beta + channels, inside, 0.0)
     offset = bias.to(tl.float64) - mean.to(tl.float64) * scale.to(tl.float64)
-    place = terms + channels
+    place = bn_coeffs + channels
     tl.store(place, scale, inside)
     tl.store(place + CHANNELS, bias, inside)
     tl.store(place + 2 * CHANNELS, offset.to(tl.float32), inside)
 
 
 @triton.jit
-def _store_slopes(sum_dz, sum_dz_xhat, mean, invstd, terms, slopes, channels, inside, PIXELS, CHANNELS):
-    """reference.operands.gradient_slopes of float32 sums of some channels."""
-    factor = tl.load(terms + channels, inside, 0.0).to(tl.float64) / PIXELS
+def _store_slopes(
+    sum_dz, sum_dz_xhat, mean, invstd, bn_coeffs, dy_coeffs, channels, inside, PIXELS, CHANNELS
+):
+    """types.make_dy_coeffs of float32 sums of some channels."""
+    factor = tl.load(bn_coeffs + channels, inside, 0.0).to(tl.float64) / PIXELS
     centre = tl.load(mean + channels, inside, 0.0).to(tl.float64)
     slope = (factor * invstd.to(tl.float64) * sum_dz_xhat.to(tl.float64)).to(tl.float32)
     level = factor * sum_dz.to(tl.float64)
     offset = level - centre * slope.to(tl.float64)
-    place = slopes + channels
+    place = dy_coeffs + channels
     tl.store(place, slope, inside)
     tl.store(place + CHANNELS, level.to(tl.float32), inside)
     tl.store(place + 2 * CHANNELS, offset.to(tl.float32), inside)
@@ -58,7 +60,7 @@ def norm_statistics_kernel(
     mean,
     var,
     invstd,
-    terms,
+    bn_coeffs,
     COUNT,
     CHANNELS,
     PIXELS,
@@ -89,7 +91,7 @@ def norm_statistics_kernel(
     tl.store(mean + channels, centre.to(tl.float32), inside)
     tl.store(var + channels, variance.to(tl.float32), inside)
     tl.store(invstd + channels, rate, inside)
-    _store_terms(centre.to(tl.float32), rate, gamma, beta, terms, channels, inside, CHANNELS)
+    _store_terms(centre.to(tl.float32), rate, gamma, beta, bn_coeffs, channels, inside, CHANNELS)
 
 
 def norm_statistics(
@@ -104,19 +106,19 @@ def norm_statistics(
     """
     _, channels, count = tiles.shape
     mean, var, invstd = (tiles.new_empty(channels) for _ in range(3))
-    terms = tiles.new_empty(3, channels)
+    bn_coeffs = tiles.new_empty(3, channels)
     at_once, block, config = _tiles_at_once(count)
     launch(
         norm_statistics_kernel,
         (cdiv(channels, block),),
         {
-            "tiles": tiles, "gamma": gamma, "beta": beta, "mean": mean, "var": var, "invstd": invstd, "terms": terms,
-            "COUNT": count, "CHANNELS": channels, "PIXELS": pixels, "eps": eps,
+            "tiles": tiles, "gamma": gamma, "beta": beta, "mean": mean, "var": var, "invstd": invstd,
+            "bn_coeffs": bn_coeffs, "COUNT": count, "CHANNELS": channels, "PIXELS": pixels, "eps": eps,
         },
         {"TILE_PIXELS": tile_pixels, "AT_ONCE": at_once, "BLOCK": block},
         config,
     )  # fmt: skip
-    return mean, var, invstd, terms
+    return mean, var, invstd, bn_coeffs
 
 
 @triton.jit
@@ -124,10 +126,10 @@ def sum_tiles_kernel(
     tiles,
     mean,
     invstd,
-    terms,
+    bn_coeffs,
     sum_dz,
     sum_dz_xhat,
-    slopes,
+    dy_coeffs,
     COUNT,
     CHANNELS,
     PIXELS,
@@ -148,7 +150,7 @@ def sum_tiles_kernel(
     total, total_xhat = tl.sum(dz, 1).to(tl.float32), (tl.sum(dz_centred, 1) * rate).to(tl.float32)
     tl.store(sum_dz + channels, total, inside)
     tl.store(sum_dz_xhat + channels, total_xhat, inside)
-    _store_slopes(total, total_xhat, mean, rate, terms, slopes, channels, inside, PIXELS, CHANNELS)
+    _store_slopes(total, total_xhat, mean, rate, bn_coeffs, dy_coeffs, channels, inside, PIXELS, CHANNELS)
 
 
 def sum_tiles(tiles: Tensor, below: Activation) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,90 +160,92 @@ def sum_tiles(tiles: Tensor, below: Activation) -> tuple[Tensor, Tensor, Tensor]
         below: whose batch norm the sums are for, with its terms.
     """
     _, channels, count = tiles.shape
-    sum_dz, sum_dz_xhat, slopes = (tiles.new_empty(*size, channels) for size in ((), (), (3,)))
+    sum_dz, sum_dz_xhat, dy_coeffs = (tiles.new_empty(*size, channels) for size in ((), (), (3,)))
     at_once, block, config = _tiles_at_once(count)
     launch(
         sum_tiles_kernel,
         (cdiv(channels, block),),
         {
-            "tiles": tiles, "mean": below.mean, "invstd": below.invstd, "terms": below.terms,
-            "sum_dz": sum_dz, "sum_dz_xhat": sum_dz_xhat, "slopes": slopes,
+            "tiles": tiles, "mean": below.mean, "invstd": below.invstd, "bn_coeffs": below.bn_coeffs,
+            "sum_dz": sum_dz, "sum_dz_xhat": sum_dz_xhat, "dy_coeffs": dy_coeffs,
             "COUNT": count, "CHANNELS": channels, "PIXELS": below.x.numel() // channels,
         },
         {"AT_ONCE": at_once, "BLOCK": block},
         config,
     )  # fmt: skip
-    return sum_dz, sum_dz_xhat, slopes
+    return sum_dz, sum_dz_xhat, dy_coeffs
 
 
 @triton.jit
-def terms_kernel(mean, invstd, gamma, beta, terms, CHANNELS, BLOCK: tl.constexpr):
+def terms_kernel(mean, invstd, gamma, beta, bn_coeffs, CHANNELS, BLOCK: tl.constexpr):
     channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = channels < CHANNELS
     centre, rate = tl.load(mean + channels, inside, 0.0), tl.load(invstd + channels, inside, 0.0)
-    _store_terms(centre, rate, gamma, beta, terms, channels, inside, CHANNELS)
+    _store_terms(centre, rate, gamma, beta, bn_coeffs, channels, inside, CHANNELS)
 
 
-def terms_of(mean: Tensor, invstd: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-    """reference.operands.norm_terms of statistics that ``norm_statistics`` has not made."""
-    terms = mean.new_empty(3, len(mean))
+def bn_coeffs_of(mean: Tensor, invstd: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+    """types.make_bn_coeffs of statistics that ``norm_statistics`` has not made."""
+    bn_coeffs = mean.new_empty(3, len(mean))
     launch(
         terms_kernel,
         (cdiv(len(mean), CHANNELS_AT_ONCE),),
         {
-            "mean": mean, "invstd": invstd, "gamma": gamma, "beta": beta, "terms": terms,
+            "mean": mean, "invstd": invstd, "gamma": gamma, "beta": beta, "bn_coeffs": bn_coeffs,
             "CHANNELS": len(mean),
         },
         {"BLOCK": CHANNELS_AT_ONCE},
         Config(warps=4, stages=1),
     )  # fmt: skip
-    return terms
+    return bn_coeffs
 
 
-def with_terms(source: Activation) -> Activation:
-    if source.mean is None or source.invstd is None or source.terms is not None:
+def with_bn_coeffs(source: Activation) -> Activation:
+    if source.mean is None or source.invstd is None or source.bn_coeffs is not None:
         return source
-    return source._replace(terms=terms_of(source.mean, source.invstd, source.weight, source.bias))
+    return source._replace(bn_coeffs=bn_coeffs_of(source.mean, source.invstd, source.weight, source.bias))
 
 
 @triton.jit
-def slopes_kernel(sum_dz, sum_dz_xhat, mean, invstd, terms, slopes, CHANNELS, PIXELS, BLOCK: tl.constexpr):
+def slopes_kernel(
+    sum_dz, sum_dz_xhat, mean, invstd, bn_coeffs, dy_coeffs, CHANNELS, PIXELS, BLOCK: tl.constexpr
+):
     channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = channels < CHANNELS
     total, total_xhat = tl.load(sum_dz + channels, inside, 0.0), tl.load(sum_dz_xhat + channels, inside, 0.0)
     rate = tl.load(invstd + channels, inside, 0.0)
-    _store_slopes(total, total_xhat, mean, rate, terms, slopes, channels, inside, PIXELS, CHANNELS)
+    _store_slopes(total, total_xhat, mean, rate, bn_coeffs, dy_coeffs, channels, inside, PIXELS, CHANNELS)
 
 
-def slopes_of(
-    sum_dz: Tensor, sum_dz_xhat: Tensor, mean: Tensor, invstd: Tensor, terms: Tensor, pixels: int
+def dy_coeffs_of(
+    sum_dz: Tensor, sum_dz_xhat: Tensor, mean: Tensor, invstd: Tensor, bn_coeffs: Tensor, pixels: int
 ) -> Tensor:
-    """reference.operands.gradient_slopes of sums that ``sum_tiles`` has not made."""
-    slopes = torch.empty_like(terms)
+    """types.make_dy_coeffs of sums that ``sum_tiles`` has not made."""
+    dy_coeffs = torch.empty_like(bn_coeffs)
     launch(
         slopes_kernel,
         (cdiv(len(mean), CHANNELS_AT_ONCE),),
         {
-            "sum_dz": sum_dz, "sum_dz_xhat": sum_dz_xhat, "mean": mean, "invstd": invstd, "terms": terms,
-            "slopes": slopes, "CHANNELS": len(mean), "PIXELS": pixels,
+            "sum_dz": sum_dz, "sum_dz_xhat": sum_dz_xhat, "mean": mean, "invstd": invstd, "bn_coeffs": bn_coeffs,
+            "dy_coeffs": dy_coeffs, "CHANNELS": len(mean), "PIXELS": pixels,
         },
         {"BLOCK": CHANNELS_AT_ONCE},
         Config(warps=4, stages=1),
     )  # fmt: skip
-    return slopes
+    return dy_coeffs
 
 
-def with_slopes(dy: Gradient) -> Gradient:
+def with_dy_coeffs(dy: Gradient) -> Gradient:
     """With terms too."""
     if dy.mean is None or dy.invstd is None or dy.y is None:
         return dy
-    terms, slopes = dy.terms, dy.slopes
-    if terms is None:
-        terms = terms_of(dy.mean, dy.invstd, dy.weight, dy.bias)
-    if slopes is None and dy.sum_dz is not None and dy.sum_dz_xhat is not None:
+    bn_coeffs, dy_coeffs = dy.bn_coeffs, dy.dy_coeffs
+    if bn_coeffs is None:
+        bn_coeffs = bn_coeffs_of(dy.mean, dy.invstd, dy.weight, dy.bias)
+    if dy_coeffs is None and dy.sum_dz is not None and dy.sum_dz_xhat is not None:
         pixels = dy.y.numel() // dy.y.shape[1]
-        slopes = slopes_of(dy.sum_dz, dy.sum_dz_xhat, dy.mean, dy.invstd, terms, pixels)
-    return dy._replace(terms=terms, slopes=slopes)
+        dy_coeffs = dy_coeffs_of(dy.sum_dz, dy.sum_dz_xhat, dy.mean, dy.invstd, bn_coeffs, pixels)
+    return dy._replace(bn_coeffs=bn_coeffs, dy_coeffs=dy_coeffs)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ its batch norm: relu(bn(x)) - shift. A gradient ``dy`` of a convolution's output
 stands behind the batch norm: g alone; g and mask bits; g, y, mean, terms and, unless the statistics are constants,
 ``slopes``. Pointers that are not there are None, which Triton decides when it compiles.
 
-``terms`` and ``slopes`` (reference.operands) are what is left of a batch norm and of its gradient once the sums over
+``terms`` and ``slopes`` (types) are what is left of a batch norm and of its gradient once the sums over
 the pixels are known: one load each of what a loop needs of a channel. Kernels of 16 bits read the first and
 the last row.
 
@@ -20,15 +20,15 @@ import triton.language as tl
 
 
 @triton.jit
-def affine_terms(mean, terms, channels, inside, CHANNELS, dtype: tl.constexpr):
+def affine_terms(mean, bn_coeffs, channels, inside, CHANNELS, dtype: tl.constexpr):
     """Centre, scale and offset of some channels for ``normed``; zeros outside: what is loaded as zero stays zero."""
-    scale = tl.load(terms + channels, inside, 0.0)
+    scale = tl.load(bn_coeffs + channels, inside, 0.0)
     if dtype == tl.float32:
         centre = tl.load(mean + channels, inside, 0.0)
-        offset = tl.load(terms + CHANNELS + channels, inside, 0.0)
+        offset = tl.load(bn_coeffs + CHANNELS + channels, inside, 0.0)
     else:
         centre = tl.zeros_like(scale)
-        offset = tl.load(terms + 2 * CHANNELS + channels, inside, 0.0)
+        offset = tl.load(bn_coeffs + 2 * CHANNELS + channels, inside, 0.0)
     return centre, scale, offset
 
 
@@ -56,22 +56,22 @@ def normed(value, centre, scale, offset):
 
 
 @triton.jit
-def activation_terms(mean, terms, shift, channels, inside, CHANNELS, dtype: tl.constexpr):
+def activation_terms(mean, bn_coeffs, shift, channels, inside, CHANNELS, dtype: tl.constexpr):
     """What ``activated`` needs to know of channels; zeros for what there is not."""
     nothing = tl.zeros(channels.shape, tl.float32)
     centre, scale, offset, level = nothing, nothing, nothing, nothing
-    if terms is not None:
-        centre, scale, offset = affine_terms(mean, terms, channels, inside, CHANNELS, dtype)
+    if bn_coeffs is not None:
+        centre, scale, offset = affine_terms(mean, bn_coeffs, channels, inside, CHANNELS, dtype)
     if shift is not None:
         level = tl.load(shift + channels, inside, 0.0)
     return centre, scale, offset, level
 
 
 @triton.jit
-def activated(value, terms, shift, centre, scale, offset, level, row_inside, PADDED: tl.constexpr):
+def activated(value, bn_coeffs, shift, centre, scale, offset, level, row_inside, PADDED: tl.constexpr):
     """a of a tile as it was loaded. ``PADDED``: it is 0 in rows outside, as padding of a is; else anything finite."""
-    if terms is not None or shift is not None:
-        if terms is not None:
+    if bn_coeffs is not None or shift is not None:
+        if bn_coeffs is not None:
             z = normed(value, centre, scale, offset)
             if PADDED and shift is None:
                 z *= row_inside.to(tl.float32)[:, None]  # selecting would be done for every element by itself
@@ -87,14 +87,16 @@ def activated(value, terms, shift, centre, scale, offset, level, row_inside, PAD
 
 
 @triton.jit
-def activation_tile(x, mean, terms, shift, rows, row_inside, channels, CHANNELS, PADDED: tl.constexpr = True):
+def activation_tile(
+    x, mean, bn_coeffs, shift, rows, row_inside, channels, CHANNELS, PADDED: tl.constexpr = True
+):
     """a at the pixels ``rows`` of a tensor with CHANNELS channels; ``PADDED`` as in ``activated``."""
     inside = channels < CHANNELS
     centre, scale, offset, level = activation_terms(
-        mean, terms, shift, channels, inside, CHANNELS, x.dtype.element_ty
+        mean, bn_coeffs, shift, channels, inside, CHANNELS, x.dtype.element_ty
     )
     value = tile_of(x, rows, row_inside, channels, inside, CHANNELS)
-    return activated(value, terms, shift, centre, scale, offset, level, row_inside, PADDED)
+    return activated(value, bn_coeffs, shift, centre, scale, offset, level, row_inside, PADDED)
 
 
 @triton.jit
@@ -105,13 +107,13 @@ def tile_of(x, rows, row_inside, channels, inside, CHANNELS):
 
 
 @triton.jit
-def bits_tile(bits, rows, row_inside, first, CHANNELS, BLOCK: tl.constexpr):
+def bits_tile(mask, rows, row_inside, first, CHANNELS, BLOCK: tl.constexpr):
     """Mask bits of BLOCK channels from ``first``, a multiple of 8, as booleans; ``bits`` are bytes or words."""
-    WIDTH: tl.constexpr = bits.dtype.element_ty.primitive_bitwidth
+    WIDTH: tl.constexpr = mask.dtype.element_ty.primitive_bitwidth
     pitch = (CHANNELS + WIDTH - 1) // WIDTH
     places = first // WIDTH + tl.arange(0, BLOCK // WIDTH)
     packed = tl.load(
-        bits + rows[:, None] * pitch + places[None, :],
+        mask + rows[:, None] * pitch + places[None, :],
         row_inside[:, None] & (places < pitch)[None, :],
         other=0,
     )
@@ -120,54 +122,54 @@ def bits_tile(bits, rows, row_inside, first, CHANNELS, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_bits(bits, kept, rows, row_inside, first, CHANNELS, BLOCK: tl.constexpr):
+def store_bits(mask, kept, rows, row_inside, first, CHANNELS, BLOCK: tl.constexpr):
     """Writes a tile of booleans, BLOCK channels from ``first``, as mask bits; the counterpart of ``bits_tile``."""
-    WIDTH: tl.constexpr = bits.dtype.element_ty.primitive_bitwidth
+    WIDTH: tl.constexpr = mask.dtype.element_ty.primitive_bitwidth
     pitch = (CHANNELS + WIDTH - 1) // WIDTH
     places = first // WIDTH + tl.arange(0, BLOCK // WIDTH)
     each = tl.reshape(kept.to(tl.int32), (rows.shape[0], BLOCK // WIDTH, WIDTH))
     packed = tl.sum(each << tl.arange(0, WIDTH)[None, None, :], 2)
     tl.store(
-        bits + rows[:, None] * pitch + places[None, :],
-        packed.to(bits.dtype.element_ty),
+        mask + rows[:, None] * pitch + places[None, :],
+        packed.to(mask.dtype.element_ty),
         row_inside[:, None] & (places < pitch)[None, :],
     )
 
 
 @triton.jit
-def gradient_terms(mean, terms, slopes, channels, inside, CHANNELS, dtype: tl.constexpr):
+def gradient_terms(mean, bn_coeffs, dy_coeffs, channels, inside, CHANNELS, dtype: tl.constexpr):
     """What ``gradient_tile`` needs to know of channels; zeros for what there is not."""
     nothing = tl.zeros(channels.shape, tl.float32)
     centre, scale, offset, level, slope = nothing, nothing, nothing, nothing, nothing
-    if terms is not None:
-        centre, scale, offset = affine_terms(mean, terms, channels, inside, CHANNELS, dtype)
-    if slopes is not None:
-        slope = tl.load(slopes + channels, inside, 0.0)
+    if bn_coeffs is not None:
+        centre, scale, offset = affine_terms(mean, bn_coeffs, channels, inside, CHANNELS, dtype)
+    if dy_coeffs is not None:
+        slope = tl.load(dy_coeffs + channels, inside, 0.0)
         if dtype == tl.float32:
-            level = tl.load(slopes + CHANNELS + channels, inside, 0.0)
+            level = tl.load(dy_coeffs + CHANNELS + channels, inside, 0.0)
         else:
-            level = tl.load(slopes + 2 * CHANNELS + channels, inside, 0.0)
+            level = tl.load(dy_coeffs + 2 * CHANNELS + channels, inside, 0.0)
     return centre, scale, offset, level, slope
 
 
 @triton.jit
-def masked_tile(g, bits, rows, row_inside, first, CHANNELS, BLOCK: tl.constexpr):
+def masked_tile(g, mask, rows, row_inside, first, CHANNELS, BLOCK: tl.constexpr):
     """g, or what of it the mask bits let through, of BLOCK channels from ``first``; 0 outside."""
     channels = first + tl.arange(0, BLOCK)
     value = tile_of(g, rows, row_inside, channels, channels < CHANNELS, CHANNELS)
-    if bits is not None:
+    if mask is not None:
         # Selected, not multiplied: what the ReLU held back may be infinite or NaN.
-        value = tl.where(bits_tile(bits, rows, row_inside, first, CHANNELS, BLOCK), value, 0.0)
+        value = tl.where(bits_tile(mask, rows, row_inside, first, CHANNELS, BLOCK), value, 0.0)
     return value
 
 
 @triton.jit
 def gradient_tile(
     g,
-    bits,
+    mask,
     y,
-    terms,
-    slopes,
+    bn_coeffs,
+    dy_coeffs,
     centre,
     scale,
     offset,
@@ -186,15 +188,15 @@ def gradient_tile(
     zero: ``unknown_zero``.
     dy = dz scale - level - (y - mean) slope; of 16 bits two multiply-adds, as in ``normed``.
     """
-    value = masked_tile(g, bits, rows, row_inside, first, CHANNELS, BLOCK)
-    if terms is not None:
+    value = masked_tile(g, mask, rows, row_inside, first, CHANNELS, BLOCK)
+    if bn_coeffs is not None:
         dz = value.to(tl.float32)
-        if bits is None or slopes is not None:
+        if mask is None or dy_coeffs is not None:
             channels = first + tl.arange(0, BLOCK)
             seen = tile_of(y, rows, row_inside, channels, channels < CHANNELS, CHANNELS)
-        if bits is None:
+        if mask is None:
             dz = tl.where(normed(seen, centre, scale, offset) <= zero, 0.0, dz)
-        if slopes is None:
+        if dy_coeffs is None:
             dy = dz * scale[None, :]
         elif value.dtype == tl.float32:
             dy = dz * scale[None, :] - level[None, :] - (seen - centre[None, :]) * slope[None, :]
@@ -246,13 +248,13 @@ def next_step(r, s, first, CHANNELS, TAPS_W, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_tile_sums(da, value, mean, terms, sums, tile, tiles, whole, channels, CHANNELS):
+def store_tile_sums(da, value, mean, bn_coeffs, sums, tile, tiles, whole, channels, CHANNELS):
     """The sums over a tile's pixels of dz and of dz * (y - mean), dz = da behind relu(bn(y)), for ``sum_tiles``.
 
     ``value``: the tile of y as it was loaded; ``whole``: which elements are inside.
     """
     channel_inside = channels < CHANNELS
-    centre, scale, offset = affine_terms(mean, terms, channels, channel_inside, CHANNELS, value.dtype)
+    centre, scale, offset = affine_terms(mean, bn_coeffs, channels, channel_inside, CHANNELS, value.dtype)
     dz = tl.where((normed(value, centre, scale, offset) <= 0) | ~whole, 0.0, da)
     place = sums + channels * tiles + tile
     tl.store(place, tl.sum(dz, 0), channel_inside)

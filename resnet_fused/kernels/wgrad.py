@@ -11,9 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels import reductions
-from resnet_fused.kernels.configs import sum_configs
-from resnet_fused.kernels.launch import Config, cdiv, launch
-from resnet_fused.kernels.problem import (
+from resnet_fused.kernels.arguments import (
     activation_fields,
     gradient_fields,
     input_sizes,
@@ -23,6 +21,8 @@ from resnet_fused.kernels.problem import (
     touched,
     window_sizes,
 )
+from resnet_fused.kernels.autotune.heuristics import sum_configs
+from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.tiles import (
     activated,
     activation_terms,
@@ -33,17 +33,17 @@ from resnet_fused.kernels.tiles import (
     tile_of,
     unknown_zero,
 )
-from resnet_fused.reference.operands import Activation, Gradient, Window
+from resnet_fused.types import Activation, ConvGeometry, Gradient
 
 
 @triton.jit
 def wgrad_kernel(
     g,
-    bits,
+    mask,
     y,
     mean,
-    terms,
-    slopes,
+    bn_coeffs,
+    dy_coeffs,
     x,
     x_mean,
     x_terms,
@@ -80,7 +80,7 @@ def wgrad_kernel(
     down, right = tap // KERNEL_W * DILATION_H - PAD_H, tap % KERNEL_W * DILATION_W - PAD_W
     output_inside, channel_inside = outputs < OUTPUTS, channels < CHANNELS
     centre, scale, offset, level, slope = gradient_terms(
-        mean, terms, slopes, outputs, output_inside, OUTPUTS, g.dtype.element_ty
+        mean, bn_coeffs, dy_coeffs, outputs, output_inside, OUTPUTS, g.dtype.element_ty
     )
     x_centre, x_scale, x_offset, x_level = activation_terms(
         x_mean, x_terms, x_shift, channels, channel_inside, CHANNELS, x.dtype.element_ty
@@ -98,8 +98,8 @@ def wgrad_kernel(
         row_inside = rows < PIXELS
         # a is 0 in rows outside.
         dy = gradient_tile(
-            g, bits, y, terms, slopes, centre, scale, offset, level, slope, zero, rows, row_inside, first, OUTPUTS,
-            BLOCK_N, False,
+            g, mask, y, bn_coeffs, dy_coeffs, centre, scale, offset, level, slope, zero, rows, row_inside, first,
+            OUTPUTS, BLOCK_N, False,
         )  # fmt: skip
         if POINTWISE:
             source, inside = rows, row_inside
@@ -125,13 +125,17 @@ def wgrad_kernel(
     tl.store(part + outputs[:, None] * columns + tap * CHANNELS + channels[None, :], acc, inside)
 
 
-def configs(gradient: Gradient, source: Activation, conv: Tensor, window: Window, *_: object) -> list[Config]:
+def configs(
+    gradient: Gradient, source: Activation, conv: Tensor, window: ConvGeometry, *_: object
+) -> list[Config]:
     outputs, channels, *kernel = conv.shape
     pixels, loaded = gradient.g.numel() // outputs, 2 if gradient.y is None else 3
     return sum_configs(source.x, pixels, outputs, channels, taps=kernel[0] * kernel[1], loaded=loaded)
 
 
-def wgrad(gradient: Gradient, source: Activation, conv: Tensor, window: Window, config: Config) -> Tensor:
+def wgrad(
+    gradient: Gradient, source: Activation, conv: Tensor, window: ConvGeometry, config: Config
+) -> Tensor:
     """dconv (outputs, C, kh, kw), float32, channels_last.
 
     Args:
@@ -139,7 +143,7 @@ def wgrad(gradient: Gradient, source: Activation, conv: Tensor, window: Window, 
         source: the convolution's input, (N, C, H, W), channels_last.
         conv: for its shape.
     """
-    gradient, source = reductions.with_slopes(gradient), reductions.with_terms(source)
+    gradient, source = reductions.with_dy_coeffs(gradient), reductions.with_bn_coeffs(source)
     x, g = source.x, gradient.g
     outputs, channels, kernel_h, kernel_w = conv.shape
     pixels = g.numel() // outputs

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from resnet_fused.layout import dense, memory_format, statistics_dtype, widened
 from resnet_fused.ops.transforms import transforms_are_active
 from resnet_fused.reference.batch_norm import affine
-from resnet_fused.reference.layout import dense, memory_format, statistics_dtype, widened
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -24,7 +24,7 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """A context in which products of float32 vectors stay in float32."""
+    """A context in which matmuls of float32 stay in float32."""
     if autocast_dtype(device_type) is not None:
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
@@ -55,7 +55,7 @@ def remember(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
 
 
 def remembered(ctx: Any) -> list[Tensor | None]:
-    """What ``remember`` kept.
+    """The tensors given to ``remember``.
 
     Raises:
         RuntimeError: one was changed in place since.

@@ -1,4 +1,4 @@
-"""What an operand of a composition has to be, beside others: ValueError with its name where it is not.
+"""What an operand of an op has to be, beside others: ValueError with its name where it is not.
 
 A training step makes some 200 calls on a processor that has to keep a GPU busy: what fits is found out by as few
 attributes as it takes (each costs 0.05 us), and what an error says is put together afterwards.
@@ -13,19 +13,18 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from resnet_fused.reference.layout import STATISTICS_DTYPES
-from resnet_fused.reference.operands import Activation, Gradient
+from resnet_fused.layout import STATISTICS_DTYPES
+from resnet_fused.types import Activation, Gradient
 
-MaybeTensor = Tensor | None
-Fields = Sequence[MaybeTensor]
+Fields = Sequence[Tensor | None]
 #: Sizes, strides and padding of a convolution are counted in 32 bits.
 MOST = 2**31
 _CHANNELS_LAST = torch.channels_last
 _NORM = ("mean", "invstd", "weight", "bias")
 _OF_ACTIVATION = Activation._fields[1:6]
 _OF_GRADIENT = Gradient._fields[3:9]
-_WITH_TERMS = ("mean", "invstd", "shift")
-_WITH_SLOPES = ("mean", "invstd", "sum_dz", "sum_dz_xhat")
+_WITH_BN_COEFFS = ("mean", "invstd", "shift")
+_WITH_DY_COEFFS = ("mean", "invstd", "sum_dz", "sum_dz_xhat")
 
 
 def refuse(op: str, operand: str, expected: str, found: object) -> NoReturn:
@@ -39,9 +38,9 @@ def given(fields: Fields) -> str:
     return f"[{', '.join('None' if x is None else str(tuple(x.shape)) for x in fields)}]"
 
 
-def outputs_of(conv: Tensor) -> int:
+def outputs_of(weight: Tensor) -> int:
     """Of a weight whose shape is checked later."""
-    return conv.shape[0] if conv.dim() > 0 else 0
+    return weight.shape[0] if weight.dim() > 0 else 0
 
 
 @functools.cache
@@ -54,12 +53,12 @@ def device_of(x: Tensor) -> int | None:
     return x.get_device() if _has_several_devices() else None
 
 
-class Image:
+class Operand:
     """Sizes, dtypes and device of an activation, and whether other operands fit to it."""
 
     __slots__ = ("channels", "count", "device", "dtype", "height", "wide", "width")
 
-    def __init__(self, op: str, operand: str, x: MaybeTensor, any_layout: bool = False) -> None:
+    def __init__(self, op: str, operand: str, x: Tensor | None, any_layout: bool = False) -> None:
         if (
             x is None
             or x.dim() != 4
@@ -77,7 +76,7 @@ class Image:
     def is_empty(self) -> bool:
         return self.count == 0 or self.height == 0 or self.width == 0
 
-    def check_activation(self, op: str, operand: str, x: MaybeTensor, size: tuple[int, ...]) -> None:
+    def check_activation(self, op: str, operand: str, x: Tensor | None, size: tuple[int, ...]) -> None:
         """``x``: another activation, of ``size``, channels_last."""
         if (
             x is None
@@ -88,7 +87,7 @@ class Image:
         ):
             refuse(op, operand, f"channels_last {self.dtype} of shape {size}", x)
 
-    def check_in_any_layout(self, op: str, operand: str, x: MaybeTensor, size: tuple[int, ...]) -> None:
+    def check_in_any_layout(self, op: str, operand: str, x: Tensor | None, size: tuple[int, ...]) -> None:
         if (
             x is None
             or x.shape != size
@@ -97,7 +96,7 @@ class Image:
         ):
             refuse(op, operand, f"{self.dtype} of shape {size}, on the activation's device", x)
 
-    def check_weight(self, op: str, operand: str, weight: MaybeTensor, size: tuple[int, ...]) -> None:
+    def check_weight(self, op: str, operand: str, weight: Tensor | None, size: tuple[int, ...]) -> None:
         """``weight``: in the activations' dtype, in any layout, of a convolution that has inputs and outputs."""
         if 0 in size:
             refuse(op, operand, "a weight without dimensions of size 0", weight)
@@ -119,14 +118,14 @@ class Image:
                 expected = f"a contiguous {wide} vector of {channels} channels, on the activation's device"
                 refuse(op, f"{operand}.{name}" if operand else name, expected, vector)
 
-    def check_norm(self, op: str, operand: str, norm: Fields, channels: int, required: bool = True) -> None:
+    def check_bn(self, op: str, operand: str, bn: Fields, channels: int, required: bool = True) -> None:
         """``norm``: mean, invstd, weight and bias, of which the last two may be missing; or all, unless required."""
-        if len(norm) != 4 or (norm[0] is None) != (norm[1] is None) or (required and norm[0] is None):
-            refuse(op, operand, "mean, invstd, weight and bias of a batch norm", given(norm))
-        self.check_vectors(op, operand, _NORM, norm, channels)
+        if len(bn) != 4 or (bn[0] is None) != (bn[1] is None) or (required and bn[0] is None):
+            refuse(op, operand, "mean, invstd, weight and bias of a batch norm", given(bn))
+        self.check_vectors(op, operand, _NORM, bn, channels)
 
-    def check_three(self, op: str, operand: str, name: str, rows: Tensor) -> None:
-        """``rows``: terms or slopes, (3, C)."""
+    def check_coeffs(self, op: str, operand: str, name: str, rows: Tensor) -> None:
+        """``rows``: bn_coeffs or dy_coeffs, (3, C)."""
         size = (3, self.channels)
         if (
             rows.shape != size
@@ -137,7 +136,7 @@ class Image:
             expected = f"contiguous {self.wide} of shape {size}, on the activation's device"
             refuse(op, f"{operand}.{name}", expected, rows)
 
-    def check_mask(self, op: str, operand: str, mask: MaybeTensor, channels: int) -> None:
+    def check_mask(self, op: str, operand: str, mask: Tensor | None, channels: int) -> None:
         """``mask``: of the ReLU of an activation with these pixels, in channels_last."""
         pixels = self.height * self.width
         rows, columns = self.count * pixels, channels
@@ -155,36 +154,36 @@ class Image:
         ):
             refuse(op, operand, f"a contiguous torch.uint8 mask of shape {size}", mask)
 
-    def subsampled(self, op: str, operand: str, every: Sequence[int]) -> tuple[int, int]:
+    def subsampled(self, op: str, operand: str, input_stride: Sequence[int]) -> tuple[int, int]:
         """Height and width of every so-manyth pixel."""
-        if every == [1, 1]:
+        if input_stride == [1, 1]:
             return self.height, self.width
-        if len(every) != 2 or not 0 < every[0] < MOST or not 0 < every[1] < MOST:
-            refuse(op, operand, "two distances of at least 1", every)
-        return -(-self.height // every[0]), -(-self.width // every[1])
+        if len(input_stride) != 2 or not 0 < input_stride[0] < MOST or not 0 < input_stride[1] < MOST:
+            refuse(op, operand, "two distances of at least 1", input_stride)
+        return -(-self.height // input_stride[0]), -(-self.width // input_stride[1])
 
 
-def activation(op: str, operand: str, fields: Fields) -> Image:
+def activation(op: str, operand: str, fields: Fields) -> Operand:
     """The x of an Activation whose vectors fit to it."""
     count = len(fields)
     if not 1 <= count <= 7:
         refuse(op, operand, "the fields of an Activation", given(fields))
-    x = Image(op, operand, fields[0])
+    x = Operand(op, operand, fields[0])
     if count > 1:
         if count == 2 or (fields[1] is None) != (fields[2] is None):
             refuse(op, operand, "an Activation with both or neither of mean and invstd", given(fields))
-        terms = fields[6] if count == 7 else None
-        if terms is None:
+        bn_coeffs = fields[6] if count == 7 else None
+        if bn_coeffs is None:
             x.check_vectors(op, operand, _OF_ACTIVATION, fields[1:6], x.channels)
         elif fields[1] is None:
-            refuse(op, operand, "an Activation without terms where it has no mean", given(fields))
-        else:  # which are made of weight and bias: no kernel reads these
-            x.check_vectors(op, operand, _WITH_TERMS, (fields[1], fields[2], fields[5]), x.channels)
-            x.check_three(op, operand, "terms", terms)
+            refuse(op, operand, "an Activation without bn_coeffs where it has no mean", given(fields))
+        else:  # computed from weight and bias: no kernel reads these
+            x.check_vectors(op, operand, _WITH_BN_COEFFS, (fields[1], fields[2], fields[5]), x.channels)
+            x.check_coeffs(op, operand, "bn_coeffs", bn_coeffs)
     return x
 
 
-def gradient(op: str, fields: Fields) -> Image:
+def gradient(op: str, fields: Fields) -> Operand:
     """The g of the Gradient ``dy`` to which all else fits."""
     operand = "dy"
     count = len(fields)
@@ -192,24 +191,31 @@ def gradient(op: str, fields: Fields) -> Image:
         refuse(op, operand, "the fields of a Gradient", given(fields))
     if count < 11:
         fields = (*fields, *(None,) * (11 - count))
-    g = Image(op, operand, fields[0])
-    _, bits, y, mean, invstd, _, _, sum_dz, sum_dz_xhat, terms, slopes = fields
-    if bits is not None:
-        g.check_mask(op, "dy.bits", bits, g.channels)
+    g = Operand(op, operand, fields[0])
+    _, mask, y, mean, invstd, _, _, sum_dz, sum_dz_xhat, bn_coeffs, dy_coeffs = fields
+    if mask is not None:
+        g.check_mask(op, "dy.mask", mask, g.channels)
     if (y is None) != (mean is None) or (mean is None) != (invstd is None):
         refuse(op, operand, "a Gradient with all or none of y, mean and invstd", given(fields))
-    if (sum_dz is None) != (sum_dz_xhat is None) or (sum_dz is None and slopes is not None):
-        refuse(op, operand, "a Gradient with both sums or neither, and slopes only with them", given(fields))
+    if (sum_dz is None) != (sum_dz_xhat is None) or (sum_dz is None and dy_coeffs is not None):
+        refuse(
+            op, operand, "a Gradient with both sums or neither, and dy_coeffs only with them", given(fields)
+        )
     if y is not None:
         g.check_activation(op, "dy.y", y, (g.count, g.channels, g.height, g.width))
-    elif terms is not None or slopes is not None:
-        refuse(op, operand, "a Gradient without terms and slopes where it has no statistics", given(fields))
-    if terms is None:
+    elif bn_coeffs is not None or dy_coeffs is not None:
+        refuse(
+            op,
+            operand,
+            "a Gradient without bn_coeffs and dy_coeffs where it has no statistics",
+            given(fields),
+        )
+    if bn_coeffs is None:
         g.check_vectors(op, operand, _OF_GRADIENT, fields[3:9], g.channels)
-    else:  # as for an Activation; slopes are made of the sums
-        sums = fields[7:9] if slopes is None else ()
-        g.check_vectors(op, operand, _WITH_SLOPES, (mean, invstd, *sums), g.channels)
-        g.check_three(op, operand, "terms", terms)
-    if slopes is not None:
-        g.check_three(op, operand, "slopes", slopes)
+    else:  # as for an Activation; dy_coeffs are computed from the sums
+        sums = fields[7:9] if dy_coeffs is None else ()
+        g.check_vectors(op, operand, _WITH_DY_COEFFS, (mean, invstd, *sums), g.channels)
+        g.check_coeffs(op, operand, "bn_coeffs", bn_coeffs)
+    if dy_coeffs is not None:
+        g.check_coeffs(op, operand, "dy_coeffs", dy_coeffs)
     return g

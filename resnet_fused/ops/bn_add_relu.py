@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from resnet_fused.layout import dense, mask_shape, unpack_mask
 from resnet_fused.ops._autograd import (
     bias_gradient,
     differentiable_backward,
@@ -19,51 +20,50 @@ from resnet_fused.ops._autograd import (
     save,
     saved,
 )
-from resnet_fused.ops._primitive import primitive
-from resnet_fused.ops.batch_norm_stats import Norm, in_statistics_dtype, shared_sums, statistics
+from resnet_fused.ops.bn_stats import BatchNorm, in_statistics_dtype, shared_sums, stats_for
+from resnet_fused.ops.registry import register_op
 from resnet_fused.reference import bn_add_relu as reference
-from resnet_fused.reference.layout import dense, mask_shape, unpack_mask
 
 
-def _out_and_mask(y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     y = dense(y)
     return torch.empty_like(y), y.new_empty(mask_shape(y), dtype=torch.uint8)
 
 
-def _two_sums(grad: Tensor, mask: Tensor, y: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_sums(grad: Tensor, mask: Tensor, y: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(mean), torch.empty_like(mean)
 
 
-def _two_gradients(grad: Tensor, mask: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_gradients(grad: Tensor, mask: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     y = dense(y)
     return torch.empty_like(y), torch.empty_like(y)
 
 
-forward_pass = primitive(
+bn_add_relu_forward = register_op(
     "bn_add_relu(Tensor y, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor residual)"
     " -> (Tensor out, Tensor mask)",
     reference.bn_add_relu,
-    _out_and_mask,
+    _fake_forward,
 )
-forward_pass_into = primitive(
+bn_add_relu_out = register_op(
     "bn_add_relu_out(Tensor y, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor residual,"
     " Tensor(a!) out, Tensor(b!) mask) -> ()",
     reference.bn_add_relu_out,
     lambda *_: None,
 )
-backward_reduce = primitive(
+bn_add_relu_backward_reduce = register_op(
     "bn_add_relu_backward_reduce(Tensor grad, Tensor mask, Tensor y, Tensor mean, Tensor invstd)"
     " -> (Tensor sum_dz, Tensor sum_dz_xhat)",
     reference.bn_add_relu_backward_reduce,
-    _two_sums,
+    _fake_sums,
 )
-backward_pass = primitive(
+bn_add_relu_backward = register_op(
     "bn_add_relu_backward(Tensor grad, Tensor mask, Tensor y, Tensor mean, Tensor invstd, Tensor? weight,"
     " Tensor? sum_dz, Tensor? sum_dz_xhat) -> (Tensor dy, Tensor dresidual)",
     reference.bn_add_relu_backward,
-    _two_gradients,
+    _fake_gradients,
 )
-backward_dy = primitive(
+bn_add_relu_backward_dy = register_op(
     "bn_add_relu_backward_dy(Tensor grad, Tensor mask, Tensor y, Tensor mean, Tensor invstd, Tensor? weight,"
     " Tensor? sum_dz, Tensor? sum_dz_xhat) -> Tensor",
     reference.bn_add_relu_backward_dy,
@@ -81,19 +81,19 @@ class _BnAddRelu(torch.autograd.Function):
         bias: Tensor | None,
         mean: Tensor,
         invstd: Tensor,
-        share: Tensor | None,
+        count_fraction: Tensor | None,
         training: bool,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
         out: Tensor
-        out, mask = forward_pass(y, mean, invstd, weight, bias, residual)
+        out, mask = bn_add_relu_forward(y, mean, invstd, weight, bias, residual)
         ctx.training, ctx.group = training, group
-        save(ctx, [y], [mask, weight, mean, invstd, share])
+        save(ctx, [y], [mask, weight, mean, invstd, count_fraction])
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (y,), (mask, weight, mean, invstd, share) = saved(ctx)
+        (y,), (mask, weight, mean, invstd, count_fraction) = saved(ctx)
         needs_y, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         if needs_plain_backward(grad):
             dz = torch.where(unpack_mask(mask, y), grad, 0.0)
@@ -107,16 +107,18 @@ class _BnAddRelu(torch.autograd.Function):
         dbias = dweight = None
         sums: list[Tensor | None] = [None, None]
         if ctx.training or needs_weight or needs_bias:
-            dbias, dweight = backward_reduce(grad, mask, y, mean, invstd)
+            dbias, dweight = bn_add_relu_backward_reduce(grad, mask, y, mean, invstd)
             if ctx.training:
-                sums = [*shared_sums((dbias, dweight), ctx.group, share)]
-        dy, dresidual = backward_pass(grad, mask, y, mean, invstd, weight, *sums)
+                sums = [*shared_sums((dbias, dweight), ctx.group, count_fraction)]
+        dy, dresidual = bn_add_relu_backward(grad, mask, y, mean, invstd, weight, *sums)
         return dy, dresidual, dweight if needs_weight else None, dbias if needs_bias else None, *[None] * 5
 
 
-def bn_add_relu(y: Tensor, residual: Tensor, norm: Norm) -> Tensor:
+def bn_add_relu(y: Tensor, residual: Tensor, bn: BatchNorm) -> Tensor:
     """relu(batch_norm(y) + residual) of activations (N, C, H, W), in their dtype and y's layout."""
-    mean, invstd, share, _ = statistics(y, norm)
-    weight, bias = in_statistics_dtype(norm.weight, y), in_statistics_dtype(norm.bias, y)
-    out: Tensor = _BnAddRelu.apply(y, residual, weight, bias, mean, invstd, share, norm.training, norm.group)
+    mean, invstd, count_fraction, _ = stats_for(y, bn)
+    weight, bias = in_statistics_dtype(bn.weight, y), in_statistics_dtype(bn.bias, y)
+    out: Tensor = _BnAddRelu.apply(
+        y, residual, weight, bias, mean, invstd, count_fraction, bn.training, bn.group
+    )
     return out

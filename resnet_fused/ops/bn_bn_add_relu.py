@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from resnet_fused.layout import dense, mask_shape, unpack_mask
 from resnet_fused.ops._autograd import (
     bias_gradient,
     differentiable_backward,
@@ -16,55 +17,52 @@ from resnet_fused.ops._autograd import (
     save,
     saved,
 )
-from resnet_fused.ops._primitive import primitive
-from resnet_fused.ops.batch_norm_stats import Norm, Statistics, in_statistics_dtype, shared_sums, statistics
+from resnet_fused.ops.bn_stats import BatchNorm, BatchStats, in_statistics_dtype, shared_sums, stats_for
+from resnet_fused.ops.registry import register_op
 from resnet_fused.reference import bn_bn_add_relu as reference
-from resnet_fused.reference.layout import dense, mask_shape, unpack_mask
 
 
-def _out_and_mask(y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     y = dense(y)
     return torch.empty_like(y), y.new_empty(mask_shape(y), dtype=torch.uint8)
 
 
-def _three_sums(
-    grad: Tensor, mask: Tensor, y: Tensor, mean: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_sums(grad: Tensor, mask: Tensor, y: Tensor, mean: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(mean), torch.empty_like(mean), torch.empty_like(mean)
 
 
-def _two_gradients(grad: Tensor, mask: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_gradients(grad: Tensor, mask: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     y = dense(y)
     return torch.empty_like(y), torch.empty_like(y)
 
 
-forward_pass = primitive(
+bn_bn_add_relu_forward = register_op(
     "bn_bn_add_relu(Tensor y, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias,"
     " Tensor skip, Tensor skip_mean, Tensor skip_invstd, Tensor? skip_weight, Tensor? skip_bias)"
     " -> (Tensor out, Tensor mask)",
     reference.bn_bn_add_relu,
-    _out_and_mask,
+    _fake_forward,
 )
-forward_pass_into = primitive(
+bn_bn_add_relu_out = register_op(
     "bn_bn_add_relu_out(Tensor y, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias,"
     " Tensor skip, Tensor skip_mean, Tensor skip_invstd, Tensor? skip_weight, Tensor? skip_bias,"
     " Tensor(a!) out, Tensor(b!) mask) -> ()",
     reference.bn_bn_add_relu_out,
     lambda *_: None,
 )
-backward_reduce = primitive(
+bn_bn_add_relu_backward_reduce = register_op(
     "bn_bn_add_relu_backward_reduce(Tensor grad, Tensor mask, Tensor y, Tensor mean, Tensor invstd,"
     " Tensor skip, Tensor skip_mean, Tensor skip_invstd)"
     " -> (Tensor sum_dz, Tensor sum_dz_xhat, Tensor sum_dz_skip_xhat)",
     reference.bn_bn_add_relu_backward_reduce,
-    _three_sums,
+    _fake_sums,
 )
-backward_pass = primitive(
+bn_bn_add_relu_backward = register_op(
     "bn_bn_add_relu_backward(Tensor grad, Tensor mask, Tensor y, Tensor mean, Tensor invstd, Tensor? weight,"
     " Tensor? sum_dz, Tensor? sum_dz_xhat, Tensor skip, Tensor skip_mean, Tensor skip_invstd, Tensor? skip_weight,"
     " Tensor? skip_sum_dz, Tensor? sum_dz_skip_xhat) -> (Tensor dy, Tensor dskip)",
     reference.bn_bn_add_relu_backward,
-    _two_gradients,
+    _fake_gradients,
 )
 
 
@@ -78,25 +76,25 @@ class _BnBnAddRelu(torch.autograd.Function):
         skip: Tensor,
         skip_weight: Tensor | None,
         skip_bias: Tensor | None,
-        stats: Statistics,
-        skip_stats: Statistics,
+        stats: BatchStats,
+        skip_stats: BatchStats,
         modes: tuple[bool, bool],
         groups: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None],
     ) -> Tensor:
-        (mean, invstd, share, _), (skip_mean, skip_invstd, skip_share, _) = stats, skip_stats
+        (mean, invstd, count_fraction, _), (skip_mean, skip_invstd, skip_share, _) = stats, skip_stats
         out: Tensor
-        out, mask = forward_pass(
+        out, mask = bn_bn_add_relu_forward(
             y, mean, invstd, weight, bias, skip, skip_mean, skip_invstd, skip_weight, skip_bias
         )
         ctx.modes, ctx.groups = modes, groups
-        used = mean, invstd, share, skip_mean, skip_invstd, skip_share
+        used = mean, invstd, count_fraction, skip_mean, skip_invstd, skip_share
         save(ctx, [y, skip], [mask, weight, skip_weight, *used])
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (y, skip), (mask, weight, skip_weight, *used) = saved(ctx)
-        mean, invstd, share, skip_mean, skip_invstd, skip_share = used
+        mean, invstd, count_fraction, skip_mean, skip_invstd, skip_share = used
         needs_grad = ctx.needs_input_grad[:6]
         (training, skip_training), (group, skip_group) = ctx.modes, ctx.groups
         if needs_plain_backward(grad):
@@ -118,14 +116,14 @@ class _BnBnAddRelu(torch.autograd.Function):
         sums: list[Tensor | None] = [None, None]
         skip_sums: list[Tensor | None] = [None, None]
         if training or skip_training or any(needs_grad[i] for i in (1, 2, 4, 5)):
-            dbias, dweight, dskip_weight = backward_reduce(
+            dbias, dweight, dskip_weight = bn_bn_add_relu_backward_reduce(
                 grad, mask, y, mean, invstd, skip, skip_mean, skip_invstd
             )
             if training:
-                sums = [*shared_sums((dbias, dweight), group, share)]
+                sums = [*shared_sums((dbias, dweight), group, count_fraction)]
             if skip_training:
                 skip_sums = [*shared_sums((dbias, dskip_weight), skip_group, skip_share)]
-        dy, dskip = backward_pass(
+        dy, dskip = bn_bn_add_relu_backward(
             grad, mask, y, mean, invstd, weight, *sums, skip, skip_mean, skip_invstd, skip_weight, *skip_sums
         )
         # Nobody else may see a gradient change that its owner scales in place.
@@ -135,14 +133,12 @@ class _BnBnAddRelu(torch.autograd.Function):
         return *wanted, *[None] * 4
 
 
-def bn_bn_add_relu(y: Tensor, skip: Tensor, norm: Norm, skip_norm: Norm) -> Tensor:
+def bn_bn_add_relu(y: Tensor, skip: Tensor, bn: BatchNorm, skip_bn: BatchNorm) -> Tensor:
     """relu(batch_norm(y) + batch_norm(skip)) of activations (N, C, H, W), in their dtype and y's layout."""
-    stats, skip_stats = statistics(y, norm), statistics(skip, skip_norm)
-    parameters = (
-        in_statistics_dtype(p, y) for p in (norm.weight, norm.bias, skip_norm.weight, skip_norm.bias)
-    )
+    stats, skip_stats = stats_for(y, bn), stats_for(skip, skip_bn)
+    parameters = (in_statistics_dtype(p, y) for p in (bn.weight, bn.bias, skip_bn.weight, skip_bn.bias))
     weight, bias, skip_weight, skip_bias = parameters
-    modes, groups = (norm.training, skip_norm.training), (norm.group, skip_norm.group)
+    modes, groups = (bn.training, skip_bn.training), (bn.group, skip_bn.group)
     out: Tensor = _BnBnAddRelu.apply(
         y, weight, bias, skip, skip_weight, skip_bias, stats, skip_stats, modes, groups
     )

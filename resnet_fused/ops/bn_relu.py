@@ -9,39 +9,39 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fused.layout import dense
 from resnet_fused.ops._autograd import differentiable_backward, needs_plain_backward, normalized, save, saved
-from resnet_fused.ops._primitive import primitive
-from resnet_fused.ops.batch_norm_stats import (
-    Norm,
+from resnet_fused.ops.bn_stats import (
+    BatchNorm,
     bias_for_backward,
     in_statistics_dtype,
     shared_sums,
-    statistics,
+    stats_for,
 )
+from resnet_fused.ops.registry import register_op
 from resnet_fused.reference import bn_relu as reference
-from resnet_fused.reference.layout import dense
 
 
 def _like_y(y: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(dense(y))
 
 
-def _two_sums(grad: Tensor, y: Tensor, mean: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_sums(grad: Tensor, y: Tensor, mean: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(mean), torch.empty_like(mean)
 
 
-forward_pass = primitive(
+bn_relu_forward = register_op(
     "bn_relu(Tensor y, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor? shift=None) -> Tensor",
     reference.bn_relu,
     _like_y,
 )
-backward_reduce = primitive(
+bn_relu_backward_reduce = register_op(
     "bn_relu_backward_reduce(Tensor grad, Tensor y, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias)"
     " -> (Tensor sum_dz, Tensor sum_dz_xhat)",
     reference.bn_relu_backward_reduce,
-    _two_sums,
+    _fake_sums,
 )
-backward_pass = primitive(
+bn_relu_backward = register_op(
     "bn_relu_backward(Tensor grad, Tensor y, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias,"
     " Tensor? sum_dz, Tensor? sum_dz_xhat) -> Tensor",
     reference.bn_relu_backward,
@@ -58,18 +58,18 @@ class _BnRelu(torch.autograd.Function):
         bias: Tensor | None,
         mean: Tensor,
         invstd: Tensor,
-        share: Tensor | None,
+        count_fraction: Tensor | None,
         training: bool,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
         ctx.training, ctx.group = training, group
-        save(ctx, [y], [weight, bias, mean, invstd, share])
-        out: Tensor = forward_pass(y, mean, invstd, weight, bias, None)
+        save(ctx, [y], [weight, bias, mean, invstd, count_fraction])
+        out: Tensor = bn_relu_forward(y, mean, invstd, weight, bias, None)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (y,), (weight, bias, mean, invstd, share) = saved(ctx)
+        (y,), (weight, bias, mean, invstd, count_fraction) = saved(ctx)
         needs_grad = ctx.needs_input_grad[:3]
         if needs_plain_backward(grad):
 
@@ -81,16 +81,16 @@ class _BnRelu(torch.autograd.Function):
         dbias = dweight = None
         sums: list[Tensor | None] = [None, None]
         if ctx.training or any(needs_grad[1:]):
-            dbias, dweight = backward_reduce(grad, y, mean, invstd, weight, bias)
+            dbias, dweight = bn_relu_backward_reduce(grad, y, mean, invstd, weight, bias)
             if ctx.training:
-                sums = [*shared_sums((dbias, dweight), ctx.group, share)]
-        dy = backward_pass(grad, y, mean, invstd, weight, bias, *sums) if needs_grad[0] else None
+                sums = [*shared_sums((dbias, dweight), ctx.group, count_fraction)]
+        dy = bn_relu_backward(grad, y, mean, invstd, weight, bias, *sums) if needs_grad[0] else None
         return dy, dweight if needs_grad[1] else None, dbias if needs_grad[2] else None, *[None] * 5
 
 
-def bn_relu(y: Tensor, norm: Norm) -> Tensor:
+def bn_relu(y: Tensor, bn: BatchNorm) -> Tensor:
     """relu(batch_norm(y)) of an activation (N, C, H, W), in its dtype and layout."""
-    mean, invstd, share, _ = statistics(y, norm)
-    weight, bias = in_statistics_dtype(norm.weight, y), bias_for_backward(norm.bias, y)
-    out: Tensor = _BnRelu.apply(y, weight, bias, mean, invstd, share, norm.training, norm.group)
+    mean, invstd, count_fraction, _ = stats_for(y, bn)
+    weight, bias = in_statistics_dtype(bn.weight, y), bias_for_backward(bn.bias, y)
+    out: Tensor = _BnRelu.apply(y, weight, bias, mean, invstd, count_fraction, bn.training, bn.group)
     return out

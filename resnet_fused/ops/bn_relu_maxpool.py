@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fused.layout import dense, memory_format
 from resnet_fused.ops._autograd import (
     differentiable_backward,
     needs_plain_backward,
@@ -22,10 +23,9 @@ from resnet_fused.ops._autograd import (
     save,
     saved,
 )
-from resnet_fused.ops._primitive import primitive
-from resnet_fused.ops.batch_norm_stats import Norm, in_statistics_dtype, shared_sums, statistics
+from resnet_fused.ops.bn_stats import BatchNorm, in_statistics_dtype, shared_sums, stats_for
+from resnet_fused.ops.registry import register_op
 from resnet_fused.reference import bn_relu_maxpool as reference
-from resnet_fused.reference.layout import dense, memory_format
 
 
 def _out_and_indices(y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -35,25 +35,25 @@ def _out_and_indices(y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return out, torch.empty_like(out, dtype=torch.uint8)
 
 
-def _two_sums(
+def _fake_sums(
     grad: Tensor, indices: Tensor, y: Tensor, mean: Tensor, invstd: Tensor
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(mean), torch.empty_like(mean)
 
 
-forward_pass = primitive(
+bn_relu_maxpool_forward = register_op(
     "bn_relu_maxpool(Tensor y, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias)"
     " -> (Tensor out, Tensor indices)",
     reference.bn_relu_maxpool,
     _out_and_indices,
 )
-backward_reduce = primitive(
+bn_relu_maxpool_backward_reduce = register_op(
     "bn_relu_maxpool_backward_reduce(Tensor grad, Tensor indices, Tensor y, Tensor mean, Tensor invstd)"
     " -> (Tensor sum_dz, Tensor sum_dz_xhat)",
     reference.bn_relu_maxpool_backward_reduce,
-    _two_sums,
+    _fake_sums,
 )
-backward_pass = primitive(
+bn_relu_maxpool_backward = register_op(
     "bn_relu_maxpool_backward(Tensor grad, Tensor indices, Tensor y, Tensor mean, Tensor invstd, Tensor? weight,"
     " Tensor? sum_dz, Tensor? sum_dz_xhat) -> Tensor",
     reference.bn_relu_maxpool_backward,
@@ -70,20 +70,20 @@ class _BnReluMaxpool(torch.autograd.Function):
         bias: Tensor | None,
         mean: Tensor,
         invstd: Tensor,
-        share: Tensor | None,
+        count_fraction: Tensor | None,
         training: bool,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
         out: Tensor
-        out, indices = forward_pass(y, mean, invstd, weight, bias)
+        out, indices = bn_relu_maxpool_forward(y, mean, invstd, weight, bias)
         ctx.training, ctx.group = training, group
         remember(ctx, [bias])
-        save(ctx, [y, indices], [weight, mean, invstd, share])
+        save(ctx, [y, indices], [weight, mean, invstd, count_fraction])
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (y, indices), (weight, mean, invstd, share) = saved(ctx)
+        (y, indices), (weight, mean, invstd, count_fraction) = saved(ctx)
         needs_grad = ctx.needs_input_grad[:3]
         if needs_plain_backward(grad):
 
@@ -97,16 +97,18 @@ class _BnReluMaxpool(torch.autograd.Function):
         dbias = dweight = None
         sums: list[Tensor | None] = [None, None]
         if ctx.training or any(needs_grad[1:]):
-            dbias, dweight = backward_reduce(grad, indices, y, mean, invstd)
+            dbias, dweight = bn_relu_maxpool_backward_reduce(grad, indices, y, mean, invstd)
             if ctx.training:
-                sums = [*shared_sums((dbias, dweight), ctx.group, share)]
-        dy = backward_pass(grad, indices, y, mean, invstd, weight, *sums) if needs_grad[0] else None
+                sums = [*shared_sums((dbias, dweight), ctx.group, count_fraction)]
+        dy = (
+            bn_relu_maxpool_backward(grad, indices, y, mean, invstd, weight, *sums) if needs_grad[0] else None
+        )
         return dy, dweight if needs_grad[1] else None, dbias if needs_grad[2] else None, *[None] * 5
 
 
-def bn_relu_maxpool(y: Tensor, norm: Norm) -> Tensor:
+def bn_relu_maxpool(y: Tensor, bn: BatchNorm) -> Tensor:
     """max_pool2d(relu(batch_norm(y)), 3, stride=2, padding=1) of an activation (N, C, H, W)."""
-    mean, invstd, share, _ = statistics(y, norm)
-    weight, bias = in_statistics_dtype(norm.weight, y), in_statistics_dtype(norm.bias, y)
-    out: Tensor = _BnReluMaxpool.apply(y, weight, bias, mean, invstd, share, norm.training, norm.group)
+    mean, invstd, count_fraction, _ = stats_for(y, bn)
+    weight, bias = in_statistics_dtype(bn.weight, y), in_statistics_dtype(bn.bias, y)
+    out: Tensor = _BnReluMaxpool.apply(y, weight, bias, mean, invstd, count_fraction, bn.training, bn.group)
     return out

@@ -1,9 +1,15 @@
-"""A whole residual block as one op: bottleneck and basic_block.
+"""A whole residual block as one autograd.Function: bottleneck and basic block.
 
-A block is a chain of convolutions, each with a batch norm and a ReLU, a last convolution with a batch norm, and a
-shortcut that is the input or a convolution of it with a batch norm of its own. For backward it keeps its input, the
-outputs of the chain's convolutions (and of the last one where that is not folded), one bit per element of its output,
-and small per-channel data; relu(bn(y)) is computed again where it is needed.
+A block is a chain of convolutions, each with a batch norm and a ReLU, and one or two branches whose sum goes through a
+last ReLU: the main path's last convolution with its batch norm, and the shortcut, which is the block's input or a
+convolution of it with a batch norm of its own. A branch whose convolution is 1x1 is *folded* where that pays: its
+output is never stored (folded_conv_bn).
+
+For backward it saves its input, the outputs of the chain's convolutions (and of a branch that is not folded), one mask
+bit per element of its output, and per-channel vectors; relu(bn(y)) is recomputed where it is needed.
+
+Operands are *lazy* where Triton kernels run: their prologues compute relu(bn(y)) and dy while they load. Elsewhere each
+is materialized once, and shared by the ops that read it.
 """
 
 from __future__ import annotations
@@ -16,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.ops import _fused_block, _vendor_block
+from resnet_fused.layout import dense, is_channels_last, statistics_dtype
+from resnet_fused.ops import block_forward
 from resnet_fused.ops._autograd import (
     autocast_dtype,
     differentiable_backward,
@@ -28,132 +35,175 @@ from resnet_fused.ops._autograd import (
     saved,
     without_autocast,
 )
-from resnet_fused.ops._block import MaybeTensor, Parameters, Plan, grouped
-from resnet_fused.ops._branch import ConvNorm, Fold, Stage, convolved_shape, folds
-from resnet_fused.ops._fused_block import FusedBackward
-from resnet_fused.ops._vendor_block import VendorBackward
-from resnet_fused.ops.batch_norm_stats import (
-    Norm,
-    Statistics,
-    check_norm,
-    frozen_statistics,
-    in_statistics_dtype,
-    update_running,
-)
-from resnet_fused.ops.passes import runs_triton
-from resnet_fused.reference.layout import dense, is_channels_last, statistics_dtype
+from resnet_fused.ops.block_backward import Backward
+from resnet_fused.ops.block_forward import BlockSpec, ConvSpec, Parameters
+from resnet_fused.ops.bn_stats import check_bn, in_statistics_dtype, running_stats, update_running_stats
+from resnet_fused.ops.dispatch import runs_triton
+from resnet_fused.types import BatchNorm, BatchStats, ConvBN, ConvGeometry, InputCovariance
 
 
 class _ResidualBlock(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, plan_and_norms: tuple[Plan, list[Norm] | None], *flat: MaybeTensor
+        ctx: Any, x: Tensor, spec: tuple[BlockSpec, list[BatchNorm] | None], *flat: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """The output, and where no norms are given the moments that their running statistics are updated with."""
-        plan, norms = plan_and_norms
-        run = _fused_block.forward if plan.fused else _vendor_block.forward
-        out, mask, ys, used, folds, kept, running = run(x, plan, grouped(flat))
-        if norms is not None:
+        """The output, and where no batch norms are given what their running statistics are to be updated with."""
+        block, bns = spec
+        out, mask, ys, stats, folds, branch_ys, running = block_forward.forward(x, block, _grouped(flat))
+        if bns is not None:
             # Here, since checkpointing stops a recomputed forward as soon as all is saved.
-            update_running(norms, running)
+            update_running_stats(bns, running)
             running = []
-        ctx.plan = plan
-        ctx.counts = len(flat), len(used), len(folds)
-        rest = *(v for s in used for v in s), *(v for f in folds for v in f)
+        ctx.block = block
+        ctx.counts = len(flat), len(stats), len(folds)
+        rest = *(v for s in stats for v in s), *(v for f in folds for v in f)
         biases = flat[2::3]
         remember(ctx, biases)
         ctx.biased = tuple(bias is not None for bias in biases)
-        # Outputs whose batch norm's backward takes the bias; Triton kernels do so at the ends of a block too.
-        outputs = [*ys, *(kept if plan.fused else [])]
-        copies = [_copied(*each) for each in zip_longest(biases, used, outputs)]
-        save(ctx, [x, *ys, *kept], [mask, *flat[0::3], *flat[1::3], *copies, *rest])
+        # Outputs whose batch norm's backward reads the bias; Triton kernels do so in branches too.
+        outputs = [*ys, *(branch_ys if block.lazy else [])]
+        copies = [_copied(*each) for each in zip_longest(biases, stats, outputs)]
+        save(ctx, [x, *ys, *branch_ys], [mask, *flat[0::3], *flat[1::3], *copies, *rest])
         ctx.mark_non_differentiable(*running)
         ctx.set_materialize_grads(False)
         return out, *running
 
     @staticmethod
-    def backward(ctx: Any, grad: MaybeTensor, *_: MaybeTensor) -> tuple[MaybeTensor, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * (2 + ctx.counts[0])
-        flats, uses, ends = ctx.counts
+        flats, count, branches = ctx.counts
         activations, others = saved(ctx)
-        x, ys, kept = activations[0], activations[1:-ends], activations[-ends:]
+        x, ys, branch_ys = activations[0], activations[1:-branches], activations[-branches:]
         mask, values = others[0], iter(others[1:])
         take = lambda count: [next(values) for _ in range(count)]  # noqa: E731
         parameters = [Parameters(*p) for p in zip(*(take(flats // 3) for _ in range(3)), strict=True)]
-        used = [Statistics(*take(len(Statistics._fields))) for _ in range(uses)]
-        for i, (p, stats) in enumerate(zip(parameters, used, strict=True)):
-            if ctx.biased[i] and stats.terms is not None:
-                parameters[i] = p._replace(beta=stats.terms[1])
-        folds = [Fold(*take(3)) for _ in range(ends)]
+        stats = [BatchStats(*take(len(BatchStats._fields))) for _ in range(count)]
+        for i, (p, batch) in enumerate(zip(parameters, stats, strict=True)):
+            if ctx.biased[i] and batch.bn_coeffs is not None:
+                parameters[i] = p._replace(beta=batch.bn_coeffs[1])
+        folds = [InputCovariance(*take(len(InputCovariance._fields))) for _ in range(branches)]
+        needs = ctx.needs_input_grad
         with without_autocast(grad.device.type):
             if needs_plain_backward(grad):
-                return _differentiable(ctx, x, parameters, used, grad)
-            backward = FusedBackward if ctx.plan.fused else VendorBackward
-            started = backward(ctx.plan, ctx.needs_input_grad, x, mask, parameters, ys, used, folds, kept)
-            return started.gradients(grad)
+                return _differentiable(ctx, x, parameters, stats, grad)
+            needed = needs[0], list(needs[2::3])
+            backward = Backward(ctx.block, needed, x, mask, parameters, ys, stats, folds, branch_ys)
+            dx = backward.run(grad)
+        grads = (dx, None, *(g for conv in backward.grads for g in conv))
+        return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
-def _copied(bias: MaybeTensor, stats: Statistics, output: MaybeTensor) -> MaybeTensor:
+def _grouped(flat: Sequence[Tensor | None]) -> list[Parameters]:
+    return [Parameters(*flat[i : i + 3]) for i in range(0, len(flat), 3)]  # type: ignore[arg-type]
+
+
+def _copied(bias: Tensor | None, stats: BatchStats, output: Tensor | None) -> Tensor | None:
     """A bias for backward, which eager does not save: it may change in place before. None where it is not needed."""
-    if bias is None or output is None or stats.terms is not None:  # terms hold it
+    if bias is None or output is None or stats.bn_coeffs is not None:  # which hold it
         return None
     return bias.clone()
 
 
 def _differentiable(
-    ctx: Any, x: Tensor, parameters: list[Parameters], used: list[Statistics], grad: Tensor
-) -> tuple[MaybeTensor, ...]:
+    ctx: Any, x: Tensor, parameters: list[Parameters], stats: list[BatchStats], grad: Tensor
+) -> tuple[Tensor | None, ...]:
     """Gradients by plain PyTorch, that can be differentiated again."""
-    plan: Plan = ctx.plan
+    block: BlockSpec = ctx.block
     biases = remembered(ctx)
     flat = [v for p, bias in zip(parameters, biases, strict=True) for v in p._replace(beta=bias)]
-    stages = [*plan.stages, *([] if plan.downsample is None else [plan.downsample])]
 
-    def normed(a: Tensor, p: Parameters, place: int) -> Tensor:
-        stage, (mean, invstd, *_) = stages[place], used[place]
-        down, right = stage.every
-        a = a[:, :, ::down, ::right]
-        y = F.conv2d(a, p.weight.to(a.dtype), None, stage.stride, stage.padding, stage.dilation, stage.groups)
-        return normalized(y, p.gamma, p.beta, mean, invstd, stage.frozen is None)
+    def conv_bn(a: Tensor, p: Parameters, i: int) -> Tensor:
+        spec, (mean, invstd, *_) = block.convs[i], stats[i]
+        down, right = spec.input_stride
+        y = F.conv2d(a[:, :, ::down, ::right], p.weight.to(a.dtype), None, *spec.geometry)
+        return normalized(y, p.gamma, p.beta, mean, invstd, spec.running_stats is None)
 
-    def again(x: Tensor, *flat: MaybeTensor) -> Tensor:
-        parameters = grouped(flat)
-        a, last = x, len(plan.stages) - 1
-        for place in range(last):
-            a = F.relu(normed(a, parameters[place], place)).to(x.dtype)
-        z = normed(a, parameters[last], last)
-        skip = x if plan.downsample is None else normed(x, parameters[-1], last + 1)
+    def forward(x: Tensor, *flat: Tensor | None) -> Tensor:
+        parameters, last = _grouped(flat), block.chain
+        a = x
+        for i in range(last):
+            a = F.relu(conv_bn(a, parameters[i], i)).to(x.dtype)
+        z = conv_bn(a, parameters[last], last)
+        skip = x if len(parameters) == last + 1 else conv_bn(x, parameters[-1], last + 1)
         return F.relu(z + skip).to(x.dtype)
 
     needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
-    group = next((stage.group for stage in stages if stage.group is not None), None)
-    dx, *grads = differentiable_backward(again, (x, *flat), needs, grad, group)
+    group = next((spec.group for spec in block.convs if spec.group is not None), None)
+    dx, *grads = differentiable_backward(forward, (x, *flat), needs, grad, group)
     return dx, None, *grads
 
 
-def _stage(part: ConvNorm, dtype: torch.dtype, folded: bool = False, shortcut: bool = False) -> Stage:
-    norm = part.norm
-    frozen = None if norm.training else frozen_statistics(norm, dtype)
-    geometry = ((1, 1), part.stride)
-    if shortcut and part.weight.shape[2:] == (1, 1) and part.padding == (0, 0):
-        geometry = (part.stride, (1, 1))
-    return Stage(*geometry, part.padding, part.dilation, part.groups, norm.eps, norm.group, frozen, folded)
+#: Multiplications per element of its output that folding a 1x1 convolution may cost beside those of the convolution.
+#: Measured on a CPU, see docs/training-fold.md: what they take is what the passes that folding saves would have taken.
+FOLD_LIMIT = 300
+#: With few pixels dy is what little the batch norm leaves of dz: terms that cancel should not be rounded one by one.
+FOLD_PIXELS = 32
 
 
-def residual_block(x: Tensor, parts: Sequence[ConvNorm], downsample: ConvNorm | None) -> Tensor:
+def is_folded(conv: ConvBN, pixels: int, lazy: bool = False) -> bool:
+    """Whether a branch's convolution is folded: a 1x1 that does not contract, where that pays.
+
+    It always pays where folding takes no passes of its own (``lazy``). Else, with K inputs, N outputs and P pixels, it
+    takes P K^2 multiplications for the covariance and as many for its part of dc, and three times N K^2 for the
+    variances, dW and W^T diag W.
+    """
+    n, k, *kernel = conv.weight.shape
+    if kernel != [1, 1] or conv.groups != 1 or conv.padding != (0, 0) or k > n:
+        return False
+    if not _always(pixels >= FOLD_PIXELS):
+        return False
+    return lazy or _always(k * k * (2 * pixels + 3 * n) <= FOLD_LIMIT * pixels * n)
+
+
+def _always(condition: bool) -> bool:
+    """A condition on sizes that torch.compile must not guard on: False unless it holds for every size there may be."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+def convolved_shape(shape: Sequence[int], convs: Sequence[ConvBN]) -> tuple[int, ...] | None:
+    """(N, C, H, W) after some convolutions, one after the other; None if they do not fit."""
+    n, channels, *size = shape
+    for conv in convs:
+        outputs, inputs, *kernel = conv.weight.shape
+        if inputs * conv.groups != channels:
+            return None
+        channels = outputs
+        size = [
+            (size[i] + 2 * conv.padding[i] - conv.dilation[i] * (kernel[i] - 1) - 1) // conv.stride[i] + 1
+            for i in range(2)
+        ]
+        if min(size) < 1:
+            return None
+    return n, channels, *size
+
+
+def _spec(conv: ConvBN, dtype: torch.dtype, folded: bool, is_shortcut: bool) -> ConvSpec:
+    input_stride, stride = (1, 1), conv.stride
+    if is_shortcut and conv.weight.shape[2:] == (1, 1) and conv.padding == (0, 0):
+        input_stride, stride = conv.stride, (1, 1)
+    geometry = ConvGeometry(stride, conv.padding, conv.dilation, conv.groups)
+    stats = None if conv.bn.training else running_stats(conv.bn, dtype)
+    return ConvSpec(geometry, input_stride, conv.bn.eps, conv.bn.group, stats, folded)
+
+
+def residual_block(x: Tensor, convs: Sequence[ConvBN], downsample: ConvBN | None) -> Tensor:
     """relu(bn(conv(...relu(bn(conv(x)))...)) + shortcut), for ``x`` (N, C, H, W), dense in channels_last.
 
     Running statistics are updated in place where the batch's are used. Under autocast everything runs in its dtype.
 
     Args:
-        parts: the convolutions of the main path with their batch norms; all but the last with a ReLU behind.
+        convs: the convolutions of the main path with their batch norms; all but the last with a ReLU after them.
         downsample: that of the shortcut; None: the shortcut is ``x``.
 
     Raises:
         ValueError: ``x`` is contiguous, the convolutions do not fit each other, or a batch has one value per channel.
-        RuntimeError: a batch norm has another number of channels than its convolution makes, or no running statistics
-            in evaluation.
+        RuntimeError: a batch norm has another number of channels than its convolution's output, or no running
+            statistics in evaluation.
     """
     device = x.device.type
     dtype = autocast_dtype(device) or x.dtype
@@ -162,33 +212,30 @@ def residual_block(x: Tensor, parts: Sequence[ConvNorm], downsample: ConvNorm | 
     x = dense(x.to(dtype))
     if not is_channels_last(x):
         raise ValueError("a block as one op takes channels_last: use x.to(memory_format=torch.channels_last)")
-    vectors = statistics_dtype(dtype)
-    shape = convolved_shape(x.shape, parts)
-    if shape is None or shape != convolved_shape(x.shape, [] if downsample is None else [downsample]):
+    shortcut = [] if downsample is None else [downsample]
+    shape = convolved_shape(x.shape, convs)
+    if shape is None or shape != convolved_shape(x.shape, shortcut):
         raise ValueError(f"the convolutions do not fit each other or an input of shape {tuple(x.shape)}")
-    pixels = shape[0] * shape[2] * shape[3]
-    every = [*parts, *([] if downsample is None else [downsample])]
-    for part in every:
-        check_norm(part.norm, len(part.weight))
-    fused = runs_triton(x)
+    pixels, vectors = shape[0] * shape[2] * shape[3], statistics_dtype(dtype)
+    every_conv, lazy = [*convs, *shortcut], runs_triton(x)
+    for conv in every_conv:
+        check_bn(conv.bn, len(conv.weight))
     with without_autocast(device):
-        stages = tuple(
-            _stage(part, vectors, part is parts[-1] and folds(part, pixels, fused)) for part in parts
-        )
-        skip = (
-            None
-            if downsample is None
-            else _stage(downsample, vectors, folds(downsample, pixels, fused), shortcut=True)
-        )
-        flat: list[MaybeTensor] = []
-        for part in every:
-            norm = part.norm
-            flat += [part.weight, in_statistics_dtype(norm.weight, x), in_statistics_dtype(norm.bias, x)]
+        chain = len(convs) - 1
+        specs = [_spec(conv, vectors, False, False) for conv in convs[:chain]]
+        last = convs[-1]
+        # The main path's input is not subsampled first.
+        specs.append(_spec(last, vectors, last.stride == (1, 1) and is_folded(last, pixels, lazy), False))
+        specs += [_spec(conv, vectors, is_folded(conv, pixels, lazy), True) for conv in shortcut]
+        flat: list[Tensor | None] = []
+        for conv in every_conv:
+            bn = conv.bn
+            flat += [conv.weight, in_statistics_dtype(bn.weight, x), in_statistics_dtype(bn.bias, x)]
         out: Tensor
-        training = [part.norm for part in every if part.norm.training]
+        training = [conv.bn for conv in every_conv if conv.bn.training]
         # torch.compile takes no buffers that an autograd.Function changes.
-        norms = None if torch.compiler.is_compiling() else training
-        out, *running = _ResidualBlock.apply(x, (Plan(stages, skip, fused), norms), *flat)
-    if norms is None:
-        update_running(training, running)
+        bns = None if torch.compiler.is_compiling() else training
+        out, *running = _ResidualBlock.apply(x, (BlockSpec(tuple(specs), chain, lazy), bns), *flat)
+    if bns is None:
+        update_running_stats(training, running)
     return out

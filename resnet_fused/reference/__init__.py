@@ -6,7 +6,8 @@ from resnet_fused.reference import (
     bn_bn_add_relu,
     bn_relu,
     bn_relu_maxpool,
-    layout,
+    conv_bn,
+    folded_conv_bn,
     masked_grad,
 )
 from resnet_fused.reference.resnet import (
@@ -38,7 +39,8 @@ __all__ = [
     "bn_bn_add_relu",
     "bn_relu",
     "bn_relu_maxpool",
-    "layout",
+    "conv_bn",
+    "folded_conv_bn",
     "masked_grad",
     "resnet18",
     "resnet34",

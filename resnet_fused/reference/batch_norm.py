@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet_fused.reference.layout import per_channel
+from resnet_fused.layout import per_channel
 
 _PIXELS = (0, 2, 3)
 
@@ -27,7 +27,7 @@ def scale(invstd: Tensor, weight: Tensor | None) -> Tensor:
     return invstd if weight is None else invstd * weight
 
 
-def is_kept(z: Tensor) -> Tensor:
+def relu_mask(z: Tensor) -> Tensor:
     """Where a ReLU lets ``z`` and its gradient through: bool. NaN passes, as it does in torch.relu."""
     return (z <= 0).logical_not()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet_fused.reference.layout import dense, statistics_dtype
+from resnet_fused.layout import dense, statistics_dtype
 
 
 def batch_norm_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,12 +1,11 @@
-"""relu(bn(y) + residual), the end of a residual block, with the ReLU's sign kept as one bit per element."""
+"""relu(bn(y) + residual), the end of a residual block, with the ReLU's mask as one bit per element."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from resnet_fused.reference.batch_norm import affine, gradient_sums, input_gradient, is_kept
-from resnet_fused.reference.layout import (
+from resnet_fused.layout import (
     check_given,
     dense,
     like_layout,
@@ -15,6 +14,7 @@ from resnet_fused.reference.layout import (
     unpack_mask,
     widened,
 )
+from resnet_fused.reference.batch_norm import affine, gradient_sums, input_gradient, relu_mask
 
 
 def bn_add_relu(
@@ -32,7 +32,7 @@ def bn_add_relu(
     """
     y = dense(y)
     z = affine(widened(y), mean, invstd, weight, bias) + widened(like_layout(residual, y))
-    return stored(torch.relu(z), y), pack_mask(is_kept(z), y)
+    return stored(torch.relu(z), y), pack_mask(relu_mask(z), y)
 
 
 def bn_add_relu_out(
@@ -61,7 +61,7 @@ def bn_add_relu_backward_reduce(
 ) -> tuple[Tensor, Tensor]:
     """(sum_dz, sum_dz_xhat), (C,) in the statistics dtype; ``grad`` is that of bn_add_relu's output."""
     y = dense(y)
-    return gradient_sums(behind_relu(grad, mask, y), widened(y), mean, invstd)
+    return gradient_sums(relu_backward(grad, mask, y), widened(y), mean, invstd)
 
 
 def bn_add_relu_backward(
@@ -82,7 +82,7 @@ def bn_add_relu_backward(
         ValueError: only one of the sums is None.
     """
     y = dense(y)
-    dz = behind_relu(grad, mask, y)
+    dz = relu_backward(grad, mask, y)
     dy = input_gradient(dz, widened(y), mean, invstd, weight, sum_dz, sum_dz_xhat)
     return stored(dy, y), stored(dz, y)
 
@@ -101,6 +101,6 @@ def bn_add_relu_backward_dy(
     return bn_add_relu_backward(grad, mask, y, mean, invstd, weight, sum_dz, sum_dz_xhat)[0]
 
 
-def behind_relu(grad: Tensor, mask: Tensor, y: Tensor) -> Tensor:
+def relu_backward(grad: Tensor, mask: Tensor, y: Tensor) -> Tensor:
     """``grad`` where the mask of the dense ``y`` has a bit, else 0, in the statistics dtype."""
     return torch.where(unpack_mask(mask, y), widened(like_layout(grad, y)), 0)

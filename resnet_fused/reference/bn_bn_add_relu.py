@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet_fused.reference.batch_norm import affine, gradient_sums, input_gradient, is_kept
-from resnet_fused.reference.bn_add_relu import behind_relu
-from resnet_fused.reference.layout import check_given, dense, like_layout, pack_mask, stored, widened
+from resnet_fused.layout import check_given, dense, like_layout, pack_mask, stored, widened
+from resnet_fused.reference.batch_norm import affine, gradient_sums, input_gradient, relu_mask
+from resnet_fused.reference.bn_add_relu import relu_backward
 
 
 def bn_bn_add_relu(
@@ -35,7 +35,7 @@ def bn_bn_add_relu(
     y = dense(y)
     z = affine(widened(y), mean, invstd, weight, bias)
     z = z + affine(widened(like_layout(skip, y)), skip_mean, skip_invstd, skip_weight, skip_bias)
-    return stored(torch.relu(z), y), pack_mask(is_kept(z), y)
+    return stored(torch.relu(z), y), pack_mask(relu_mask(z), y)
 
 
 def bn_bn_add_relu_out(
@@ -76,7 +76,7 @@ def bn_bn_add_relu_backward_reduce(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum_dz, sum_dz_xhat, sum_dz_skip_xhat), (C,) in the statistics dtype; both norms share sum_dz."""
     y = dense(y)
-    dz = behind_relu(grad, mask, y)
+    dz = relu_backward(grad, mask, y)
     wide_skip = widened(like_layout(skip, y))
     sum_dz, sum_dz_skip_xhat = gradient_sums(dz, wide_skip, skip_mean, skip_invstd)
     _, sum_dz_xhat = gradient_sums(dz, widened(y), mean, invstd)
@@ -107,7 +107,7 @@ def bn_bn_add_relu_backward(
         ValueError: only one of the two sums of a batch norm is None.
     """
     y = dense(y)
-    dz = behind_relu(grad, mask, y)
+    dz = relu_backward(grad, mask, y)
     dy = input_gradient(dz, widened(y), mean, invstd, weight, sum_dz, sum_dz_xhat)
     wide_skip = widened(like_layout(skip, y))
     dskip = input_gradient(dz, wide_skip, skip_mean, skip_invstd, skip_weight, skip_sum_dz, sum_dz_skip_xhat)

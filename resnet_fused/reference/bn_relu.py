@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet_fused.reference.batch_norm import affine, gradient_sums, input_gradient, is_kept
-from resnet_fused.reference.layout import dense, like_layout, per_channel, stored, widened
+from resnet_fused.layout import dense, like_layout, per_channel, stored, widened
+from resnet_fused.reference.batch_norm import affine, gradient_sums, input_gradient, relu_mask
 
 
 def bn_relu(
@@ -37,7 +37,7 @@ def bn_relu_backward_reduce(
     """(sum_dz, sum_dz_xhat), (C,) in the statistics dtype; ``grad`` is that of bn_relu's output."""
     y = dense(y)
     wide = widened(y)
-    dz = _behind_relu(grad, y, wide, mean, invstd, weight, bias)
+    dz = _masked_dz(grad, y, wide, mean, invstd, weight, bias)
     return gradient_sums(dz, wide, mean, invstd)
 
 
@@ -58,11 +58,11 @@ def bn_relu_backward(
     """
     y = dense(y)
     wide = widened(y)
-    dz = _behind_relu(grad, y, wide, mean, invstd, weight, bias)
+    dz = _masked_dz(grad, y, wide, mean, invstd, weight, bias)
     return stored(input_gradient(dz, wide, mean, invstd, weight, sum_dz, sum_dz_xhat), y)
 
 
-def _behind_relu(
+def _masked_dz(
     grad: Tensor,
     y: Tensor,
     wide: Tensor,
@@ -71,5 +71,5 @@ def _behind_relu(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    kept = is_kept(affine(wide, mean, invstd, weight, bias))
-    return torch.where(kept, widened(like_layout(grad, y)), 0)
+    mask = relu_mask(affine(wide, mean, invstd, weight, bias))
+    return torch.where(mask, widened(like_layout(grad, y)), 0)

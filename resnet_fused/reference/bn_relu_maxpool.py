@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnet_fused.reference.batch_norm import affine, gradient_sums, input_gradient, is_kept
-from resnet_fused.reference.layout import dense, like_layout, memory_format, stored, widened
+from resnet_fused.layout import dense, like_layout, memory_format, stored, widened
+from resnet_fused.reference.batch_norm import affine, gradient_sums, input_gradient, relu_mask
 
 #: The index of a window whose maximum is not above zero: its gradient ends at the ReLU.
 NO_GRADIENT = 9
@@ -46,7 +46,7 @@ def bn_relu_maxpool(
     top = 2 * torch.arange(height, device=y.device).view(-1, 1) - 1  # Ho,1: the window's first row in y
     left = 2 * torch.arange(width, device=y.device) - 1  # Wo
     row, col = position // y.shape[3] - top, position % y.shape[3] - left
-    indices.copy_(torch.where(is_kept(largest), row * 3 + col, NO_GRADIENT))
+    indices.copy_(torch.where(relu_mask(largest), row * 3 + col, NO_GRADIENT))
     return out.copy_(largest), indices
 
 

@@ -1,11 +1,11 @@
-"""The gradient behind a ReLU whose mask was kept, written or added to a given tensor, and its sums."""
+"""The gradient before a ReLU whose mask was saved, written or added to a given tensor, and its sums."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from resnet_fused.reference.bn_add_relu import behind_relu
-from resnet_fused.reference.layout import check_given, dense, stored, widened
+from resnet_fused.layout import check_given, dense, stored, widened
+from resnet_fused.reference.bn_add_relu import relu_backward
 
 
 def masked_grad(grad: Tensor, mask: Tensor, out: Tensor, accumulate: bool, sum: Tensor | None) -> None:
@@ -24,7 +24,7 @@ def masked_grad(grad: Tensor, mask: Tensor, out: Tensor, accumulate: bool, sum: 
     if grad.shape != out.shape or grad.dtype != out.dtype:
         raise ValueError("out must have the shape and dtype of grad")
     check_given(out, dense(out))
-    dz = behind_relu(grad, mask, out)
+    dz = relu_backward(grad, mask, out)
     out.copy_(stored(widened(out) + dz if accumulate else dz, out))
     if sum is not None:
         sum += dz.double().sum((0, 2, 3))

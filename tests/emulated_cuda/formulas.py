@@ -21,7 +21,7 @@ class Value:
 
 
 @dataclass
-class Norm:
+class BatchNorm:
     """Per-channel vectors in the statistics dtype; weight and bias may be None."""
 
     mean: Tensor
@@ -41,7 +41,7 @@ def per_channel(vector: Tensor) -> Tensor:
     return vector.double().view(1, -1, 1, 1)
 
 
-def affine(y: Tensor, norm: Norm) -> Value:
+def affine(y: Tensor, norm: BatchNorm) -> Value:
     product = (y - per_channel(norm.mean)) * norm.scale()
     bias = torch.zeros(()) if norm.bias is None else per_channel(norm.bias)
     return Value(product + bias, product.abs() + bias.abs())
@@ -59,7 +59,7 @@ def relu(z: Value) -> Value:
     return Value(torch.where(z.value <= 0, 0.0, z.value), z.magnitude)
 
 
-def normalized(y: Tensor, norm: Norm) -> Tensor:
+def normalized(y: Tensor, norm: BatchNorm) -> Tensor:
     return (y - per_channel(norm.mean)) * per_channel(norm.invstd)
 
 
@@ -67,7 +67,7 @@ def channel_sum(terms: Tensor) -> Value:
     return Value(terms.sum((0, 2, 3)), terms.abs().sum((0, 2, 3)))
 
 
-def input_gradient(dz: Value, y: Tensor, norm: Norm, sums: tuple[Tensor, Tensor] | None) -> Value:
+def input_gradient(dz: Value, y: Tensor, norm: BatchNorm, sums: tuple[Tensor, Tensor] | None) -> Value:
     parts = [dz.value]
     if sums is not None:
         pixels = y.numel() // y.shape[1]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .device import Device, build
 from .formulas import (
-    Norm,
+    BatchNorm,
     Value,
     add,
     affine,
@@ -78,7 +78,7 @@ def random(size: tuple[int, ...], scale: float = 1.0, shift: float = 0.0) -> Ten
     return torch.randn(size, dtype=torch.float64) * scale + shift
 
 
-def random_norm(device: Device, channels: int, with_affine: bool = True) -> Norm:
+def random_norm(device: Device, channels: int, with_affine: bool = True) -> BatchNorm:
     """mean near 0, invstd near 1, weights of either sign and one of zero."""
 
     def vector(scale: float, shift: float) -> Tensor:
@@ -86,10 +86,10 @@ def random_norm(device: Device, channels: int, with_affine: bool = True) -> Norm
 
     mean, invstd = vector(0.5, 0.1), vector(0.1, 1.0)
     if not with_affine:
-        return Norm(mean, invstd, None, None)
+        return BatchNorm(mean, invstd, None, None)
     weight = vector(1.0, 0.0)
     weight[channels // 2] = 0
-    return Norm(mean, invstd, weight, vector(0.5, 0.0))
+    return BatchNorm(mean, invstd, weight, vector(0.5, 0.0))
 
 
 def random_sums(device: Device, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,7 +285,7 @@ def check_pooling_backward(
     y: Tensor,
     grad: Tensor,
     indices: Tensor,
-    norm: Norm,
+    norm: BatchNorm,
     dz: Value,
     sums: tuple[Tensor, Tensor] | None,
 ) -> None:
@@ -353,7 +353,7 @@ def test_nan_and_infinity(device: Device) -> None:
     size = (2, 16, 4, 6)
     y, grad = device.activation(random(size)), device.activation(random(size))
     y[0, 3, 1, 2], y[1, 5, 0, 0] = torch.nan, torch.inf
-    norm = Norm(*(torch.full((16,), v, dtype=device.statistics) for v in (0.0, 1.0, 1.0, 0.0)))
+    norm = BatchNorm(*(torch.full((16,), v, dtype=device.statistics) for v in (0.0, 1.0, 1.0, 0.0)))
     statistics = [norm.mean, norm.invstd]
     healthy = torch.ones(16, dtype=torch.bool)
     healthy[[3, 5]] = False
@@ -413,7 +413,7 @@ def test_zeros_are_not_kept(device: Device) -> None:
 @pytest.mark.parametrize("size", [(0, 4, 3, 3), (2, 0, 3, 3), (2, 4, 0, 3), (2, 4, 3, 0)], ids=str)
 def test_empty(device: Device, size: tuple[int, ...]) -> None:
     y = device.activation(torch.empty(size))
-    norm = Norm(*torch.ones(4, size[1], dtype=device.statistics))
+    norm = BatchNorm(*torch.ones(4, size[1], dtype=device.statistics))
     statistics, mask = [norm.mean, norm.invstd], torch.empty(0, dtype=torch.uint8)
     sums = device("bn_relu_backward_reduce", [y, y, *norm.arguments()], y.shape, vectors=2)
     sums += device("bn_add_relu_backward_reduce", [y, mask, y, *statistics], y.shape, vectors=2)

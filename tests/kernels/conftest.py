@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import resnet_fused
-from resnet_fused.kernels import tuning
+from resnet_fused.kernels.autotune import search
 from tests.kernels.invented_gpu import FIRST, SECOND, THIRD, VENDOR, Bench, pretend
 
 
@@ -19,4 +19,4 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     with resnet_fused.backend("auto"), warnings.catch_warnings():
         warnings.simplefilter("error")
         yield pretend(monkeypatch, tmp_path, {FIRST: 3.0, SECOND: 1.0, THIRD: 4.0, VENDOR: 2.0})
-    tuning.forget()
+    search.clear_cache()

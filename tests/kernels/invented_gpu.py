@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_fused.kernels import tuning, tuning_files, verification
+from resnet_fused.kernels.autotune import cache, search, verification
+from resnet_fused.kernels.autotune.search import Tunable, TuningKey, choose
 from resnet_fused.kernels.launch import Config
-from resnet_fused.kernels.tuning import Problem, Work, choose
 
 GPU = torch.device("cuda", 0)
 FIRST, SECOND, THIRD = CANDIDATES = [Config(64, 64, block_k) for block_k in (16, 32, 64)]
-CONV, DGRAD = (Problem(kernel, (16, 56, 56, 64, 256), "bf16") for kernel in ("conv", "dgrad"))
+CONV, DGRAD = (TuningKey(kernel, (16, 56, 56, 64, 256), "bf16") for kernel in ("conv", "dgrad"))
 VENDOR = "vendor"
 
 
@@ -59,12 +59,12 @@ class Bench:
         self.measured[self.last] += 1
         return self.times[self.last]
 
-    def work(self, problem: Problem = CONV, *, vendor: bool = True, **other: Any) -> Work:
+    def work(self, problem: TuningKey = CONV, *, vendor: bool = True, **other: Any) -> Tunable:
         by_vendor = self.vendor if vendor else None
-        return Work(problem, CANDIDATES, self.run, by_vendor, lambda: self.exact)._replace(**other)
+        return Tunable(problem, CANDIDATES, self.run, by_vendor, lambda: self.exact)._replace(**other)
 
     def choose(
-        self, problem: Problem = CONV, *, vendor: bool = True, device: torch.device = GPU, **other: Any
+        self, problem: TuningKey = CONV, *, vendor: bool = True, device: torch.device = GPU, **other: Any
     ) -> Config | None:
         return choose(self.work(problem, vendor=vendor, **other), device)
 
@@ -74,19 +74,19 @@ def pretend(patch: pytest.MonkeyPatch, folder: Path, times: dict[Any, float]) ->
     bench = Bench(times)
     properties = SimpleNamespace(shared_memory_per_block_optin=227 << 10)
     patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    patch.setattr(tuning_files, "TUNED", folder)
+    patch.setattr(cache, "TUNED", folder)
     patch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
     patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    patch.setattr(tuning, "measure", bench.measure)
+    patch.setattr(search, "measure", bench.measure)
     patch.setattr(verification, "wait", lambda device: None)
-    tuning.forget()
+    search.clear_cache()
     return bench
 
 
 def cache_file() -> Path:
-    return tuning_files._cache_path(tuning_files.header(GPU))
+    return cache._cache_path(cache.header(GPU))
 
 
 @contextlib.contextmanager

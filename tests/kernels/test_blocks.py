@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
+from resnet_fused.ops.passes import runs_triton
 from torch import Tensor
 
 import resnet_fused
-from resnet_fused.kernels.launch import Launch, observing
-from resnet_fused.ops.passes import runs_triton
+from resnet_fused.kernels.launch import Launch, observe_launches
 from resnet_fused.plan import PASSES
 from tests.accuracy import HOSTILE_CASES
 from tests.kernels.devices import DEVICES, DTYPES
@@ -56,7 +56,7 @@ def step(device: str, choice: str) -> tuple[dict[str, Tensor], list[Launch]]:
     case = make_case("bottleneck", "plain", torch.float32, device)
     grad = gradient_for(plain(case.to(torch.float64), True).detach(), torch.float32)
     seen: list[Launch] = []
-    with resnet_fused.backend(choice), observing(seen.append):
+    with resnet_fused.backend(choice), observe_launches(seen.append):
         return results(fused, case, grad, True, None), seen
 
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import resnet_fused
 from resnet_fused import models, reference
-from resnet_fused.kernels.launch import Launch, observing
+from resnet_fused.kernels.launch import Launch, observe_launches
 from tests.model_pairs import scrambled
 from tests.ops.test_passes import CASES, OPS, SIZES, Maker, check_promises
 
@@ -84,7 +84,7 @@ def step_by_triton() -> dict[str, Tensor]:
 
 def launched(run: Callable[[], Any]) -> list[Launch]:
     seen: list[Launch] = []
-    with observing(seen.append):
+    with observe_launches(seen.append):
         run()
     return seen
 

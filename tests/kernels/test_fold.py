@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
+from resnet_fused.ops._branch import Fold, Stage, folded_gradients, settle_folded
 from torch import Tensor
 
-from resnet_fused.kernels.fold import fold_gradients, fold_statistics, rectified_mean
-from resnet_fused.kernels.launch import Launch, observing
-from resnet_fused.ops._branch import Fold, Stage, folded_gradients, settle_folded
-from resnet_fused.ops.batch_norm_stats import Statistics
+from resnet_fused.kernels.fold_algebra import fold_gradients, fold_statistics, rectified_mean
+from resnet_fused.kernels.launch import Launch, observe_launches
+from resnet_fused.ops.bn_stats import BatchStats
 from resnet_fused.reference import folded as reference
 from tests.accuracy import assert_as_accurate, in_some_draw
 
@@ -21,7 +21,7 @@ SHAPES = [(40, 270), (64, 16), (33, 7), (5, 3), (128, 64), (70, 130)]
 STAGE = Stage((1, 1), (1, 1), (0, 0), (1, 1), 1, EPS, None, None, folded=True)
 
 
-class Problem:
+class TuningKey:
     """What the sums over the pixels of one convolution have found, from pixels that were there.
 
     ``level``: |mean| / std of its input; of dz as well, so that all sums cancel. ``deaf``: an input channel without
@@ -44,7 +44,7 @@ class Problem:
         self.sum_dz, self.product = dz.sum(0).float(), (dz.t() @ c).float()
 
 
-def expected(problem: Problem, dtype: torch.dtype) -> list[Tensor]:
+def expected(problem: TuningKey, dtype: torch.dtype) -> list[Tensor]:
     """mean_y, true_mean, var, invstd by PyTorch in ``dtype``."""
     wide, mean, covariance = (
         x.to(dtype) for x in (problem.weight.flatten(1), problem.mean, problem.covariance)
@@ -54,7 +54,7 @@ def expected(problem: Problem, dtype: torch.dtype) -> list[Tensor]:
 
 
 def expected_gradients(
-    problem: Problem, affine: bool, frozen: bool, dtype: torch.dtype
+    problem: TuningKey, affine: bool, frozen: bool, dtype: torch.dtype
 ) -> list[Tensor | None]:
     """dweight, dgamma, scaled, matrix, vector by PyTorch in ``dtype``."""
     mean_y, _, _, invstd = (x.to(dtype) for x in expected(problem, torch.float32))
@@ -62,7 +62,7 @@ def expected_gradients(
     gradients = folded_gradients(
         problem.weight.to(dtype),
         problem.gamma.to(dtype) if affine else None,
-        Statistics(mean_y, invstd),
+        BatchStats(mean_y, invstd),
         fold,
         STAGE,
         problem.sum_dz.to(dtype),
@@ -74,7 +74,7 @@ def expected_gradients(
     return [gradients.weight, gradients.gamma, scaled, gradients.matrix, gradients.vector]
 
 
-def found_gradients(problem: Problem, affine: bool = True, frozen: bool = False) -> list[Tensor | None]:
+def found_gradients(problem: TuningKey, affine: bool = True, frozen: bool = False) -> list[Tensor | None]:
     mean_y, _, _, invstd = expected(problem, torch.float32)
     return list(
         fold_gradients(
@@ -91,7 +91,7 @@ def found_gradients(problem: Problem, affine: bool = True, frozen: bool = False)
     )
 
 
-def check_statistics(problem: Problem) -> list[Tensor]:
+def check_statistics(problem: TuningKey) -> list[Tensor]:
     found = fold_statistics(problem.weight, problem.mean, problem.covariance, problem.shift, EPS)
     wants = zip(expected(problem, torch.float32), expected(problem, torch.float64), strict=True)
     for name, got, (eager, exact) in zip(("mean", "true mean", "var", "invstd"), found, wants, strict=True):
@@ -99,7 +99,7 @@ def check_statistics(problem: Problem) -> list[Tensor]:
     return list(found)
 
 
-def check_gradients(problem: Problem, affine: bool = True, frozen: bool = False) -> list[Tensor | None]:
+def check_gradients(problem: TuningKey, affine: bool = True, frozen: bool = False) -> list[Tensor | None]:
     found = found_gradients(problem, affine, frozen)
     eagers = expected_gradients(problem, affine, frozen, torch.float32)
     exacts = expected_gradients(problem, affine, frozen, torch.float64)
@@ -119,32 +119,32 @@ def check_gradients(problem: Problem, affine: bool = True, frozen: bool = False)
 @pytest.mark.parametrize("n, k", SHAPES)
 @in_some_draw
 def test_statistics(n: int, k: int, dtype: torch.dtype) -> None:
-    check_statistics(Problem(n, k, dtype))
+    check_statistics(TuningKey(n, k, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("n, k", SHAPES)
 @in_some_draw
 def test_gradients(n: int, k: int, dtype: torch.dtype) -> None:
-    check_gradients(Problem(n, k, dtype))
+    check_gradients(TuningKey(n, k, dtype))
 
 
 @pytest.mark.parametrize("affine, frozen", [(False, False), (True, True), (False, True)])
 @pytest.mark.parametrize("n, k", [(33, 7), (128, 64)])
 @in_some_draw
 def test_what_may_be_missing(n: int, k: int, affine: bool, frozen: bool) -> None:
-    check_gradients(Problem(n, k, torch.float32), affine, frozen)
+    check_gradients(TuningKey(n, k, torch.float32), affine, frozen)
 
 
 def test_sums_that_cancel() -> None:
-    problem = Problem(70, 130, torch.float32, level=30.0)
+    problem = TuningKey(70, 130, torch.float32, level=30.0)
     check_statistics(problem)
     check_gradients(problem)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_constant_channel(dtype: torch.dtype) -> None:
-    problem = Problem(33, 7, dtype, deaf=True)
+    problem = TuningKey(33, 7, dtype, deaf=True)
     problem.covariance[1, :] = problem.covariance[:, 1] = 0
     *_, var, invstd = check_statistics(problem)
     assert var[2] == 0
@@ -153,14 +153,14 @@ def test_constant_channel(dtype: torch.dtype) -> None:
 
 
 def test_variance_is_not_negative() -> None:
-    problem = Problem(5, 3, torch.float32)
+    problem = TuningKey(5, 3, torch.float32)
     problem.covariance = -1e-3 * torch.eye(3)
     *_, var, invstd = check_statistics(problem)
     assert (var == 0).all() and (invstd > 300).all()
 
 
 def test_nan_stays() -> None:
-    problem = Problem(5, 3, torch.float32)
+    problem = TuningKey(5, 3, torch.float32)
     problem.covariance[1, 1] = torch.nan
     *_, var, invstd = fold_statistics(problem.weight, problem.mean, problem.covariance, None, EPS)
     assert var.isnan().all() and invstd.isnan().all()
@@ -168,7 +168,7 @@ def test_nan_stays() -> None:
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_weight_of_a_convolution(memory_format: torch.memory_format) -> None:
-    problem = Problem(33, 7, torch.float32)
+    problem = TuningKey(33, 7, torch.float32)
     flat = [*check_statistics(problem), *found_gradients(problem)]
     problem.weight = problem.weight[:, :, None, None].contiguous(memory_format=memory_format)
     found = [*check_statistics(problem), *found_gradients(problem)]
@@ -194,7 +194,7 @@ def launched(n: int, k: int, dtype: torch.dtype, frozen: bool) -> list[Launch]:
     weight, per_output = empty(n, k, dtype=dtype), empty(n)
     mean, covariance = (None, None) if frozen else (empty(k), empty(k, k))
     launches: list[Launch] = []
-    with observing(launches.append):
+    with observe_launches(launches.append):
         if mean is not None and covariance is not None:
             fold_statistics(weight, mean, covariance, None, EPS)
         fold_gradients(

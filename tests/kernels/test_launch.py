@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.kernels import launch as home
-from resnet_fused.kernels.launch import Config, cdiv, holding_back, launch, observing
+from resnet_fused.kernels.launch import Config, capture_launches, cdiv, launch, observe_launches
 
 
 class Kernel:
@@ -113,7 +113,7 @@ def test_kernels_start_on_the_device_of_their_tensors(
 
 def test_held_back_launches_do_not_start(kernel: Kernel) -> None:
     x = torch.empty(8)
-    with observing(lambda _: pytest.fail("seen")), holding_back() as held:
+    with observe_launches(lambda _: pytest.fail("seen")), capture_launches() as held:
         start(kernel, x)
     assert not kernel.compiled
     assert [each.grid for each in held] == [(2,)]

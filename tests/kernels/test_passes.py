@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 import resnet_fused
-from resnet_fused.kernels.launch import observing
+from resnet_fused.kernels.launch import observe_launches
+from resnet_fused.layout import pack_mask
 from resnet_fused.ops import passes
 from resnet_fused.reference import passes as reference
-from resnet_fused.reference.layout import pack_mask
-from resnet_fused.reference.operands import Activation, Gradient, Window
+from resnet_fused.types import Activation, ConvGeometry, Gradient
 from tests.accuracy import assert_as_accurate, in_some_draw, relative_error
 from tests.kernels.devices import DEVICES, DTYPES
 
 #: Name: (inputs, outputs, kernel, window, height, width).
 CONVS = {
-    "1x1": (19, 37, 1, Window(), 5, 7),
-    "1x1 stride": (24, 16, 1, Window((2, 2)), 7, 6),
-    "3x3": (16, 40, 3, Window(padding=(1, 1)), 6, 5),
-    "3x3 stride": (13, 21, 3, Window((2, 2), (1, 1)), 7, 6),
-    "3x3 dilation": (8, 16, 3, Window(padding=(2, 2), dilation=(2, 2)), 7, 6),
-    "3x1 uneven": (9, 17, 3, Window((1, 2), (1, 0)), 5, 8),
+    "1x1": (19, 37, 1, ConvGeometry(), 5, 7),
+    "1x1 stride": (24, 16, 1, ConvGeometry((2, 2)), 7, 6),
+    "3x3": (16, 40, 3, ConvGeometry(padding=(1, 1)), 6, 5),
+    "3x3 stride": (13, 21, 3, ConvGeometry((2, 2), (1, 1)), 7, 6),
+    "3x3 dilation": (8, 16, 3, ConvGeometry(padding=(2, 2), dilation=(2, 2)), 7, 6),
+    "3x1 uneven": (9, 17, 3, ConvGeometry((1, 2), (1, 0)), 5, 8),
 }
 
 
@@ -52,7 +52,7 @@ class Maker:
         weight = torch.randn(outputs, inputs, kernel, kernel_w or kernel) / (inputs * kernel * kernel) ** 0.5
         return weight.to(self.device, self.dtype)
 
-    def bits(self, like: Tensor) -> Tensor:
+    def mask(self, like: Tensor) -> Tensor:
         return pack_mask(torch.rand(like.shape, device=self.device) < 0.6, like)
 
 
@@ -105,11 +105,11 @@ def gradients(m: Maker, channels: int, height: int, width: int) -> dict[str, Gra
     sums = m.vector(channels), m.vector(channels)
     return {
         "plain": Gradient(g),
-        "masked": Gradient(g, m.bits(g)),
+        "masked": Gradient(g, m.mask(g)),
         "normed": Gradient(g, None, y, *m.norm(channels), *sums),
-        "end": Gradient(g, m.bits(g), y, *m.norm(channels), *sums),
+        "end": Gradient(g, m.mask(g), y, *m.norm(channels), *sums),
         "frozen": Gradient(g, None, y, *m.norm(channels)),
-        "frozen end": Gradient(g, m.bits(g), y, *m.norm(channels, False)),
+        "frozen end": Gradient(g, m.mask(g), y, *m.norm(channels, False)),
     }
 
 
@@ -141,7 +141,7 @@ def test_conv_backward(name: str, make: Callable[[str], Maker], device: str) -> 
         m.activation(inputs, height, width),
         m.activation(inputs, -(-height // 2), -(-width // 3)),
     )
-    shortcuts = [(None, None, (1, 1)), (residual, m.bits(residual), (1, 1)), (sparse, None, (2, 3))]
+    shortcuts = [(None, None, (1, 1)), (residual, m.mask(residual), (1, 1)), (sparse, None, (2, 3))]
     kinds = zip(
         gradients(m, len(conv), *size).values(), itertools.cycle(found.values()), itertools.cycle(shortcuts)
     )
@@ -153,14 +153,16 @@ def test_conv_backward(name: str, make: Callable[[str], Maker], device: str) -> 
 @pytest.mark.parametrize("every", [(1, 1), (2, 2)])
 @pytest.mark.parametrize("channels", [19, 40])
 @in_some_draw
-def test_gram(channels: int, every: tuple[int, int], make: Callable[[str], Maker], device: str) -> None:
+def test_gram(
+    channels: int, input_stride: tuple[int, int], make: Callable[[str], Maker], device: str
+) -> None:
     m = make(device)
     x = m.activation(channels, 7, 6)
     near = x.double().mean((0, 2, 3)).float() + 0.1 * m.vector(channels)
     normed = Activation(x, *m.norm(channels))
     behind = normed.value().double().mean((0, 2, 3)).float() + 0.1 * m.vector(channels)
     for source in (Activation(x, shift=near), normed._replace(shift=behind)):
-        check("gram_of", m.dtype, [*source], every)
+        check("gram_of", m.dtype, [*source], input_stride)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -182,7 +184,7 @@ def test_gram_keeps_the_variance_of_a_large_mean(make: Callable[[str], Maker], d
 @pytest.mark.parametrize("shortcut", ["input", "made", "folded", "folded frozen"])
 @in_some_draw
 def test_expand(
-    shortcut: str, main: str, every: tuple[int, int], make: Callable[[str], Maker], device: str
+    shortcut: str, main: str, input_stride: tuple[int, int], make: Callable[[str], Maker], device: str
 ) -> None:
     m = make(device)
     inputs, outputs, others, height, width = 19, 40, 13, 5, 4
@@ -191,9 +193,13 @@ def test_expand(
     if main == "made":
         source, conv = Activation(m.activation(outputs, height, width)), None
     if shortcut.startswith("folded"):
-        skip = m.activation(others, height * every[0] - every[0] // 2, width * every[1] - every[1] // 2)
+        skip = m.activation(
+            others,
+            height * input_stride[0] - input_stride[0] // 2,
+            width * input_stride[1] - input_stride[1] // 2,
+        )
         shift = None if shortcut == "folded frozen" else m.vector(others)
-        rest = [skip, shift, m.conv(outputs, others), [*m.norm(outputs, shortcut == "folded")], every]
+        rest = [skip, shift, m.conv(outputs, others), [*m.norm(outputs, shortcut == "folded")], input_stride]
     else:
         norm = [*m.norm(outputs)] if shortcut == "made" else [None] * 4
         rest = [m.activation(outputs, height, width), None, None, norm, (1, 1)]
@@ -205,17 +211,20 @@ def folded_ends(
 ) -> tuple[Tensor, Activation, tuple[int, int], list[Tensor | None], tuple[int, int]]:
     """A gradient of a block's output, the input of its folded convolution, and of that of the shortcut, if any."""
     channels, outputs, others, height, width = 19, 40, 13, 5, 4
-    every = (2, 3) if kind in ("shifted", "plain") else (1, 1)
-    size = height * every[0] - every[0] // 2, width * every[1] - every[1] // 2
+    input_stride = (2, 3) if kind in ("shifted", "plain") else (1, 1)
+    size = height * input_stride[0] - input_stride[0] // 2, width * input_stride[1] - input_stride[1] // 2
     source = sources(m, channels, *size)["folded" if kind.startswith("both") else kind]
     skip: list[Tensor | None] = []
-    skip_every = (1, 2) if kind == "both strided" else (1, 1)
+    skip_input_stride = (1, 2) if kind == "both strided" else (1, 1)
     if kind.startswith("both"):
         shift = None if kind == "both frozen" else m.vector(others)
         skip = [
-            *Activation(m.activation(others, height, width * skip_every[1] - skip_every[1] // 2), shift=shift)
+            *Activation(
+                m.activation(others, height, width * skip_input_stride[1] - skip_input_stride[1] // 2),
+                shift=shift,
+            )
         ]
-    return m.activation(outputs, height, width), source, every, skip, skip_every
+    return m.activation(outputs, height, width), source, input_stride, skip, skip_input_stride
 
 
 KINDS = ["normed", "folded", "shifted", "plain", "both", "both strided", "both frozen"]
@@ -226,8 +235,8 @@ KINDS = ["normed", "folded", "shifted", "plain", "both", "both strided", "both f
 @in_some_draw
 def test_folded_wgrad(kind: str, make: Callable[[str], Maker], device: str) -> None:
     m = make(device)
-    grad, source, every, skip, skip_every = folded_ends(m, kind)
-    check("folded_wgrad", m.dtype, grad, m.bits(grad), [*source], every, skip, skip_every)
+    grad, source, input_stride, skip, skip_input_stride = folded_ends(m, kind)
+    check("folded_wgrad", m.dtype, grad, m.mask(grad), [*source], input_stride, skip, skip_input_stride)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -235,30 +244,30 @@ def test_folded_wgrad(kind: str, make: Callable[[str], Maker], device: str) -> N
 @in_some_draw
 def test_folded_dgrad(kind: str, make: Callable[[str], Maker], device: str) -> None:
     m = make(device)
-    grad, source, every, skip, skip_every = folded_ends(m, kind)
+    grad, source, input_stride, skip, skip_input_stride = folded_ends(m, kind)
 
     def factors(channels: int) -> list[Tensor | None]:
         rest = [None, None] if kind == "both frozen" else [m.conv(channels, channels), m.vector(channels)]
         return [m.conv(grad.shape[1], channels), *rest]
 
     skip_factors = factors(skip[0].shape[1]) if skip and skip[0] is not None else []
-    arguments = [*source], every, skip_factors, skip, skip_every
-    check("folded_dgrad", m.dtype, grad, m.bits(grad), factors(source.x.shape[1]), *arguments)
+    arguments = [*source], input_stride, skip_factors, skip, skip_input_stride
+    check("folded_dgrad", m.dtype, grad, m.mask(grad), factors(source.x.shape[1]), *arguments)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_a_relu_held_back_may_be_nan(device: str) -> None:
     m = Maker(torch.float32, device)
     g = m.activation(16, 4, 4)
-    bits = m.bits(g)
-    kept = Gradient(torch.ones_like(g), bits).value()
+    mask = m.mask(g)
+    kept = Gradient(torch.ones_like(g), mask).value()
     g = torch.where(kept > 0, g, torch.nan)
     x, conv = Activation(m.activation(8, 4, 4)), m.conv(16, 8)
     with resnet_fused.backend("triton"):
         found = [
-            *passes.folded_wgrad(g, bits, [*x], (1, 1), [], (1, 1)),
+            *passes.folded_wgrad(g, mask, [*x], (1, 1), [], (1, 1)),
             *passes.conv_backward(
-                [*Gradient(g, bits)], [*x], conv, *Window(), None, None, (1, 1), [True, True]
+                [*Gradient(g, mask)], [*x], conv, *ConvGeometry(), None, None, (1, 1), [True, True]
             ),
         ]
     assert not any(t.isnan().any() for t in found)
@@ -268,9 +277,9 @@ def test_what_a_relu_held_back_may_be_nan(device: str) -> None:
 @pytest.mark.parametrize(("taps", "family"), [(31, ["conv", "dgrad"]), (32, [])])
 def test_kernels_with_more_taps_than_bits(taps: int, family: list[str], device: str) -> None:
     m, seen = Maker(torch.float32, device), []
-    x, conv, window = Activation(m.activation(8, 33, 2)), m.conv(8, 8, taps, 1), Window((1, 1), (15, 0))
+    x, conv, window = Activation(m.activation(8, 33, 2)), m.conv(8, 8, taps, 1), ConvGeometry((1, 1), (15, 0))
     g = m.activation(8, 33 + 30 - taps + 1, 2)
-    with observing(lambda launch: seen.append(launch.name)):
+    with observe_launches(lambda launch: seen.append(launch.name)):
         check("conv_stats", m.dtype, [*x], conv, *window, 1e-5, False)
         check(
             "conv_backward", m.dtype, [*Gradient(g)], [*x], conv, *window, None, None, (1, 1), [True, False]

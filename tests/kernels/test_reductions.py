@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.kernels import reductions
-from resnet_fused.reference.operands import Activation, Gradient
+from resnet_fused.types import Activation, Gradient
 from tests.kernels.devices import DEVICES
 
 EPS = 1e-5
@@ -22,19 +22,19 @@ def close(found: Tensor, expected: Tensor) -> None:
     )
 
 
-def check_terms(terms: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor, beta: Tensor) -> None:
+def check_terms(bn_coeffs: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor, beta: Tensor) -> None:
     """Each row by itself: in float64 but for the scale as it is rounded, which both maps share."""
-    scale, bias, offset = terms
+    scale, bias, offset = bn_coeffs
     close(scale, (invstd.double() * gamma.double()).cpu())
     assert torch.equal(bias, beta)
     close(offset, (beta.double() - mean.double() * scale.double()).cpu())
 
 
-def check_slopes(slopes: Tensor, sums: tuple[Tensor, Tensor], norm: Activation, pixels: int) -> None:
-    assert norm.mean is not None and norm.invstd is not None and norm.terms is not None
-    mean, invstd, scale = (x.double() for x in (norm.mean, norm.invstd, norm.terms[0]))
+def check_slopes(dy_coeffs: Tensor, sums: tuple[Tensor, Tensor], norm: Activation, pixels: int) -> None:
+    assert norm.mean is not None and norm.invstd is not None and norm.bn_coeffs is not None
+    mean, invstd, scale = (x.double() for x in (norm.mean, norm.invstd, norm.bn_coeffs[0]))
     sum_dz, sum_dz_xhat = (x.double() for x in sums)
-    slope, level, offset = slopes
+    slope, level, offset = dy_coeffs
     close(slope, (sum_dz_xhat * invstd / pixels * scale).cpu())
     close(level, (sum_dz / pixels * scale).cpu())
     close(offset, (sum_dz / pixels * scale - mean * slope.double()).cpu())
@@ -62,7 +62,7 @@ def test_norm_statistics(device: str, count: int, channels: int, level: float) -
     ]
     tiles = torch.stack([means, torch.stack(squares).float()]).mT.contiguous().to(device)
     gamma, beta = torch.randn(2, channels, device=device)
-    mean, var, invstd, terms = reductions.norm_statistics(tiles, size, len(y), EPS, gamma, beta)
+    mean, var, invstd, bn_coeffs = reductions.norm_statistics(tiles, size, len(y), EPS, gamma, beta)
     close(mean, y.mean(0))
     expected = y.var(0, correction=0)
     # A tile's mean is rounded to float32; nothing else may be lost.
@@ -71,7 +71,7 @@ def test_norm_statistics(device: str, count: int, channels: int, level: float) -
     )
     torch.testing.assert_close(invstd.double().cpu(), (var.double().cpu() + EPS).rsqrt(), rtol=1e-6, atol=0)
     assert var[1] == 0
-    check_terms(terms, mean, invstd, gamma, beta)
+    check_terms(bn_coeffs, mean, invstd, gamma, beta)
     plain = reductions.norm_statistics(tiles, size, len(y), EPS, None, None)[3]
     check_terms(plain, mean, invstd, torch.ones_like(mean), torch.zeros_like(mean))
 
@@ -80,13 +80,13 @@ def test_norm_statistics(device: str, count: int, channels: int, level: float) -
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_sum_tiles(device: str, count: int, channels: int) -> None:
-    tiles, norm = torch.randn(2, channels, count), reductions.with_terms(norm_of(channels, device))
+    tiles, norm = torch.randn(2, channels, count), reductions.with_bn_coeffs(norm_of(channels, device))
     assert norm.invstd is not None
-    dz, dz_xhat, slopes = reductions.sum_tiles(tiles.to(device), norm)
+    dz, dz_xhat, dy_coeffs = reductions.sum_tiles(tiles.to(device), norm)
     expected = tiles.double().sum(2)
     close(dz, expected[0])
     close(dz_xhat, expected[1] * norm.invstd.double().cpu())
-    check_slopes(slopes, (dz, dz_xhat), norm, 30)
+    check_slopes(dy_coeffs, (dz, dz_xhat), norm, 30)
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -95,19 +95,19 @@ def test_sum_tiles(device: str, count: int, channels: int) -> None:
 def test_terms_and_slopes_on_demand(device: str, channels: int, affine: bool) -> None:
     norm = norm_of(channels, device, affine)
     sums = torch.randn(channels, device=device), torch.randn(channels, device=device)
-    known = reductions.with_terms(norm)
-    dy = reductions.with_slopes(Gradient(norm.x, None, *norm[:5], *sums))
+    known = reductions.with_bn_coeffs(norm)
+    dy = reductions.with_dy_coeffs(Gradient(norm.x, None, *norm[:5], *sums))
     assert norm.mean is not None and norm.invstd is not None
-    assert known.terms is not None and dy.terms is not None and dy.slopes is not None
-    assert torch.equal(known.terms, dy.terms)
+    assert known.bn_coeffs is not None and dy.bn_coeffs is not None and dy.dy_coeffs is not None
+    assert torch.equal(known.bn_coeffs, dy.bn_coeffs)
     gamma = torch.ones_like(norm.mean) if norm.weight is None else norm.weight
     beta = torch.zeros_like(norm.mean) if norm.bias is None else norm.bias
-    check_terms(known.terms, norm.mean, norm.invstd, gamma, beta)
-    check_slopes(dy.slopes, sums, known, 30)
-    assert reductions.with_terms(known) is known
-    assert reductions.with_slopes(dy).slopes is dy.slopes
-    frozen = reductions.with_slopes(Gradient(norm.x, None, *norm[:5]))
-    assert frozen.terms is not None and frozen.slopes is None
+    check_terms(known.bn_coeffs, norm.mean, norm.invstd, gamma, beta)
+    check_slopes(dy.dy_coeffs, sums, known, 30)
+    assert reductions.with_bn_coeffs(known) is known
+    assert reductions.with_dy_coeffs(dy).dy_coeffs is dy.dy_coeffs
+    frozen = reductions.with_dy_coeffs(Gradient(norm.x, None, *norm[:5]))
+    assert frozen.bn_coeffs is not None and frozen.dy_coeffs is None
 
 
 @pytest.mark.parametrize("sizes", [(5, 0, 0), (3000, 0, 7), (40, 300, 7)])

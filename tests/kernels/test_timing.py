@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_fused.kernels import timing, tuning
+from resnet_fused.kernels.autotune import search, timing
 from tests.kernels.invented_gpu import FIRST, GPU, SECOND, THIRD, VENDOR, Bench
 
 CYCLES_PER_MS = 1.7e6
@@ -102,7 +102,7 @@ def test_a_slow_launcher_changes_no_choice(
         naively(timeline, lambda config=config: bench.run(config), 20) for config in (SECOND, FIRST)
     )
     assert slow > quick, "nothing is shown"
-    monkeypatch.setattr(tuning, "measure", timing.measure)
+    monkeypatch.setattr(search, "measure", timing.measure)
     assert bench.choose() == SECOND
-    ((_, config, ms),) = tuning.entries()
+    ((_, config, ms),) = search.entries()
     assert config == SECOND and ms == pytest.approx(0.02)

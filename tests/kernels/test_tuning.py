@@ -14,9 +14,9 @@ import triton
 from triton.runtime.errors import OutOfResources
 
 import resnet_fused
-from resnet_fused.kernels import tuning
+from resnet_fused.kernels.autotune import search
+from resnet_fused.kernels.autotune.search import TuningKey
 from resnet_fused.kernels.launch import Config, Launch, launch
-from resnet_fused.kernels.tuning import Problem
 from tests.kernels.invented_gpu import (
     CANDIDATES,
     CONV,
@@ -65,7 +65,7 @@ def test_one_slow_round_decides_nothing(bench: Bench, monkeypatch: pytest.Monkey
         order.append(bench.last)
         return next(rounds[bench.last])
 
-    monkeypatch.setattr(tuning, "measure", measure)
+    monkeypatch.setattr(search, "measure", measure)
     assert bench.choose(vendor=False) == SECOND
     assert order == CANDIDATES * 4, "rounds are not interleaved"
 
@@ -79,9 +79,9 @@ def test_repetitions_keep_to_the_time(bench: Bench, monkeypatch: pytest.MonkeyPa
         seen.setdefault(bench.last, set()).add(repetitions)
         return bench.times[bench.last]
 
-    monkeypatch.setattr(tuning, "measure", measure)
+    monkeypatch.setattr(search, "measure", measure)
     bench.choose(vendor=False)
-    assert seen == {FIRST: {1}, SECOND: {1, 3}, THIRD: {1, tuning.MOST_REPETITIONS}}
+    assert seen == {FIRST: {1}, SECOND: {1, 3}, THIRD: {1, search.MOST_REPETITIONS}}
 
 
 def test_nothing_to_choose_from(bench: Bench) -> None:
@@ -98,7 +98,7 @@ def test_what_exceeds_shared_memory_is_not_compiled(bench: Bench) -> None:
     bench.errors[large] = AssertionError("was run")
     bench.times |= {fits: 1.0, large: 0.1}
     assert bench.choose(candidates=[large, fits]) == fits
-    half = Problem("conv", (1,), "fp32")  # twice the bytes: now 192 KiB, and 4 stages are too many
+    half = TuningKey("conv", (1,), "fp32")  # twice the bytes: now 192 KiB, and 4 stages are too many
     four = Config(128, 128, 64, stages=4)
     bench.errors[four] = AssertionError("was run")
     assert bench.choose(half, candidates=[four, fits]) == fits
@@ -118,7 +118,7 @@ def test_at_most_eight_are_compiled(bench: Bench) -> None:
 
 
 def test_a_slow_first_step_is_announced_once(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    tuning._announce.cache_clear()
+    search._announce.cache_clear()
     bench.choose(CONV)
     bench.choose(DGRAD)
     (record,) = caplog.records
@@ -187,12 +187,12 @@ def test_nothing_is_measured_while_recording(
     with recording(monkeypatch, where):
         assert bench.choose() is None, "a configuration that was never verified"
         assert bench.choose(vendor=False) == FIRST
-    assert not bench.measured and all(ms is None for *_, ms in tuning.entries())
+    assert not bench.measured and all(ms is None for *_, ms in search.entries())
     assert bench.choose() == SECOND, "the default was remembered"
     before = bench.measured.copy()
     with recording(monkeypatch, where):
         assert bench.choose() == SECOND
-        tuning.forget()
+        search.clear_cache()
         assert bench.choose() == SECOND, "the cache was not read"
     assert bench.measured == before
 
@@ -207,12 +207,12 @@ def test_triton_is_never_the_vendor(bench: Bench) -> None:
     bench.times[VENDOR] = 0.5
     with resnet_fused.backend("triton"):
         assert bench.choose() == FIRST
-        assert not bench.measured and all(ms is None for *_, ms in tuning.entries())
+        assert not bench.measured and all(ms is None for *_, ms in search.entries())
     assert bench.choose() is None
     measured = bench.measured.copy()
     with resnet_fused.backend("triton"):
         assert bench.choose() == SECOND, "memory"
-        tuning.forget()
+        search.clear_cache()
         assert bench.choose() == SECOND, "cache"
         assert bench.choose(DGRAD) == FIRST
         assert bench.choose(candidates=[]) is None

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from resnet_fused.kernels import tuning, tuning_files
-from resnet_fused.kernels.tuning import Timing
+from resnet_fused.kernels.autotune import cache, search
+from resnet_fused.kernels.autotune.search import Timing
 from tests.kernels.invented_gpu import (
     CONV,
     DGRAD,
@@ -27,11 +27,11 @@ from tests.kernels.invented_gpu import (
 
 def test_cache_outlives_the_process(bench: Bench) -> None:
     assert (bench.choose(), bench.choose(DGRAD, vendor=False)) == (SECOND, SECOND)
-    tuning.forget()
-    assert tuning.entries() == []
+    search.clear_cache()
+    assert search.entries() == []
     bench.times = {}
     assert (bench.choose(), bench.choose(DGRAD, vendor=False)) == (SECOND, SECOND)
-    assert tuning.entries() == [(CONV, SECOND, 1.0), (DGRAD, SECOND, 1.0)]
+    assert search.entries() == [(CONV, SECOND, 1.0), (DGRAD, SECOND, 1.0)]
 
 
 @pytest.mark.parametrize("field", ["torch", "triton", "resnet_fused", "source", "device", "capability"])
@@ -39,9 +39,9 @@ def test_cache_is_of_one_version_and_device(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, field: str
 ) -> None:
     bench.choose()
-    tuning.forget()
-    before, real = cache_file(), tuning_files.header
-    monkeypatch.setattr(tuning_files, "header", lambda device: real(device) | {field: "7.7"})
+    search.clear_cache()
+    before, real = cache_file(), cache.header
+    monkeypatch.setattr(cache, "header", lambda device: real(device) | {field: "7.7"})
     assert cache_file() != before
     measured = bench.measured.total()
     bench.choose()
@@ -50,12 +50,12 @@ def test_cache_is_of_one_version_and_device(
 
 def test_source_is_that_of_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashes = set()
-    monkeypatch.setattr(tuning_files, "__file__", str(tmp_path / "tuning_files.py"))
+    monkeypatch.setattr(cache, "__file__", str(tmp_path / "tuning_files.py"))
     for text in ("a", "b"):
         (tmp_path / "conv.py").write_text(text)
-        tuning_files._source_hash.cache_clear()
-        hashes.add(tuning_files._source_hash())
-    tuning_files._source_hash.cache_clear()
+        cache._source_hash.cache_clear()
+        hashes.add(cache._source_hash())
+    cache._source_hash.cache_clear()
     assert len(hashes) == 2
 
 
@@ -106,13 +106,13 @@ def test_damaged_cache_is_ignored(bench: Bench, damage: str) -> None:
     bench.choose()
     path = cache_file()
     path.write_text(DAMAGE[damage](path.read_text()), errors="surrogateescape")
-    tuning.forget()
+    search.clear_cache()
     bench.measured.clear()
     with only_warning(str(path), "delete"):
         assert bench.choose() == SECOND
         assert bench.choose(DGRAD) == SECOND
     assert bench.measured
-    tuning.forget()
+    search.clear_cache()
     bench.times = {}
     assert bench.choose() == SECOND, "the file was not made anew"
 
@@ -121,13 +121,13 @@ def test_damaged_cache_is_ignored(bench: Bench, damage: str) -> None:
 def test_damaged_table_is_ignored(bench: Bench, tmp_path: Path, damage: str) -> None:
     bench.choose()
     path = tmp_path / "h100.json"
-    tuning.write_table(path, GPU)
+    search.write_table(path, GPU)
     if damage == "foreign header":
         path.write_text(path.read_text().replace("H100", "A100"))
     else:
         path.write_text(DAMAGE[damage](path.read_text()), errors="surrogateescape")
     cache_file().unlink()
-    tuning.forget()
+    search.clear_cache()
     bench.measured.clear()
     with only_warning(str(path), "delete"):
         assert bench.choose() == SECOND
@@ -141,7 +141,7 @@ def test_cache_that_cannot_be_read_is_ignored(bench: Bench, monkeypatch: pytest.
         )
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    monkeypatch.setattr(tuning_files, "_source_hash", lambda: "0")
+    monkeypatch.setattr(cache, "_source_hash", lambda: "0")
     with only_warning(str(cache_file()), "Permission denied", "delete it"):
         assert bench.choose() == SECOND
         assert bench.choose(DGRAD) == SECOND
@@ -153,9 +153,9 @@ def test_configuration_that_is_no_candidate_is_ignored(bench: Bench, tmp_path: P
     path = cache_file()
     if source == "table":
         path = tmp_path / "h100.json"
-        tuning.write_table(path, GPU)
+        search.write_table(path, GPU)
         cache_file().unlink()
-    tuning.forget()
+    search.clear_cache()
     with only_warning(str(path), "delete", str(SECOND)):
         assert bench.choose(candidates=[FIRST, THIRD]) is None
 
@@ -180,7 +180,7 @@ def test_nothing_is_left_beside_the_cache(bench: Bench) -> None:
 
 def test_table_goes_before_cache_and_keeps_the_losers(bench: Bench, tmp_path: Path) -> None:
     bench.choose()
-    tuning.write_table(tmp_path / "h100.json", GPU)
+    search.write_table(tmp_path / "h100.json", GPU)
     content = json.loads((tmp_path / "h100.json").read_text())
     (row,) = content["entries"]
     assert [time["ms"] for time in row.pop("times")] == [1.0, 2.0, 3.0, 4.0]
@@ -188,20 +188,20 @@ def test_table_goes_before_cache_and_keeps_the_losers(bench: Bench, tmp_path: Pa
     assert content["header"]["device"] == "NVIDIA H100 80GB HBM3"
 
     cache_file().unlink()
-    tuning.forget()
+    search.clear_cache()
     bench.times = {FIRST: 1.0, SECOND: 9.0, THIRD: 9.0, VENDOR: 9.0}
     assert bench.choose() == SECOND
     assert bench.choose(DGRAD) == FIRST
-    tuning_files.keep(GPU, CONV, (Timing(FIRST, 0.5),))
-    tuning.forget()
+    cache.keep(GPU, CONV, (Timing(FIRST, 0.5),))
+    search.clear_cache()
     assert bench.choose() == SECOND
 
 
 def test_shipped_tables_can_be_read(bench: Bench) -> None:
-    shipped = sorted((Path(tuning_files.__file__).parent / "tuned").iterdir())
+    shipped = sorted((Path(cache.__file__).parent / "tuned").iterdir())
     assert "h100.json" in [path.name for path in shipped]
     for path in shipped:
-        tuning_files._read(path, lambda header, path=path: tuning_files._slug(header["device"]) == path.stem)
+        cache._read(path, lambda header, path=path: cache._slug(header["device"]) == path.stem)
 
 
 @pytest.mark.parametrize(
@@ -217,4 +217,4 @@ def test_shipped_tables_can_be_read(bench: Bench) -> None:
     ],
 )
 def test_slug(name: str, slug: str) -> None:
-    assert tuning_files._slug(name) == slug
+    assert cache._slug(name) == slug

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 import resnet_fused
-from resnet_fused.kernels import tuning
+from resnet_fused.kernels.autotune import search
+from resnet_fused.kernels.autotune.search import Tunable, TuningKey, choose_sharing
 from resnet_fused.kernels.launch import Config
-from resnet_fused.kernels.tuning import Problem, Work, choose_sharing
 from resnet_fused.ops import passes
 from resnet_fused.reference import passes as reference
-from resnet_fused.reference.operands import Activation, Gradient, Window, gradient_slopes, norm_terms
+from resnet_fused.types import Activation, ConvGeometry, Gradient, make_bn_coeffs, make_dy_coeffs
 from tests.kernels.invented_gpu import CANDIDATES, FIRST, GPU, SECOND, VENDOR, Bench, cache_file
 from tests.ops.test_passes import BOTH, Maker
 
@@ -39,7 +39,7 @@ CHOICES = {
 
 def works(
     bench: Bench, wgrad: float, vendor_w: float, dgrad: float, vendor_d: float, dy: float
-) -> list[Work]:
+) -> list[Tunable]:
     """Those of the two gradients and that of dy."""
     made = []
     for kernel, triton, vendor in (("wgrad", wgrad, vendor_w), ("dgrad", dgrad, vendor_d), ("dy", 0.0, dy)):
@@ -50,7 +50,7 @@ def works(
             return bench.result((kernel, what))
 
         work = bench.work(
-            Problem(kernel, (1, 2), "bf16"), run=run, candidates=[] if kernel == "dy" else CANDIDATES
+            TuningKey(kernel, (1, 2), "bf16"), run=run, candidates=[] if kernel == "dy" else CANDIDATES
         )
         made.append(work._replace(vendor=functools.partial(run, VENDOR)))
     return made
@@ -65,14 +65,14 @@ def test_the_sum_decides(bench: Bench, name: str) -> None:
         before = bench.measured.copy()
         assert choose_sharing(both, dy, GPU) == [*chosen]
         assert bench.measured == before
-        tuning.forget()
+        search.clear_cache()
         bench.times = dict.fromkeys(bench.times, 1.0)
 
 
 def test_of_one_gradient_dy_is_a_part(bench: Bench) -> None:
     weight, _, dy = works(bench, 2.0, 1.0, 0.0, 0.0, 1.5)
     assert choose_sharing([weight], dy, GPU) == [SECOND]
-    tuning.forget()
+    search.clear_cache()
     cache_file().unlink()
     weight, _, dy = works(bench, 2.0, 1.0, 0.0, 0.0, 0.5)
     assert choose_sharing([weight], dy, GPU) == [None]
@@ -84,7 +84,7 @@ def test_what_is_refused_is_not_chosen_together(bench: Bench) -> None:
     bench.results["wgrad", SECOND] = lambda results: [results[0] * 2]
     assert choose_sharing(both, dy, GPU) == [FIRST, SECOND]
     bench.results |= dict.fromkeys(itertools.product(["dgrad"], CANDIDATES), bench.results["wgrad", SECOND])
-    tuning.forget()
+    search.clear_cache()
     cache_file().unlink()
     with pytest.warns(UserWarning, match="no configuration"):
         assert choose_sharing(both, dy, GPU) == [FIRST, None]
@@ -120,17 +120,19 @@ class Op:
     def __init__(self, bench: Bench, patch: pytest.MonkeyPatch, times: dict[str, float]) -> None:
         self.calls: Counter[str] = Counter()
         m = Maker(torch.float32)
-        window = Window((2, 2), (1, 1))
+        window = ConvGeometry((2, 2), (1, 1))
         source = Activation(*m.source())._replace(shift=None)
         dy, conv = Gradient(*m.gradient(window, 3, False)), m.conv(12, 8, 3)
         self.arguments = [*dy], [*source], conv, *window, None, None, (1, 1), BOTH
         geometry = [*window]
 
-        def wgrad(dy: Gradient, source: Activation, conv: Tensor, window: Window, config: Config) -> Any:
+        def wgrad(
+            dy: Gradient, source: Activation, conv: Tensor, window: ConvGeometry, config: Config
+        ) -> Any:
             self.calls["wgrad"] += 1
             return reference.wgrad([*dy], [*source], conv, *geometry)
 
-        def dgrad(dy: Gradient, conv: Tensor, window: Window, below: Activation, *rest: Any) -> Any:
+        def dgrad(dy: Gradient, conv: Tensor, window: ConvGeometry, below: Activation, *rest: Any) -> Any:
             self.calls["dgrad"] += 1
             return reference.dgrad([*dy], conv, *geometry, [*below], None, None, [1, 1])
 
@@ -147,18 +149,18 @@ class Op:
 
         # On a machine without Triton's interpreter nothing is launched: terms and slopes are the reference's.
         reductions = SimpleNamespace(
-            with_terms=lambda source: source,
-            with_slopes=lambda dy: dy,
-            terms_of=norm_terms,
-            slopes_of=gradient_slopes,
+            with_bn_coeffs=lambda source: source,
+            with_dy_coeffs=lambda dy: dy,
+            bn_coeffs_of=make_bn_coeffs,
+            dy_coeffs_of=make_dy_coeffs,
         )
         homes = {
             "reductions": reductions,
             "wgrad": SimpleNamespace(configs=lambda *_: CANDIDATES, wgrad=wgrad),
             "dgrad": SimpleNamespace(configs=lambda *_: CANDIDATES, dgrad=dgrad),
             "tuning": SimpleNamespace(
-                Problem=Problem,
-                Work=Work,
+                TuningKey=TuningKey,
+                Tunable=Tunable,
                 choose_sharing=lambda works, shared, device: choose_sharing(works, shared, GPU),
             ),
         }
@@ -167,7 +169,7 @@ class Op:
         patch.setattr(passes, "runs_triton", lambda *_: True)
         patch.setattr(passes, "gradient_of", gradient_of)
         patch.setattr(passes, "_known", {})
-        patch.setattr(tuning, "measure", measure)
+        patch.setattr(search, "measure", measure)
 
     def run(self) -> tuple[Tensor, ...]:
         self.calls.clear()

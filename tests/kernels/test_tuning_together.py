@@ -18,9 +18,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import resnet_fused
-from resnet_fused.kernels import tuning, tuning_files
+from resnet_fused.kernels.autotune import cache, search
+from resnet_fused.kernels.autotune.search import Timing, TuningKey
 from resnet_fused.kernels.launch import Config
-from resnet_fused.kernels.tuning import Problem, Timing
 from tests.kernels.invented_gpu import (
     CANDIDATES,
     CONV,
@@ -39,8 +39,8 @@ def write_some(process: int, folder: str, start: Any) -> None:
         pretend(patch, Path(folder), {})
         start.wait()
         for i in range(25):
-            tuning_files.keep(
-                GPU, Problem("conv", (process, i), "bf16"), (Timing(FIRST, 1.0 + i), Timing(None, 30.0))
+            cache.keep(
+                GPU, TuningKey("conv", (process, i), "bf16"), (Timing(FIRST, 1.0 + i), Timing(None, 30.0))
             )
 
 
@@ -55,7 +55,7 @@ def test_processes_do_not_lose_each_others_entries(bench: Bench, tmp_path: Path)
         assert writer.exitcode == 0
     for process in range(4):
         for i in range(25):
-            assert bench.choose(Problem("conv", (process, i), "bf16")) == FIRST
+            assert bench.choose(TuningKey("conv", (process, i), "bf16")) == FIRST
     assert not bench.measured
 
 
@@ -73,7 +73,7 @@ def test_threads_measure_one_after_another(bench: Bench, monkeypatch: pytest.Mon
             running -= 1
         return bench.measure(run, device, repetitions)
 
-    monkeypatch.setattr(tuning, "measure", measure)
+    monkeypatch.setattr(search, "measure", measure)
     chosen = []
     threads = [
         threading.Thread(target=lambda problem=problem: chosen.append(bench.choose(problem)))
@@ -85,12 +85,12 @@ def test_threads_measure_one_after_another(bench: Bench, monkeypatch: pytest.Mon
         thread.join()
     assert chosen == [SECOND] * 8
     assert most == 1
-    assert bench.measured[FIRST] == 2 * (1 + tuning.ROUNDS), "a problem was measured twice"
+    assert bench.measured[FIRST] == 2 * (1 + search.ROUNDS), "a problem was measured twice"
 
 
 # The ranks of a job
 
-PROBLEMS = [Problem("conv", (i,), "bf16") for i in range(4)]
+PROBLEMS = [TuningKey("conv", (i,), "bf16") for i in range(4)]
 
 
 def numbered(config: Config | None) -> int | None:
@@ -111,8 +111,8 @@ def agree(rank: int, bench: Bench, store: dist.Store) -> dict[str, Any]:
     other = numbered(bench.choose(DGRAD)) if rank == 0 else None
     with resnet_fused.backend("triton"):
         # Each rank's own cache knows another answer for the first problem, and only one knows the last.
-        tuning.forget()
-        tuning_files.keep(GPU, PROBLEMS[0], (Timing(CANDIDATES[rank], 1.0),))
+        search.clear_cache()
+        cache.keep(GPU, PROBLEMS[0], (Timing(CANDIDATES[rank], 1.0),))
         bench.times = {}
         untuned = [numbered(bench.choose(problem)) for problem in [PROBLEMS[0], CONV]]
     return {"alone": alone, "together": together, "other": other, "untuned": untuned}

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import resnet_fused
-from resnet_fused.kernels import tuning, verification
-from resnet_fused.kernels.tuning import Problem
-from resnet_fused.kernels.verification import PoisonedMemory
+from resnet_fused.kernels.autotune import search, verification
+from resnet_fused.kernels.autotune.search import TuningKey
+from resnet_fused.kernels.autotune.verification import PoisonedMemory
 from tests.kernels.invented_gpu import (
     CANDIDATES,
     CONV,
@@ -68,14 +68,14 @@ def no_result(results: Results) -> Results:
 WRONG = [a_wrong_tile, a_nan, an_unwritten_tile, an_unwritten_workspace, another_shape, no_result]
 
 
-def now_and_then(every: int) -> Callable[[Results], Results]:
+def now_and_then(input_stride: int) -> Callable[[Results], Results]:
     """One element of one run in so many is off by its last bit."""
     calls = 0
 
     def change(results: Results) -> Results:
         nonlocal calls
         calls += 1
-        if calls % every == 0:
+        if calls % input_stride == 0:
             results[0].view(torch.int16)[7, 7] ^= 1
         return results
 
@@ -110,8 +110,8 @@ def check_refused(bench: Bench, caplog: pytest.LogCaptureFixture, reason: str) -
             assert bench.choose() == FIRST
             assert bench.choose(candidates=[SECOND, THIRD]) == THIRD
             assert bench.choose(candidates=[SECOND]) is None
-        assert tuning.summary()[reason] == 1
-        tuning.forget()
+        assert search.summary()[reason] == 1
+        search.clear_cache()
     assert (bench.measured, bench.verified) == before
 
 
@@ -125,9 +125,9 @@ def test_a_wrong_configuration_is_refused(
 
 @pytest.mark.parametrize("every", [2, 3])
 def test_an_unstable_configuration_is_refused(
-    bench: Bench, caplog: pytest.LogCaptureFixture, every: int
+    bench: Bench, caplog: pytest.LogCaptureFixture, input_stride: int
 ) -> None:
-    bench.results[SECOND] = now_and_then(every)
+    bench.results[SECOND] = now_and_then(input_stride)
     check_refused(bench, caplog, "unstable")
 
 
@@ -140,13 +140,13 @@ def test_a_refusal_is_in_the_table_that_is_shipped(bench: Bench) -> None:
     bench.results[SECOND] = a_wrong_tile
     bench.choose()
     table = cache_file().parents[2] / "h100.json"
-    tuning.write_table(table, GPU)
+    search.write_table(table, GPU)
     cache_file().unlink()
-    tuning.forget()
+    search.clear_cache()
     with resnet_fused.backend("triton"):
         assert bench.choose() == FIRST
     assert bench.choose() is None
-    assert tuning.summary()["wrong"] == 1
+    assert search.summary()["wrong"] == 1
     assert not cache_file().exists()
 
 
@@ -156,7 +156,7 @@ def test_where_all_are_refused_the_vendor_runs(bench: Bench) -> None:
         assert bench.choose() is None
     with resnet_fused.backend("triton"):
         assert bench.choose() is None
-        tuning.forget()
+        search.clear_cache()
         assert bench.choose() is None
     with only_warning("no configuration"), pytest.raises(ValueError, match="neither"):
         bench.choose(DGRAD, vendor=False)
@@ -173,7 +173,7 @@ def test_an_error_of_the_device_gets_out(bench: Bench, error: Exception) -> None
     with pytest.raises(RuntimeError, match="illegal memory access") as caught:
         bench.choose()
     assert str(SECOND) in str(caught.value) and str(CONV) in str(caught.value)
-    assert not cache_file().exists() and tuning.entries() == []
+    assert not cache_file().exists() and search.entries() == []
 
 
 def test_an_error_that_the_device_keeps_gets_out(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,9 +205,9 @@ def test_what_fails_only_when_it_is_timed_is_refused(bench: Bench, monkeypatch: 
             raise PASS_FAILED
         return ms
 
-    monkeypatch.setattr(tuning, "measure", measure)
+    monkeypatch.setattr(search, "measure", measure)
     assert bench.choose() is None
-    assert tuning.summary()["compile"] == 1
+    assert search.summary()["compile"] == 1
 
 
 # What the rule allows
@@ -243,8 +243,8 @@ def test_eps_is_that_of_the_problem(bench: Bench) -> None:
     """Results of float32 that were made in TF32 have its roundings."""
     bench.results[SECOND] = lambda results: [(bench.exact[0] + 2e-3 * results[0].float().roll(1))]
     bench.results |= dict.fromkeys((FIRST, THIRD, VENDOR), lambda results: [*bench.exact])
-    assert bench.choose(Problem("conv", (1,), "fp32")) is None
-    assert bench.choose(Problem("conv", (1,), "tf32")) == SECOND
+    assert bench.choose(TuningKey("conv", (1,), "fp32")) is None
+    assert bench.choose(TuningKey("conv", (1,), "tf32")) == SECOND
 
 
 def with_mask(results: Results) -> Results:
@@ -263,11 +263,11 @@ def masked(bench: Bench) -> Iterator[Bench]:
     yield bench
 
 
-@pytest.mark.parametrize(("bits", "right"), [(0, True), (16, True), (18, False), (500, False)])
-def test_bits_of_a_mask_may_differ_in_one_of_a_thousand(masked: Bench, bits: int, right: bool) -> None:
+@pytest.mark.parametrize(("mask", "right"), [(0, True), (16, True), (18, False), (500, False)])
+def test_bits_of_a_mask_may_differ_in_one_of_a_thousand(masked: Bench, mask: int, right: bool) -> None:
     def change(results: Results) -> Results:
         results = with_mask(results[:1])
-        results[1][:bits] ^= 1
+        results[1][:mask] ^= 1
         return results
 
     masked.results[SECOND] = change
@@ -293,7 +293,7 @@ def test_operands_that_show_nothing_are_asked_for_again(
         bench.exact = [bad]
         assert bench.choose() is None
         assert not bench.measured and not cache_file().exists()
-        assert tuning.summary()["problems"] == 0
+        assert search.summary()["problems"] == 0
     assert len([r for r in caplog.records if r.levelname == "WARNING" and "not measured" in r.message]) == 1
     bench.exact = good
     assert bench.choose() == SECOND
@@ -301,12 +301,12 @@ def test_operands_that_show_nothing_are_asked_for_again(
 
 def test_they_are_asked_for_a_few_times_only(bench: Bench) -> None:
     good, bench.exact = bench.exact, [bench.exact[0] * 0]
-    for _ in range(tuning.TRIES):
+    for _ in range(search.TRIES):
         assert bench.choose() is None
     bench.exact = good
     assert bench.choose() is None
-    assert tuning.summary()["unknown"] == 1 and not bench.measured
-    tuning.forget()
+    assert search.summary()["unknown"] == 1 and not bench.measured
+    search.clear_cache()
     assert bench.choose() == SECOND
 
 
@@ -348,7 +348,7 @@ def test_summary(bench: Bench) -> None:
     bench.errors[SECOND] = PASS_FAILED
     bench.times[FIRST] = 1.5
     bench.choose(DGRAD)
-    assert tuning.summary() == {
+    assert search.summary() == {
         "problems": 2, "candidates": 6, "compile": 1, "wrong": 1, "unstable": 2, "vendor": 1, "unknown": 0
     }  # fmt: skip
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import resnet_fused
-from resnet_fused.kernels import tuning, verification
+from resnet_fused.kernels.autotune import search, verification
+from resnet_fused.kernels.autotune.search import Tunable
+from resnet_fused.kernels.autotune.verification import EPS, Refused, Verifier
 from resnet_fused.kernels.launch import Config
-from resnet_fused.kernels.tuning import Work
-from resnet_fused.kernels.verification import EPS, Refused, Verifier
 from resnet_fused.plan import PASSES
 from tests.kernels.devices import DEVICES, DTYPES
 from tests.ops.test_residual_block import fused, gradient_for, make_case, plain, results
@@ -25,7 +25,7 @@ def test_kernels_pass_and_what_they_leave_out_is_refused(
     """Of each kernel of a block; with the end of its largest result left out it is refused."""
     verified = set()
 
-    def choose(work: Work, device: torch.device) -> Config:
+    def choose(work: Tunable, device: torch.device) -> Config:
         with torch.no_grad():
             verifier = Verifier(work.exact, work.vendor, EPS[work.problem.dtype], device)
             verifier.check(functools.partial(work.run, work.candidates[0]))
@@ -37,9 +37,9 @@ def test_kernels_pass_and_what_they_leave_out_is_refused(
     if device == "cpu":
         monkeypatch.setattr(verification, "wait", lambda device: None)
         monkeypatch.setattr(verification, "RUNS", 2)
-    monkeypatch.setattr(tuning, "choose", choose)
+    monkeypatch.setattr(search, "choose", choose)
     monkeypatch.setattr(
-        tuning, "choose_sharing", lambda works, shared, device: [choose(work, device) for work in works]
+        search, "choose_sharing", lambda works, shared, device: [choose(work, device) for work in works]
     )
     torch.use_deterministic_algorithms(False)
     with resnet_fused.backend("triton"):
@@ -49,7 +49,7 @@ def test_kernels_pass_and_what_they_leave_out_is_refused(
     assert verified == set(PASSES)
 
 
-def cut_off(work: Work) -> list[torch.Tensor]:
+def cut_off(work: Tunable) -> list[torch.Tensor]:
     found = verification._results(work.run(work.candidates[0]))
     largest = max(found, key=torch.Tensor.numel)
     largest[-1] = torch.empty_like(largest[-1])

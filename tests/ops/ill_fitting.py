@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fused import functional, reference
+from resnet_fused import functional
 from resnet_fused.backend import backend, interprets
-from resnet_fused.ops import PRIMITIVES, Norm
-from resnet_fused.ops._primitive import TRITON
-from tests.ops import test_folded, test_opcheck, test_passes
+from resnet_fused.ops.dispatch import IMPLEMENTATIONS
+from resnet_fused.types import BatchNorm
+from tests.ops import operands, test_opcheck
 
 OPS = torch.ops.resnet_fused
 #: What a call may end with. AssertionError, AttributeError and the like are no answer to a user.
@@ -81,8 +81,7 @@ def _sizes(rng: random.Random) -> tuple[int, ...]:
 def _native(name: str, rng: random.Random) -> Call:
     layout, dtype = rng.choice(test_opcheck.LAYOUTS), rng.choice(DTYPES[:4])
     arguments = test_opcheck.arguments(name, layout, dtype, rng.random() < 0.7, _sizes(rng))
-    stem = next(s for s in test_opcheck.STEMS if name.startswith(s))
-    return Call(name, getattr(OPS, name), getattr(getattr(reference, stem), name), list(arguments))
+    return Call(name, getattr(OPS, name), operands.reference_of(name), list(arguments))
 
 
 def _fresh_like(rng: random.Random) -> Call:
@@ -91,20 +90,12 @@ def _fresh_like(rng: random.Random) -> Call:
     return Call("fresh_like", OPS.fresh_like, None, [x, *sizes])
 
 
-def _pass(name: str, rng: random.Random) -> Call:
-    case = rng.choice([case for case in test_passes.CASES if case.partition("-")[0] == name])
+def _composed(name: str, rng: random.Random) -> Call:
+    case = rng.choice([case for case in operands.CASES if operands.op_of(case) == name])
     dtype = torch.float32 if interprets() else rng.choice((torch.float64, torch.float64, *DTYPES[1:4]))
-    make = test_passes.Maker(dtype, test_passes.SIZES[rng.choice([*test_passes.SIZES])])
-    found = getattr(reference.passes, {"gram_of": "gram"}.get(name, name), None)
-    arguments = [list(x) if type(x) is tuple else x for x in test_passes.CASES[case](make)]
-    return Call(name, getattr(OPS, name), found or getattr(reference.folded, name), arguments)
-
-
-def _folded(name: str, rng: random.Random) -> Call:
-    make = rng.choice([make for of, make in test_folded.CASES.values() if of == name])
-    dtype = rng.choice((torch.float64, torch.float64, *DTYPES[1:4]))
-    arguments = make(test_folded.Maker(rng.choice([*test_folded.SHAPES]), dtype))
-    return Call(name, getattr(OPS, name), getattr(reference.folded, name), list(arguments))
+    make = operands.Maker(dtype, operands.SIZES[rng.choice([*operands.SIZES])])
+    arguments = [list(x) if type(x) is tuple else x for x in operands.CASES[case](make)]
+    return Call(name, getattr(OPS, name), operands.reference_of(name), arguments)
 
 
 def _function(name: str, rng: random.Random) -> Call:
@@ -146,7 +137,7 @@ def _function(name: str, rng: random.Random) -> Call:
 
     arguments: list[Any] = [activation()]
     if name == "bn_bn_add_relu":
-        arguments += [activation(), Norm(*vectors()), Norm(*vectors())]
+        arguments += [activation(), BatchNorm(*vectors()), BatchNorm(*vectors())]
     else:
         arguments += [activation()] if name == "bn_add_relu" else []
         arguments += vectors()
@@ -154,15 +145,15 @@ def _function(name: str, rng: random.Random) -> Call:
 
 
 def fitting(rng: random.Random) -> Call:
-    names = sorted(TRITON) if interprets() else [*PRIMITIVES, *(f"functional.{name}" for name in FUNCTIONS)]
+    names = [*IMPLEMENTATIONS, *(f"functional.{name}" for name in FUNCTIONS)]
+    if interprets():
+        names = sorted(name for name, found in IMPLEMENTATIONS.items() if found.triton)
     name = rng.choice(names)
     if name.startswith("functional."):
         return _function(name.removeprefix("functional."), rng)
     if name == "fresh_like":
         return _fresh_like(rng)
-    if name in test_folded.FOLDED:
-        return _folded(name, rng)
-    return _pass(name, rng) if name in TRITON else _native(name, rng)
+    return _native(name, rng) if IMPLEMENTATIONS[name].composed is None else _composed(name, rng)
 
 
 # Changes
@@ -276,9 +267,12 @@ def changed(x: Any, others: Sequence[Any], rng: random.Random) -> Any:
         if isinstance(x, (list, tuple)):
             if not x or (isinstance(x, list) and rng.random() < 0.2):
                 return _changed_list([*x], others, rng)
-            found, at = [*x], rng.randrange(7 if isinstance(x, Norm) else len(x))  # not group and counter
+            found, at = (
+                [*x],
+                rng.randrange(7 if isinstance(x, BatchNorm) else len(x)),
+            )  # not group and counter
             found[at] = changed(x[at], others, rng)
-            return Norm(*found) if isinstance(x, Norm) else found
+            return BatchNorm(*found) if isinstance(x, BatchNorm) else found
         if x is None:
             return rng.choice([*others, _like(others[0], (rng.choice((0, 1, 11)),))])
         if isinstance(x, bool):
@@ -326,8 +320,8 @@ def copied(x: Any) -> Any:
             else x.detach().clone().as_strided(x.shape, x.stride())
         )
         return found.requires_grad_(x.requires_grad)
-    if isinstance(x, Norm):
-        return Norm(*(copied(each) for each in x))
+    if isinstance(x, BatchNorm):
+        return BatchNorm(*(copied(each) for each in x))
     return [copied(each) for each in x] if isinstance(x, (list, tuple)) else x
 
 

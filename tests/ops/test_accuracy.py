@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused import functional as fused
-from resnet_fused.ops import Norm
-from resnet_fused.reference.layout import dense, memory_format
+from resnet_fused.layout import dense, memory_format
+from resnet_fused.types import BatchNorm
 from tests.accuracy import HOSTILE_CASES, Case, assert_as_accurate, hostile_input, in_some_draw
 
 #: Both: fused or plain op of (case's tensors by name, training) to the output, with running statistics updated.
@@ -55,7 +55,7 @@ def fused_bn_add_relu(t: dict[str, Tensor], training: bool) -> Tensor:
 
 
 def fused_bn_bn_add_relu(t: dict[str, Tensor], training: bool) -> Tensor:
-    norms = (Norm(*vectors(t, branch), training, 0.1, 1e-5) for branch in ("", "skip_"))
+    norms = (BatchNorm(*vectors(t, branch), training, 0.1, 1e-5) for branch in ("", "skip_"))
     return fused.bn_bn_add_relu(t["y"], t["skip"], *norms)
 
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import resnet_fused.reference as reference
-from resnet_fused.ops import PRIMITIVES
-from resnet_fused.ops._primitive import primitive
-from tests.ops import test_folded, test_passes
-from tests.ops.test_opcheck import KERNELS, OPS, STEMS, arguments, as_tuple, channels_last, contiguous, copied
+from resnet_fused.ops.dispatch import IMPLEMENTATIONS
+from resnet_fused.ops.registry import register_op
+from tests.ops import operands, test_conv_bn_ops
+from tests.ops.test_opcheck import KERNELS, OPS, arguments, as_tuple, channels_last, contiguous, copied
 
 BOTH_LAYOUTS = pytest.mark.parametrize("layout", [contiguous, channels_last], ids=lambda f: f.__name__)
 
@@ -30,18 +28,11 @@ def run(script: str) -> str:
     return done.stdout
 
 
-def of_reference(name: str) -> Callable[..., Any]:
-    found: Callable[..., Any] = getattr(
-        getattr(reference, next(s for s in STEMS if name.startswith(s))), name
-    )
-    return found
-
-
 def assert_equals_reference(name: str, args: tuple[Any, ...]) -> None:
     """In results, and in arguments that are written to."""
     ours, theirs = (
         as_tuple(op(*copies)) + tuple(x for x in copies if isinstance(x, Tensor))
-        for op, copies in ((getattr(OPS, name), copied(args)), (of_reference(name), copied(args)))
+        for op, copies in ((getattr(OPS, name), copied(args)), (operands.reference_of(name), copied(args)))
     )
     for actual, expected in zip(ours, theirs, strict=True):
         assert actual.shape == expected.shape and actual.dtype == expected.dtype
@@ -188,37 +179,27 @@ def test_memory_of_a_gpu_that_is_missing(kind: type[Tensor]) -> None:
         raise RuntimeError(message)
 
     if not hasattr(torch.ops.resnet_fused, "lacks_memory"):
-        test_memory_of_a_gpu_that_is_missing.op = primitive("lacks_memory(Tensor x) -> Tensor", fail, fail)  # type: ignore
-        PRIMITIVES.remove("lacks_memory")
+        test_memory_of_a_gpu_that_is_missing.op = register_op("lacks_memory(Tensor x) -> Tensor", fail, fail)  # type: ignore
+        del IMPLEMENTATIONS["lacks_memory"]
     with pytest.raises(RuntimeError, match=message) as error:
         test_memory_of_a_gpu_that_is_missing.op(torch.ones(2).as_subclass(kind))  # type: ignore[attr-defined]
     assert isinstance(error.value, torch.OutOfMemoryError) == (kind is OnGpu)
 
 
-@pytest.mark.parametrize("case", test_passes.CASES)
-def test_passes_without_images(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(test_passes, "IMAGES", 0)
-    test_passes.test_vendor_equals_reference(case, "odd")
-    test_passes.test_fakes_are_exact(case, torch.float64, "odd")
+@pytest.mark.parametrize("case", operands.CASES)
+def test_ops_without_images(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operands, "IMAGES", 0)
+    test_conv_bn_ops.test_equals_reference(case, "odd", "whole")
+    test_conv_bn_ops.test_fakes_are_exact(case, torch.float64, "odd")
 
 
 @pytest.mark.parametrize("size", ["odd", "one_pixel", "one_row"])
-@pytest.mark.parametrize("case", [case for case in test_passes.CASES if case != "conv_stats-groups"])
-def test_passes_with_one_output(case: str, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", [case for case in operands.CASES if case != "conv_bn_stats-groups"])
+def test_ops_with_one_output(case: str, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its mask has a row for each plane."""
-    monkeypatch.setattr(test_passes, "OUTPUTS", 1)
-    test_passes.test_vendor_equals_reference(case, size)
-    test_passes.test_fakes_are_exact(case, torch.float64, size)
-
-
-@pytest.mark.parametrize("shape", [(0, 11, 7, 3, 7, 13), (2, 1, 7, 3, 7, 13), (9, 1, 1, 1, 7, 13)], ids=str)
-@pytest.mark.parametrize("case", test_folded.CASES)
-def test_folded_passes_at_the_edge(
-    case: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without images, and with one output."""
-    monkeypatch.setitem(test_folded.SHAPES, "edge", shape)
-    test_folded.test_composition_equals_reference(case, "edge", "whole")
+    monkeypatch.setattr(operands, "OUTPUTS", 1)
+    test_conv_bn_ops.test_equals_reference(case, size, "whole")
+    test_conv_bn_ops.test_fakes_are_exact(case, torch.float64, size)
 
 
 @pytest.mark.parametrize("name", ["bn_relu", "bn_relu_backward_reduce", "batch_norm_stats"])
@@ -235,10 +216,14 @@ def test_meta_tensors_beside_real_ones(name: str) -> None:
 
 @pytest.mark.parametrize("stride", [(1, 2**15), (2**31 - 1, 1)])
 def test_strides_that_end_a_process_in_onednn(stride: tuple[int, int]) -> None:
-    m = test_passes.Maker(torch.float32, (1, 1))
-    source, conv, padding = m.plain(), m.conv(test_passes.OUTPUTS, test_passes.INPUTS, 3), (1, 1)
-    with pytest.raises(ValueError, match="conv_stats: stride must be of fewer than 262144 elements"):
-        OPS.conv_stats(source, conv, stride, padding, (1, 1), 1, 1e-5, True)
-    dy = [m.activation(test_passes.OUTPUTS, (1, 1))]
+    m = operands.Maker(torch.float32, (1, 1))
+    a, weight, geometry = (
+        m.plain(),
+        m.weight(operands.OUTPUTS, operands.INPUTS, 3),
+        (stride, (1, 1), (1, 1), 1),
+    )
+    with pytest.raises(ValueError, match="conv_bn_stats: stride must be of fewer than 262144 elements"):
+        OPS.conv_bn_stats(a, weight, *geometry, 1e-5, True, None, None, False)
+    dy = [m.activation(operands.OUTPUTS, (1, 1))]
     with pytest.raises(ValueError, match="conv_backward: stride must be of fewer than 262144 elements"):
-        OPS.conv_backward(dy, source, conv, stride, padding, (1, 1), 1, None, None, (1, 1), [True, True])
+        OPS.conv_backward(dy, a, weight, *geometry, None, None, (1, 1), [True, True])

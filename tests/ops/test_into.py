@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from resnet_fused.layout import dense, unpack_mask
 from resnet_fused.reference import masked_grad as reference
 from resnet_fused.reference.bn_relu import bn_relu
-from resnet_fused.reference.layout import dense, unpack_mask
 from tests.accuracy import (
     DTYPES,
     HOSTILE_CASES,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_fused.ops import PRIMITIVES
-from resnet_fused.reference.layout import dense, is_channels_last
+from resnet_fused.layout import dense, is_channels_last
+from resnet_fused.ops.dispatch import IMPLEMENTATIONS
 
 OPS = torch.ops.resnet_fused
 
@@ -38,7 +38,7 @@ def sliced(x: Tensor) -> Tensor:
 
 #: The modules of the reference whose primitives have a kernel in csrc, with all that starts with their names.
 STEMS = ("batch_norm_stats", "bn_relu_maxpool", "bn_relu", "bn_add_relu", "bn_bn_add_relu", "masked_grad")
-KERNELS = [name for name in PRIMITIVES if name.startswith(STEMS)]
+KERNELS = [name for name in IMPLEMENTATIONS if name.startswith(STEMS)]
 LAYOUTS = [contiguous, channels_last, permuted, sliced]
 N, C, H, W = 2, 11, 5, 3
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from resnet_fused.layout import statistics_dtype
 from resnet_fused.reference import (
     batch_norm_stats,
     bn_add_relu,
@@ -21,7 +22,6 @@ from resnet_fused.reference import (
     bn_relu_maxpool,
     masked_grad,
 )
-from resnet_fused.reference.layout import statistics_dtype
 from tests.accuracy import Case
 
 STEMS = ("bn_relu", "bn_add_relu", "bn_bn_add_relu", "bn_relu_maxpool")

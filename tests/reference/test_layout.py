@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_fused.reference.layout import (
+from resnet_fused.layout import (
     dense,
     is_channels_last,
     like_layout,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnet_fused.reference.layout import dense, is_channels_last, unpack_mask
+from resnet_fused.layout import dense, is_channels_last, unpack_mask
 from tests.accuracy import (
     HOSTILE_CASES,
     LAYOUTS,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet_fused.reference.layout import statistics_dtype
-from resnet_fused.reference.operands import Activation, Gradient, Pair, Window
+from resnet_fused.layout import statistics_dtype
+from resnet_fused.types import Activation, ConvGeometry, Gradient, Pair
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -23,7 +23,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
-def is_pointwise(conv: Tensor, window: Window) -> bool:
+def is_pointwise(conv: Tensor, window: ConvGeometry) -> bool:
     """Whether every output pixel is made of the input pixel at its own place."""
     return conv.shape[2:] == (1, 1) and window.stride == (1, 1) and window.padding == (0, 0)
 
@@ -42,12 +42,12 @@ def new_activation(like: Tensor, channels: int, height: int, width: int) -> Tens
     )
 
 
-def mask_words(bits: Tensor | None, channels: int, block: int) -> Tensor | None:
+def mask_words(mask: Tensor | None, channels: int, block: int) -> Tensor | None:
     """A mask (pixels, ceil(channels / 8)) as 32-bit words where whole words are read: bytes cannot be copied
     asynchronously. The bits stay in place: the first byte of a word is its lowest."""
-    if bits is None or channels % 32 or block % 32:
-        return bits
-    return bits.view(torch.int32)
+    if mask is None or channels % 32 or block % 32:
+        return mask
+    return mask.view(torch.int32)
 
 
 def new_float(like: Tensor, *sizes: int) -> Tensor:
@@ -58,7 +58,7 @@ def input_sizes(x: Tensor) -> dict[str, int]:
     return {"HEIGHT": x.shape[2], "WIDTH": x.shape[3], "CHANNELS": x.shape[1]}
 
 
-def window_sizes(window: Window) -> dict[str, int]:
+def window_sizes(window: ConvGeometry) -> dict[str, int]:
     (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), _ = window
     return {
         "STRIDE_H": stride_h, "STRIDE_W": stride_w, "PAD_H": pad_h, "PAD_W": pad_w,
@@ -66,20 +66,27 @@ def window_sizes(window: Window) -> dict[str, int]:
     }  # fmt: skip
 
 
-def every_sizes(every: Pair, prefix: str = "") -> dict[str, int]:
-    return {f"{prefix}EVERY_H": every[0], f"{prefix}EVERY_W": every[1]}
+def every_sizes(input_stride: Pair, prefix: str = "") -> dict[str, int]:
+    return {f"{prefix}EVERY_H": input_stride[0], f"{prefix}EVERY_W": input_stride[1]}
 
 
 def activation_fields(source: Activation, prefix: str = "") -> dict[str, Tensor | None]:
     """An activation, with its terms, as arguments of a kernel."""
-    names = {name: f"{prefix}{name}" for name in ("mean", "terms", "shift")}
+    names = {name: f"{prefix}{name}" for name in ("mean", "bn_coeffs", "shift")}
     return {prefix.rstrip("_") or "x": source.x, **{to: getattr(source, name) for name, to in names.items()}}
 
 
 def gradient_fields(dy: Gradient, block: int) -> dict[str, Tensor | None]:
     """A gradient, with its terms and slopes, as arguments of a kernel that takes ``block`` channels at a time."""
-    bits = mask_words(dy.bits, dy.g.shape[1], block)
-    return {"g": dy.g, "bits": bits, "y": dy.y, "mean": dy.mean, "terms": dy.terms, "slopes": dy.slopes}
+    mask = mask_words(dy.mask, dy.g.shape[1], block)
+    return {
+        "g": dy.g,
+        "mask": mask,
+        "y": dy.y,
+        "mean": dy.mean,
+        "bn_coeffs": dy.bn_coeffs,
+        "dy_coeffs": dy.dy_coeffs,
+    }
 
 
 def skip_fields(skip: Activation | None) -> dict[str, Tensor | None]:
@@ -92,9 +99,9 @@ def touched_of_both(source: Activation, skip: Activation | None, height: int, wi
     return found | (touched("skip", skip.x, height, width) or {} if skip is not None else {})
 
 
-def size_at(x: Tensor, every: Pair) -> Pair:
+def size_at(x: Tensor, input_stride: Pair) -> Pair:
     """Height and width of every so-manyth pixel of ``x``."""
-    return (x.shape[2] - 1) // every[0] + 1, (x.shape[3] - 1) // every[1] + 1
+    return (x.shape[2] - 1) // input_stride[0] + 1, (x.shape[3] - 1) // input_stride[1] + 1
 
 
 def touched(name: str, x: Tensor, height: int, width: int) -> dict[str, int] | None:

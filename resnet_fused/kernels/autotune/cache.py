@@ -26,7 +26,7 @@ from resnet_fused._version import __version__
 from resnet_fused.kernels.launch import Config
 
 
-class Problem(NamedTuple):
+class TuningKey(NamedTuple):
     """What distinguishes launches for which the fastest may differ.
 
     Args:
@@ -57,12 +57,12 @@ class Timing(NamedTuple):
 #: All that was tried for a problem: the fastest first, what is refused last.
 Times = tuple[Timing, ...]
 
-TUNED = Path(__file__).parent / "tuned"
-_files: dict[Path, dict[Problem, Times]] = {}
+TUNED = Path(__file__).parents[1] / "tuned"
+_files: dict[Path, dict[TuningKey, Times]] = {}
 _warned: set[str] = set()
 
 
-def forget() -> None:
+def clear_cache() -> None:
     """Files are read again, and warned of again."""
     _files.clear()
     _warned.clear()
@@ -88,7 +88,7 @@ def device_name(index: int | None) -> str:
 
 
 def look_up(
-    device: torch.device, problem: Problem, candidates: Sequence[Config], vendor_allowed: bool
+    device: torch.device, problem: TuningKey, candidates: Sequence[Config], vendor_allowed: bool
 ) -> Times | None:
     """From the table that is shipped for the device, or from the cache on disk."""
     ours = header(device)
@@ -123,7 +123,7 @@ def _in_file_name(text: str) -> str:
 @functools.cache
 def _source_hash() -> str:
     found = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return found.hexdigest()[:16]
 
@@ -149,7 +149,7 @@ def _cache_path(header: Mapping[str, str]) -> Path:
     return cache_folder() / (_in_file_name("-".join(header.values())) + ".json")
 
 
-def keep(device: torch.device, problem: Problem, times: Times) -> None:
+def keep(device: torch.device, problem: TuningKey, times: Times) -> None:
     """Adds to the cache on disk, whoever else does the same."""
     ours = header(device)
     path = _cache_path(ours)
@@ -164,7 +164,7 @@ def keep(device: torch.device, problem: Problem, times: Times) -> None:
         warn(str(path.parent), f"{unkept}; set XDG_CACHE_HOME to a folder that can be written")
 
 
-def write(path: Path, header: Mapping[str, str], rows: Mapping[Problem, Times]) -> None:
+def write(path: Path, header: Mapping[str, str], rows: Mapping[TuningKey, Times]) -> None:
     """Whole or not at all; one problem a line."""
     lines = [json.dumps(_as_row(problem, rows[problem])) for problem in sorted(rows)]
     text = f'{{"header": {json.dumps(header)},\n"entries": [\n' + ",\n".join(lines) + "\n]}\n"
@@ -178,7 +178,7 @@ def write(path: Path, header: Mapping[str, str], rows: Mapping[Problem, Times]) 
             os.unlink(temporary)
 
 
-def _read(path: Path, belongs: Callable[[dict[str, Any]], bool]) -> dict[Problem, Times]:
+def _read(path: Path, belongs: Callable[[dict[str, Any]], bool]) -> dict[TuningKey, Times]:
     """The rows of a file; none where it is missing, and with a warning where it is of no use."""
     try:
         content = json.loads(path.read_bytes())
@@ -206,16 +206,16 @@ def rows_of(times: Times) -> list[dict[str, Any]]:
     ]
 
 
-def _as_row(problem: Problem, times: Times) -> dict[str, Any]:
+def _as_row(problem: TuningKey, times: Times) -> dict[str, Any]:
     return problem._asdict() | {"times": rows_of(times)}
 
 
-def _parsed_row(row: Any) -> tuple[Problem, Times]:
-    _check(isinstance(row, dict) and row.keys() == {*Problem._fields, "times"}, "an entry has other fields")
-    kernel, sizes, dtype = (row[field] for field in Problem._fields)
+def _parsed_row(row: Any) -> tuple[TuningKey, Times]:
+    _check(isinstance(row, dict) and row.keys() == {*TuningKey._fields, "times"}, "an entry has other fields")
+    kernel, sizes, dtype = (row[field] for field in TuningKey._fields)
     _check(isinstance(kernel, str) and isinstance(dtype, str), "a kernel or dtype is no text")
     _check(isinstance(sizes, list) and all(type(size) is int for size in sizes), "sizes are no whole numbers")
-    return Problem(kernel, tuple(sizes), dtype), times_of(row["times"])
+    return TuningKey(kernel, tuple(sizes), dtype), times_of(row["times"])
 
 
 def times_of(rows: Any) -> Times:

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from resnet_fused import accuracy
+from resnet_fused.kernels.autotune.cache import TuningKey
 from resnet_fused.kernels.launch import Config
-from resnet_fused.kernels.tuning_files import Problem
 
 #: Runs whose results have to be the same bit for bit.
 RUNS = 3
@@ -59,7 +59,7 @@ class PoisonedMemory(TorchDispatchMode):
 
 @contextmanager
 def refusing(
-    refusals: dict[Config, str], config: Config, problem: Problem, device: torch.device
+    refusals: dict[Config, str], config: Config, problem: TuningKey, device: torch.device
 ) -> Iterator[None]:
     """Notes why ``config`` is refused, where it is; an error after which the device is of no use gets out.
 

@@ -10,9 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels import reductions
-from resnet_fused.kernels.configs import sum_configs
-from resnet_fused.kernels.launch import Config, cdiv, launch
-from resnet_fused.kernels.problem import (
+from resnet_fused.kernels.arguments import (
     activation_fields,
     input_sizes,
     new_float,
@@ -20,6 +18,8 @@ from resnet_fused.kernels.problem import (
     size_at,
     touched,
 )
+from resnet_fused.kernels.autotune.heuristics import sum_configs
+from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.tiles import (
     activated,
     activation_terms,
@@ -28,14 +28,14 @@ from resnet_fused.kernels.tiles import (
     tile_of,
     unknown_zero,
 )
-from resnet_fused.reference.operands import Activation, Pair
+from resnet_fused.types import Activation, Pair
 
 
 @triton.jit
-def gram_kernel(
+def input_covariance_kernel(
     x,
     mean,
-    terms,
+    bn_coeffs,
     shift,
     parts,
     HEIGHT,
@@ -69,12 +69,12 @@ def gram_kernel(
     total = tl.zeros((BLOCK_N,), tl.float32)
     left_inside, right_inside = left < CHANNELS, right < CHANNELS
     centre_i, scale_i, offset_i, level_i = activation_terms(
-        mean, terms, shift, left, left_inside, CHANNELS, x.dtype.element_ty
+        mean, bn_coeffs, shift, left, left_inside, CHANNELS, x.dtype.element_ty
     )
     zero = unknown_zero(PIXELS)
     scale_i, level_i = scale_i + zero, level_i + zero
     centre_j, scale_j, offset_j, level_j = activation_terms(
-        mean, terms, shift, right, right_inside, CHANNELS, x.dtype.element_ty
+        mean, bn_coeffs, shift, right, right_inside, CHANNELS, x.dtype.element_ty
     )
     if not POINTWISE:
         image, h, w = pixel_of(start + tl.arange(0, BLOCK_M), OUT_HEIGHT, OUT_WIDTH)
@@ -86,11 +86,11 @@ def gram_kernel(
         if not POINTWISE:
             source = (image * HEIGHT + h * STRIDE_H) * WIDTH + w * STRIDE_W
         value = tile_of(x, source, inside, right, right_inside, CHANNELS)
-        b = activated(value, terms, shift, centre_j, scale_j, offset_j, level_j, inside, True)
+        b = activated(value, bn_coeffs, shift, centre_j, scale_j, offset_j, level_j, inside, True)
         a = b
         if not ONE_TILE:
             value = tile_of(x, source, inside, left, left_inside, CHANNELS)
-            a = activated(value, terms, shift, centre_i, scale_i, offset_i, level_i, inside, False)
+            a = activated(value, bn_coeffs, shift, centre_i, scale_i, offset_i, level_i, inside, False)
         total += tl.sum(b.to(tl.float32), 0)
         acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
         if not POINTWISE:
@@ -101,33 +101,33 @@ def gram_kernel(
     tl.store(part + CHANNELS * CHANNELS + right, total, (right < CHANNELS) & (i == 0))
 
 
-def configs(source: Activation, every: Pair) -> list[Config]:
-    height, width = size_at(source.x, every)
+def configs(source: Activation, input_stride: Pair) -> list[Config]:
+    height, width = size_at(source.x, input_stride)
     channels = source.x.shape[1]
     return sum_configs(source.x, source.x.shape[0] * height * width, channels, channels, square=True)
 
 
-def gram(source: Activation, every: Pair, config: Config) -> tuple[Tensor, Tensor]:
+def input_covariance(source: Activation, input_stride: Pair, config: Config) -> tuple[Tensor, Tensor]:
     """Mean (C,) and biased covariance (C, C) of an activation's channels over its pixels, float32.
 
     Args:
         source: (N, C, H, W), channels_last.
         every: of the pixels one in so many, down and across.
     """
-    source, x = reductions.with_terms(source), source.x
-    channels, (height, width) = x.shape[1], size_at(x, every)
+    source, x = reductions.with_bn_coeffs(source), source.x
+    channels, (height, width) = x.shape[1], size_at(x, input_stride)
     pixels, tiles = x.shape[0] * height * width, cdiv(channels, config.block_n)
     parts = new_float(x, config.splits, channels * channels + channels)
     launch(
-        gram_kernel,
+        input_covariance_kernel,
         (tiles * (tiles + 1) // 2, config.splits),
         {
             **activation_fields(source), "parts": parts,
             **input_sizes(x), "OUT_HEIGHT": height, "OUT_WIDTH": width, "PIXELS": pixels,
-            "STRIDE_H": every[0], "STRIDE_W": every[1],
+            "STRIDE_H": input_stride[0], "STRIDE_W": input_stride[1],
         },
         {
-            "POINTWISE": every == (1, 1), "PRECISION": precision(x.dtype), "BLOCK_M": config.block_m,
+            "POINTWISE": input_stride == (1, 1), "PRECISION": precision(x.dtype), "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n, "ONE_TILE": tiles == 1,
         },
         config,

@@ -6,6 +6,8 @@ Seen as a matrix it has N*H*W rows of C in channels_last and N*C rows of H*W oth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -57,6 +59,13 @@ def dense(x: Tensor) -> Tensor:
     return x.contiguous(
         memory_format=torch.channels_last if channels_are_innermost else torch.contiguous_format
     )
+
+
+def subsample(x: Tensor, input_stride: Sequence[int]) -> Tensor:
+    """Every input_stride-th pixel of ``x`` down and across, channels_last; ``x`` itself where that is all of them."""
+    if tuple(input_stride) == (1, 1):
+        return x
+    return x[:, :, :: input_stride[0], :: input_stride[1]].contiguous(memory_format=torch.channels_last)
 
 
 def like_layout(x: Tensor, y: Tensor) -> Tensor:
@@ -119,11 +128,11 @@ def mask_shape(y: Tensor) -> tuple[int, int]:
     return rows, (cols + 7) // 8
 
 
-def pack_mask(kept: Tensor, y: Tensor) -> Tensor:
+def pack_mask(mask: Tensor, y: Tensor) -> Tensor:
     """One bit per element, in the order in which the dense activation ``y`` lies in memory.
 
     Args:
-        kept: bool, the shape of ``y``, any layout.
+        mask: bool, the shape of ``y``, any layout.
 
     Returns:
         uint8 (rows, ceil(cols / 8)); bit j of byte i stands for column 8*i + j, unused bits are zero.
@@ -131,13 +140,13 @@ def pack_mask(kept: Tensor, y: Tensor) -> Tensor:
     n, c, h, w = y.shape
     by_pixels = is_channels_last(y)
     rows, cols = (n * h * w, c) if by_pixels else (n * c, h * w)
-    matrix = (kept.permute(0, 2, 3, 1) if by_pixels else kept).reshape(rows, cols)
+    matrix = (mask.permute(0, 2, 3, 1) if by_pixels else mask).reshape(rows, cols)
     padded = torch.nn.functional.pad(matrix.to(torch.uint8), (0, -cols % 8))
     columns = padded.view(rows, (cols + 7) // 8, 8)
-    mask = columns[..., 0].clone(memory_format=torch.contiguous_format)
+    packed = columns[..., 0].clone(memory_format=torch.contiguous_format)
     for bit in range(1, 8):
-        mask |= columns[..., bit] << bit
-    return mask
+        packed |= columns[..., bit] << bit
+    return packed
 
 
 def unpack_mask(mask: Tensor, y: Tensor) -> Tensor:

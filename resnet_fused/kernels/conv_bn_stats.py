@@ -13,9 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels import reductions
-from resnet_fused.kernels.configs import gemm_configs
-from resnet_fused.kernels.launch import Config, cdiv, launch
-from resnet_fused.kernels.problem import (
+from resnet_fused.kernels.arguments import (
     activation_fields,
     input_sizes,
     is_pointwise,
@@ -25,15 +23,17 @@ from resnet_fused.kernels.problem import (
     touched,
     window_sizes,
 )
+from resnet_fused.kernels.autotune.heuristics import gemm_configs
+from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.tiles import activation_tile, next_step, pixel_of, taps_inside
-from resnet_fused.reference.operands import Activation, Window
+from resnet_fused.types import Activation, ConvGeometry
 
 
 @triton.jit
-def conv_kernel(
+def conv_bn_stats_kernel(
     x,
     mean,
-    terms,
+    bn_coeffs,
     shift,
     conv,
     y,
@@ -81,7 +81,7 @@ def conv_kernel(
         if not POINTWISE:
             source = corner + (r * DILATION_H * WIDTH + s * DILATION_W)
             inside = ((seen_h >> r) & (seen_w >> s) & 1) != 0
-        a = activation_tile(x, mean, terms, shift, source, inside, channels, CHANNELS, not POINTWISE)
+        a = activation_tile(x, mean, bn_coeffs, shift, source, inside, channels, CHANNELS, not POINTWISE)
         b = tl.load(
             conv
             + (outputs[:, None] * (KERNEL_H * KERNEL_W) + r * KERNEL_W + s) * CHANNELS
@@ -110,16 +110,16 @@ def conv_kernel(
         tl.store(place + OUTPUTS * tiles_m, tl.sum(deviation * deviation, 0), column_inside)
 
 
-def configs(source: Activation, conv: Tensor, window: Window, *_: object) -> list[Config]:
+def configs(source: Activation, conv: Tensor, window: ConvGeometry, *_: object) -> list[Config]:
     height, width = window.out_size(source.x, conv)
     pixels = source.x.shape[0] * height * width
     return gemm_configs(source.x, pixels, *conv.shape[:2], taps=conv.shape[2] * conv.shape[3])
 
 
-def conv_stats(
+def conv_bn_stats(
     source: Activation,
     conv: Tensor,
-    window: Window,
+    window: ConvGeometry,
     eps: float,
     measure: bool,
     gamma: Tensor | None,
@@ -133,14 +133,14 @@ def conv_stats(
         conv: (outputs, C, kh, kw).
         gamma, beta: weight and bias of the batch norm of y, for its terms.
     """
-    source = reductions.with_terms(source)
+    source = reductions.with_bn_coeffs(source)
     height, width = window.out_size(source.x, conv)
     y = new_activation(source.x, conv.shape[0], height, width)
     pixels, outputs = y.shape[0] * height * width, conv.shape[0]
     tiles = cdiv(pixels, config.block_m)
     statistics = reductions.tile_sums(y, tiles, outputs) if measure else None
     launch(
-        conv_kernel,
+        conv_bn_stats_kernel,
         (tiles * cdiv(outputs, config.block_n),),
         {
             **activation_fields(source), "conv": row_matrix(conv, y.dtype), "y": y, "statistics": statistics,
@@ -156,9 +156,11 @@ def conv_stats(
         touched=touched("x", source.x, height, width) if conv.shape[2:] == (1, 1) else None,
     )  # fmt: skip
     if statistics is None:
-        mean, var, invstd, terms = (torch.empty(0, dtype=torch.float32, device=y.device) for _ in range(4))
+        mean, var, invstd, bn_coeffs = (
+            torch.empty(0, dtype=torch.float32, device=y.device) for _ in range(4)
+        )
     else:
-        mean, var, invstd, terms = reductions.norm_statistics(
+        mean, var, invstd, bn_coeffs = reductions.norm_statistics(
             statistics, config.block_m, pixels, eps, gamma, beta
         )
-    return y, mean, var, invstd, terms
+    return y, mean, var, invstd, bn_coeffs

@@ -30,15 +30,16 @@ import torch
 import torch.distributed as dist
 
 from resnet_fused.backend import choice
-from resnet_fused.kernels import tuning_files, verification
-from resnet_fused.kernels.configs import SHARED
-from resnet_fused.kernels.launch import Config, Launch, holding_back
-from resnet_fused.kernels.timing import measure
-from resnet_fused.kernels.tuning_files import Problem, Times, Timing
-from resnet_fused.kernels.verification import Unverifiable, Verifier, refusing
+from resnet_fused.kernels.arguments import dtype_name as dtype_name
+from resnet_fused.kernels.autotune import cache, verification
+from resnet_fused.kernels.autotune.cache import Times, Timing, TuningKey
+from resnet_fused.kernels.autotune.heuristics import SHARED
+from resnet_fused.kernels.autotune.timing import measure
+from resnet_fused.kernels.autotune.verification import Unverifiable, Verifier, refusing
+from resnet_fused.kernels.launch import Config, Launch, capture_launches
 
 #: A device's name, a problem, and whether it might be measured when it was asked for.
-_Key = tuple[str, Problem, bool]
+_Key = tuple[str, TuningKey, bool]
 
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}
 #: Candidates that are compiled for a problem; compiling is what takes long.
@@ -61,7 +62,7 @@ _decided: dict[tuple[Any, ...], tuple[list[tuple[Times, bool]] | None, list[Conf
 _together: WeakKeyDictionary[dist.ProcessGroup, dict[_Key, Times]] = WeakKeyDictionary()
 
 
-class Work(NamedTuple):
+class Tunable(NamedTuple):
     """What a Triton kernel and the vendor's library can do alike.
 
     Args:
@@ -72,14 +73,14 @@ class Work(NamedTuple):
         exact: the same results in more bits.
     """
 
-    problem: Problem
+    problem: TuningKey
     candidates: Sequence[Config]
     run: Callable[[Config], Any]
     vendor: Callable[[], Any] | None
     exact: Callable[[], Any]
 
 
-def choose(work: Work, device: torch.device) -> Config | None:
+def choose(work: Tunable, device: torch.device) -> Config | None:
     """The configuration to run with; None: the vendor.
 
     Raises:
@@ -89,7 +90,7 @@ def choose(work: Work, device: torch.device) -> Config | None:
     return _chosen(work, times, vendor_allowed)
 
 
-def choose_sharing(works: Sequence[Work], shared: Work, device: torch.device) -> list[Config | None]:
+def choose_sharing(works: Sequence[Tunable], shared: Tunable, device: torch.device) -> list[Config | None]:
     """As ``choose``, for all at once: what takes the least time in sum.
 
     Args:
@@ -120,26 +121,26 @@ def choose_sharing(works: Sequence[Work], shared: Work, device: torch.device) ->
     return chosen
 
 
-def _ways(work: Work, times: Times, vendor_allowed: bool) -> list[Timing]:
+def _ways(work: Tunable, times: Times, vendor_allowed: bool) -> list[Timing]:
     """The vendor and the fastest configuration, the faster first, as far as they are timed; else what is chosen."""
     ways: dict[bool, Timing] = {}
     for timing in times:
         vendor = timing.config is None
         if timing.ms is None or vendor in ways or (vendor and not vendor_allowed):
             continue
-        if not tuning_files.is_foreign(timing.config, work.candidates):
+        if not cache.is_foreign(timing.config, work.candidates):
             ways[vendor] = timing
     return [*ways.values()] or [Timing(_chosen(work, times, vendor_allowed))]
 
 
-def _known(work: Work, device: torch.device) -> tuple[Times, bool]:
+def _known(work: Tunable, device: torch.device) -> tuple[Times, bool]:
     """What is known of a problem, and whether the vendor may be chosen."""
     backend = choice()
     if not work.candidates or (work.vendor is not None and backend in ("vendor", "reference")):
         return (), True
     if device.type != "cuda":
         if _collected is not None:
-            with holding_back() as held:
+            with capture_launches() as held:
                 for config in _pruned(work, device):
                     work.run(config)
             _collected.extend(held)
@@ -148,10 +149,10 @@ def _known(work: Work, device: torch.device) -> tuple[Times, bool]:
     return _remembered_or_found(work, device, vendor_allowed), vendor_allowed
 
 
-def _chosen(work: Work, times: Times, vendor_allowed: bool) -> Config | None:
+def _chosen(work: Tunable, times: Times, vendor_allowed: bool) -> Config | None:
     """The fastest; what nothing is known of is the vendor's where that is allowed."""
-    found = tuning_files.fastest(times, vendor_allowed)
-    if found is not None and not tuning_files.is_foreign(found.config, work.candidates):
+    found = cache.fastest(times, vendor_allowed)
+    if found is not None and not cache.is_foreign(found.config, work.candidates):
         return found.config
     if vendor_allowed and work.vendor is not None:
         return None
@@ -162,21 +163,21 @@ def _chosen(work: Work, times: Times, vendor_allowed: bool) -> Config | None:
     return first
 
 
-def _remembered_or_found(work: Work, device: torch.device, vendor_allowed: bool) -> Times:
+def _remembered_or_found(work: Tunable, device: torch.device, vendor_allowed: bool) -> Times:
     """Nothing where it is neither known nor may be measured now."""
     group = _group()
     memory = _alone if group is None else _together.setdefault(group, {})
-    name = tuning_files.device_name(device.index)
+    name = cache.device_name(device.index)
     times = memory.get((name, work.problem, True))
     if times is not None:
         return times
     asked = (name, work.problem, choice() == "auto" and not _is_recording())
 
     def find() -> Times | None:
-        found = tuning_files.look_up(device, work.problem, work.candidates, vendor_allowed)
+        found = cache.look_up(device, work.problem, work.candidates, vendor_allowed)
         if found is None and asked[-1]:
             found = _times(work, device)
-            tuning_files.keep(device, work.problem, found)
+            cache.keep(device, work.problem, found)
         return found
 
     with _lock:
@@ -194,21 +195,20 @@ def _remembered_or_found(work: Work, device: torch.device, vendor_allowed: bool)
         return memory[asked]
 
 
-def forget() -> None:
+def clear_cache() -> None:
     """Forgets what this process knows, and rereads files; the cache on disk stays."""
     with _lock:
         _alone.clear()
         _together.clear()
         _decided.clear()
         _tries.clear()
-        tuning_files.forget()
+        cache.clear_cache()
 
 
-def entries() -> list[tuple[Problem, Config | None, float | None]]:
+def entries() -> list[tuple[TuningKey, Config | None, float | None]]:
     """What is remembered: the fastest of each problem and its milliseconds; None: the vendor, and never timed."""
     fastest = {
-        problem: tuning_files.fastest(times, True) or Timing(None)
-        for (_, problem), times in _remembered().items()
+        problem: cache.fastest(times, True) or Timing(None) for (_, problem), times in _remembered().items()
     }
     return [(problem, found.config, found.ms) for problem, found in fastest.items()]
 
@@ -239,12 +239,12 @@ def write_table(path: Path, device: torch.device | None = None) -> None:
     rows = {
         problem: times
         for (name, problem), times in _remembered().items()
-        if name == tuning_files.device_name(device.index) and times
+        if name == cache.device_name(device.index) and times
     }
-    tuning_files.write(path, tuning_files.header(device), rows)
+    cache.write(path, cache.header(device), rows)
 
 
-def _remembered() -> dict[tuple[str, Problem], Times]:
+def _remembered() -> dict[tuple[str, TuningKey], Times]:
     with _lock:
         known = [pair for memory in (_alone, *_together.values()) for pair in memory.items()]
     # What may have been measured wins over what may not.
@@ -261,7 +261,7 @@ def _is_recording() -> bool:
 # Measuring
 
 
-def _pruned(work: Work, device: torch.device) -> list[Config]:
+def _pruned(work: Tunable, device: torch.device) -> list[Config]:
     """The first ``MOST`` that fit into the shared memory; the smallest alone where all seem too large."""
     if not work.candidates:
         return []
@@ -279,7 +279,7 @@ def _pruned(work: Work, device: torch.device) -> list[Config]:
 
 
 @contextmanager
-def collecting() -> Iterator[list[Launch]]:
+def collect_candidates() -> Iterator[list[Launch]]:
     """Within, what a GPU would try for tensors that are on none is put into the list: launches that are not started."""
     global _collected
     before, _collected = _collected, []
@@ -296,7 +296,7 @@ def _announce(device: str) -> None:
         "choosing kernels for %s: the first step compiles and measures them, which takes minutes; what it finds is"
         " kept in %s for the next time (RESNET_FUSED_BACKEND=triton or vendor does without)",
         device,
-        tuning_files.cache_folder(),
+        cache.cache_folder(),
     )
 
 
@@ -313,7 +313,7 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _compile(work: Work, configs: Sequence[Config], device: torch.device) -> dict[Config, str]:
+def _compile(work: Tunable, configs: Sequence[Config], device: torch.device) -> dict[Config, str]:
     """Compiles what the runs would compile one after the other, in as many threads as there are processors.
 
     Returns:
@@ -323,7 +323,7 @@ def _compile(work: Work, configs: Sequence[Config], device: torch.device) -> dic
     launches: list[tuple[Config, Launch]] = []
     for config in configs:
         with refusing(refusals, config, work.problem, device):
-            with holding_back() as held:
+            with capture_launches() as held:
                 work.run(config)
             launches += [(config, launch) for launch in held]
 
@@ -339,7 +339,7 @@ def _compile(work: Work, configs: Sequence[Config], device: torch.device) -> dic
     return refusals
 
 
-def _verify(work: Work, configs: Sequence[Config], device: torch.device) -> dict[Config, str]:
+def _verify(work: Tunable, configs: Sequence[Config], device: torch.device) -> dict[Config, str]:
     """Why some of the configurations are wrong."""
     refusals: dict[Config, str] = {}
     if configs:
@@ -351,7 +351,7 @@ def _verify(work: Work, configs: Sequence[Config], device: torch.device) -> dict
 
 
 @torch.no_grad()
-def _times(work: Work, device: torch.device) -> Times:
+def _times(work: Tunable, device: torch.device) -> Times:
     """Of every candidate that is right and of the vendor, interleaved so that a changing clock is fair to all.
 
     Raises:
@@ -371,11 +371,11 @@ def _times(work: Work, device: torch.device) -> Times:
         reason = next(iter(refusals.values()))
         warnings.warn(f"no configuration of {problem} is of use: {reason}", stacklevel=3)
     times = [Timing(config, ms) for config, ms in medians.items()]
-    return tuning_files.sorted_times([*times, *(Timing(c, None, why) for c, why in refusals.items())])
+    return cache.sorted_times([*times, *(Timing(c, None, why) for c, why in refusals.items())])
 
 
 def _medians(
-    work: Work, configs: Sequence[Config], device: torch.device, refusals: dict[Config, str]
+    work: Tunable, configs: Sequence[Config], device: torch.device, refusals: dict[Config, str]
 ) -> dict[Config | None, float]:
     """Milliseconds of configurations and the vendor; what fails now is added to the refusals."""
     runs: dict[Config | None, Callable[[], Any]] = {c: functools.partial(work.run, c) for c in configs}
@@ -422,8 +422,8 @@ def _agree(key: _Key, find: Callable[[], Times | None]) -> Times | None:
         answer = json.loads(store.get(f"{place}/answer"))
         if answer["failure"] is not None:
             failed = f"the rank that was to measure it failed with {answer['failure']}"
-            tuning_files.warn(place, f"{problem} runs untuned: {failed}")
-        return None if answer["times"] is None else tuning_files.times_of(answer["times"])
+            cache.warn(place, f"{problem} runs untuned: {failed}")
+        return None if answer["times"] is None else cache.times_of(answer["times"])
     failure: str | None = "an interrupt"
     found = None
     try:
@@ -433,6 +433,6 @@ def _agree(key: _Key, find: Callable[[], Times | None]) -> Times | None:
         failure = repr(error)
         raise
     finally:  # whatever happened: the others wait for it
-        times = None if found is None else tuning_files.rows_of(found)
+        times = None if found is None else cache.rows_of(found)
         store.set(f"{place}/answer", json.dumps({"times": times, "failure": failure}))
     return found

@@ -55,7 +55,7 @@ _assumed = 90
 
 
 @contextmanager
-def assuming(arch: int) -> Iterator[None]:
+def assume_architecture(arch: int) -> Iterator[None]:
     """Within, tensors that are on no GPU get configurations for an architecture (90 is sm_90, the default)."""
     global _assumed
     before, _assumed = _assumed, arch

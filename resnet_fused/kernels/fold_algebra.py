@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels.configs import tile
+from resnet_fused.kernels.autotune.heuristics import tile
 from resnet_fused.kernels.launch import Config, cdiv, launch
 
 #: Channels from which the columns of W S are split over programs: fewer take at most 8 steps.

@@ -1,4 +1,4 @@
-"""How a primitive becomes an op of the dispatcher: schema, fake and reference here, native kernels from csrc."""
+"""Ops of PyTorch's dispatcher: schema, fake and reference are registered here, native kernels by csrc."""
 
 from __future__ import annotations
 
@@ -10,35 +10,30 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backend import uses_reference
-
-#: Names of all primitives, in the order of their definition.
-PRIMITIVES: list[str] = []
-#: Those that are compositions of others and of vendor products on CPU and CUDA, by name.
-COMPOSITIONS: dict[str, Callable[..., Any]] = {}
-#: Those of them that have a Triton kernel too.
-TRITON: set[str] = set()
+from resnet_fused.ops.dispatch import IMPLEMENTATIONS, Implementations
 
 
-def primitive(
+def register_op(
     schema: str,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
-    composition: Callable[..., Any] | None = None,
+    implementation: Callable[..., Any] | None = None,
     triton: bool = False,
     check: Callable[..., bool] | None = None,
 ) -> Callable[..., Any]:
     """Defines ``resnet_fused::<schema>`` and returns the function that calls it.
 
     The reference is registered for every device; a native kernel takes precedence where csrc registered one.
-    Primitives carry no autograd formula: the autograd.Functions around them do, which costs less per call.
+    Ops carry no autograd formula: the autograd.Functions around them do, which costs less per call.
 
     Args:
         schema: name, arguments and results, as torch.library.define takes them.
         reference: what the op computes, in plain PyTorch.
         fake: the same results without data: shapes, dtypes and strides of the native kernel.
-        composition: what runs on CPU and CUDA instead of a native kernel: vendor products and other primitives.
-        triton: the composition chooses between those and a Triton kernel.
-        check: takes the arguments, raises where they do not fit, and returns whether only the reference knows such
+        implementation: what runs on CPU and CUDA instead of a native kernel: the vendor's library with native ops
+            around it or, where that is faster, a Triton kernel.
+        triton: whether there is a Triton kernel.
+        check: takes the arguments, raises where they do not fit, and returns whether only the reference supports such
             arguments. Native kernels have theirs in csrc/bindings_common.h.
     """
     name = schema.partition("(")[0]
@@ -48,17 +43,14 @@ def primitive(
     needed = [i for i, x in enumerate(handle._schema.arguments) if isinstance(x.type, torch.TensorType)]
     if check is None:
         check = functools.partial(_needs_tensors, name, needed)
-    elif composition is not None:
-        composition = _checked(check, composition, reference)
+    elif implementation is not None:
+        implementation = _checked(check, implementation, reference)
     reference = _checked(check, reference, reference)
     torch.library.impl(qualified, "CompositeExplicitAutograd", reference)
     torch.library.register_fake(qualified, _on_one_device(name, needed, fake))
-    if composition is not None:
-        torch.library.impl(qualified, ("cpu", "cuda"), composition)
-        COMPOSITIONS[name] = composition
-        if triton:
-            TRITON.add(name)
-    PRIMITIVES.append(name)
+    if implementation is not None:
+        torch.library.impl(qualified, ("cpu", "cuda"), implementation)
+    IMPLEMENTATIONS[name] = Implementations(implementation, triton)
 
     def call(*args: Any) -> Any:
         if uses_reference():

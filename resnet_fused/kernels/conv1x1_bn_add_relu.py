@@ -14,9 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels import reductions
-from resnet_fused.kernels.configs import gemm_configs
-from resnet_fused.kernels.launch import Config, cdiv, launch
-from resnet_fused.kernels.problem import (
+from resnet_fused.kernels.arguments import (
     activation_fields,
     every_sizes,
     mask_words,
@@ -25,16 +23,18 @@ from resnet_fused.kernels.problem import (
     row_matrix,
     touched,
 )
+from resnet_fused.kernels.autotune.heuristics import gemm_configs
+from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.tiles import activation_tile, pixel_of, store_bits, tile_of
-from resnet_fused.reference.layout import mask_shape
-from resnet_fused.reference.operands import Activation, Pair
+from resnet_fused.layout import mask_shape
+from resnet_fused.types import Activation, Pair
 
 
 @triton.jit
 def _product(
     x,
     mean,
-    terms,
+    bn_coeffs,
     shift,
     conv,
     source,
@@ -50,7 +50,7 @@ def _product(
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for first in range(0, CHANNELS, BLOCK_K):
         channels = first + tl.arange(0, BLOCK_K)
-        a = activation_tile(x, mean, terms, shift, source, inside, channels, CHANNELS, False)
+        a = activation_tile(x, mean, bn_coeffs, shift, source, inside, channels, CHANNELS, False)
         b = tl.load(
             conv + outputs[:, None] * CHANNELS + channels[None, :],
             (channels < CHANNELS)[None, :] & (outputs < OUTPUTS)[:, None],
@@ -74,7 +74,7 @@ def _normed(value, mean, invstd, weight, bias, outputs, OUTPUTS):
 
 
 @triton.jit
-def expand_kernel(
+def conv1x1_bn_add_relu_kernel(
     x,
     x_mean,
     x_terms,
@@ -92,7 +92,7 @@ def expand_kernel(
     skip_weight,
     skip_bias,
     out,
-    bits,
+    mask,
     CHANNELS,
     SKIP_CHANNELS,
     OUTPUTS,
@@ -143,7 +143,7 @@ def expand_kernel(
         tl.where(held, 0.0, z).to(out.dtype.element_ty),
         whole,
     )
-    store_bits(bits, ~held & whole, rows, inside, tile_n * BLOCK_N, OUTPUTS, BLOCK_N)
+    store_bits(mask, ~held & whole, rows, inside, tile_n * BLOCK_N, OUTPUTS, BLOCK_N)
 
 
 #: mean, invstd, weight and bias of a batch norm.
@@ -166,7 +166,7 @@ def configs(
     return gemm_configs(x, x.numel() // x.shape[1], outputs, x.shape[1], epilogue=2, products=products)
 
 
-def expand(
+def conv1x1_bn_add_relu(
     source: Activation,
     conv: Tensor | None,
     norm: Vectors,
@@ -174,17 +174,17 @@ def expand(
     skip_shift: Tensor | None,
     skip_conv: Tensor | None,
     skip_norm: Vectors,
-    every: Pair,
+    input_stride: Pair,
     config: Config,
 ) -> tuple[Tensor, Tensor]:
     """relu(bn(conv(source)) + shortcut) and the mask of its ReLU; arguments as in reference.passes."""
-    source, x = reductions.with_terms(source), source.x
+    source, x = reductions.with_bn_coeffs(source), source.x
     outputs, (height, width) = x.shape[1] if conv is None else conv.shape[0], x.shape[2:]
     out = new_activation(x, outputs, height, width)
-    bits = torch.empty(mask_shape(out), dtype=torch.uint8, device=out.device)
+    mask = torch.empty(mask_shape(out), dtype=torch.uint8, device=out.device)
     pixels = x.shape[0] * height * width
     launch(
-        expand_kernel,
+        conv1x1_bn_add_relu_kernel,
         (cdiv(pixels, config.block_m) * cdiv(outputs, config.block_n),),
         {
             **activation_fields(source, "x_"),
@@ -192,14 +192,14 @@ def expand(
             "skip": skip, "skip_shift": skip_shift,
             "skip_conv": None if skip_conv is None else row_matrix(skip_conv, x.dtype),
             **{f"skip_{name}": v for name, v in zip(_VECTORS, skip_norm, strict=True)},
-            "out": out, "bits": mask_words(bits, outputs, config.block_n),
+            "out": out, "mask": mask_words(mask, outputs, config.block_n),
             "CHANNELS": x.shape[1], "SKIP_CHANNELS": skip.shape[1], "OUTPUTS": outputs,
             "PIXELS": pixels, "HEIGHT": skip.shape[2], "WIDTH": skip.shape[3],
-            "OUT_HEIGHT": height, "OUT_WIDTH": width, **every_sizes(every),
+            "OUT_HEIGHT": height, "OUT_WIDTH": width, **every_sizes(input_stride),
         },
-        {"POINTWISE": every == (1, 1), "PRECISION": precision(x.dtype), **config.blocks()},
+        {"POINTWISE": input_stride == (1, 1), "PRECISION": precision(x.dtype), **config.blocks()},
         config,
         flops=2 * pixels * sum(w.numel() for w in (conv, skip_conv) if w is not None),
         touched=touched("skip", skip, height, width),
     )  # fmt: skip
-    return out, bits
+    return out, mask

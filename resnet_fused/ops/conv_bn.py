@@ -1,0 +1,393 @@
+"""A convolution with the statistics of its output, and its backward, for lazy operands (types).
+
+``conv_bn_stats`` and ``conv_backward`` have Triton kernels that compute the operands' values in their prologues; the
+vendor's implementation materializes them first. See reference.conv_bn for what they compute.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused.layout import statistics_dtype, subsample
+from resnet_fused.ops import _checks
+from resnet_fused.ops.bn_add_relu import bn_add_relu_backward_dy
+from resnet_fused.ops.bn_relu import bn_relu_backward, bn_relu_backward_reduce, bn_relu_forward
+from resnet_fused.ops.bn_stats import batch_norm_stats
+from resnet_fused.ops.dispatch import (
+    MAX_KERNEL_SIZE,
+    MAX_NUMEL,
+    are_given,
+    coefficient_kernels,
+    exactly,
+    fastest,
+    fastest_sharing,
+    launches_coeffs,
+    operand_is_given,
+    runs_triton,
+    tunable,
+)
+from resnet_fused.ops.masked_grad import fresh_like, masked_grad
+from resnet_fused.ops.registry import register_op
+from resnet_fused.ops.vendor_gemm import (
+    addmm_nt_,
+    chunked_mm_tn,
+    chunks,
+    conv1x1_backward,
+    mm_nt_out,
+    mm_tn,
+    rows_per_chunk,
+)
+from resnet_fused.reference import conv_bn as reference
+from resnet_fused.types import Activation, ConvGeometry, Gradient, Pair, make_bn_coeffs, make_dy_coeffs
+
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
+
+
+def materialize(a: Activation, input_stride: Sequence[int] = (1, 1)) -> Tensor:
+    """The value of an activation at every input_stride-th pixel, in memory."""
+    x = subsample(a.x, input_stride)
+    if a.mean is not None:
+        value: Tensor = bn_relu_forward(x, a.mean, a.invstd, a.weight, a.bias, a.shift)
+        return value
+    return x if a.shift is None else x - a.shift.to(x.dtype).view(1, -1, 1, 1)
+
+
+def materialize_gradient(dy: Gradient) -> Tensor:
+    """The value of a gradient, in memory."""
+    value: Tensor
+    if dy.mean is None:
+        if dy.mask is None:
+            return dy.g
+        value = fresh_like(dy.g)
+        masked_grad(dy.g, dy.mask, value, False, None)
+    elif dy.mask is None:
+        value = bn_relu_backward(dy.g, *dy[2:9])
+    else:
+        value = bn_add_relu_backward_dy(dy.g, dy.mask, *dy[2:6], *dy[7:9])
+    return value
+
+
+def empty_vectors(like: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Vectors without elements, since an op always has as many results."""
+    return tuple(like.new_empty(0, dtype=statistics_dtype(like.dtype)) for _ in range(count))
+
+
+def new_vectors(like: Tensor, channels: int, count: int) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(channels, dtype=statistics_dtype(like.dtype)) for _ in range(count))
+
+
+def new_coeffs(like: Tensor, channels: int) -> Tensor:
+    return like.new_empty(3, channels, dtype=statistics_dtype(like.dtype))
+
+
+def new_activation(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    size = (like.shape[0], channels, height, width)
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def activation_of(fields: Sequence[Tensor | None]) -> Activation:
+    return Activation(*fields)  # type: ignore[arg-type]
+
+
+def _geometry(
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> ConvGeometry:
+    return ConvGeometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
+
+
+def bn_sums(da: Tensor, a: Activation) -> tuple[Tensor, ...]:
+    """What backward of the batch norm of ``a`` needs of da: sum_dz, sum_dz_xhat and dy_coeffs; empty without one."""
+    if a.mean is None or a.invstd is None:
+        return empty_vectors(da, 3)
+    norm = a.mean, a.invstd, a.weight, a.bias
+    coeffs = _bn_coeffs(a.x, *norm) if a.bn_coeffs is None else a.bn_coeffs
+    sum_dz, sum_dz_xhat = bn_relu_backward_reduce(da, a.x, *norm)
+    make = coefficient_kernels().dy_coeffs_of if launches_coeffs(a.x) else make_dy_coeffs
+    pixels = a.x.numel() // a.x.shape[1]
+    return sum_dz, sum_dz_xhat, make(sum_dz, sum_dz_xhat, a.mean, a.invstd, coeffs, pixels)
+
+
+def fake_bn_sums(a: Activation) -> tuple[Tensor, ...]:
+    if a.mean is None:
+        return empty_vectors(a.x, 3)
+    channels = a.x.shape[1]
+    return *new_vectors(a.x, channels, 2), new_coeffs(a.x, channels)
+
+
+def _bn_coeffs(y: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+    """``make_bn_coeffs`` of a batch norm of ``y``."""
+    make = coefficient_kernels().bn_coeffs_of if launches_coeffs(y) else make_bn_coeffs
+    coeffs: Tensor = make(mean, invstd, gamma, beta)
+    return coeffs
+
+
+# Forward
+
+
+def _conv_bn_stats(
+    fields: list[Tensor | None],
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    eps: float,
+    training: bool,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    coeffs: bool,
+) -> tuple[Tensor, ...]:
+    a, geometry = activation_of(fields), _geometry(stride, padding, dilation, groups)
+
+    def vendor() -> tuple[Tensor, ...]:
+        value = materialize(a)
+        y = torch.ops.aten.convolution.default(value, weight, None, *geometry[:3], False, [0, 0], groups)
+        y = y.contiguous(memory_format=torch.channels_last)
+        if not training:
+            return y, *empty_vectors(y, 4)
+        mean, var, invstd = batch_norm_stats(y, eps)
+        bn_coeffs = _bn_coeffs(y, mean, invstd, gamma, beta) if coeffs else empty_vectors(y, 1)[0]
+        return y, mean, var, invstd, bn_coeffs
+
+    height, width = geometry.out_size(a.x, weight)
+    addressable = len(a.x) * height * width * len(weight) < MAX_NUMEL
+    if not (coeffs and runs_triton(a.x, groups) and addressable and max(weight.shape[2:]) <= MAX_KERNEL_SIZE):
+        return vendor()
+    sizes = (*a.x.shape, *weight.shape, *stride, *padding, *dilation, *operand_is_given(a), training)
+    bn = eps, training, gamma, beta
+    exact = exactly(
+        reference.conv_bn_stats, a.x, fields, weight, stride, padding, dilation, groups, *bn, True
+    )
+    arguments = (a, weight, geometry, *bn)
+    found: tuple[Tensor, ...] = fastest(
+        tunable("conv_bn_stats", a.x, sizes, arguments, vendor, exact), a.x.device
+    )
+    return found
+
+
+def _fake_conv_bn_stats(
+    fields: list[Tensor | None],
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    eps: float,
+    training: bool,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    coeffs: bool,
+) -> tuple[Tensor, ...]:
+    x, outputs = activation_of(fields).x, len(weight)
+    y = new_activation(x, outputs, *_geometry(stride, padding, dilation, groups).out_size(x, weight))
+    if not training:
+        return y, *empty_vectors(x, 4)
+    return y, *new_vectors(x, outputs, 3), new_coeffs(x, outputs) if coeffs else empty_vectors(x, 1)[0]
+
+
+#: y = conv(a) and the statistics of its channels.
+conv_bn_stats = register_op(
+    f"conv_bn_stats(Tensor?[] a, Tensor weight, {_GEOMETRY}, float eps, bool training, Tensor? gamma, Tensor? beta,"
+    " bool coeffs) -> (Tensor y, Tensor mean, Tensor var, Tensor invstd, Tensor bn_coeffs)",
+    reference.conv_bn_stats,
+    _fake_conv_bn_stats,
+    _conv_bn_stats,
+    triton=True,
+    check=_checks.conv_bn_stats,
+)
+
+
+# Backward
+
+
+def _is_pointwise(weight: Tensor, geometry: ConvGeometry) -> bool:
+    """A 1x1 convolution without padding and groups; of any stride."""
+    return weight.shape[2:] == (1, 1) and geometry.padding == (0, 0) and geometry.groups == 1
+
+
+def _as_conv_weight(q: Tensor) -> Tensor:
+    """(N, K) as (N, K, 1, 1), with the strides of a channels_last tensor."""
+    return q[:, None, None].permute(0, 3, 1, 2)
+
+
+def _add_residual(da: Tensor, residual: Tensor, mask: Tensor | None, input_stride: Pair) -> None:
+    if mask is not None and input_stride == (1, 1):
+        masked_grad(residual, mask, da, True, None)
+    else:
+        da[:, :, :: input_stride[0], :: input_stride[1]] += materialize_gradient(Gradient(residual, mask))
+
+
+def _vendor_dgrad(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    residual: Tensor | None,
+    residual_mask: Tensor | None,
+    input_stride: Pair,
+) -> Tensor:
+    """The gradient w.r.t. the convolution's input ``x``, which is given for its shape."""
+    found, _, _ = torch.ops.aten.convolution_backward.default(
+        dy, x, weight, None, *geometry[:3], False, [0, 0], geometry.groups, [True, False, False]
+    )
+    da: Tensor = found.contiguous(memory_format=torch.channels_last)
+    if residual is not None:
+        _add_residual(da, residual, residual_mask, input_stride)
+    return da
+
+
+def _vendor_wgrad(dy: Tensor, a: Activation, weight: Tensor, geometry: ConvGeometry) -> Tensor:
+    if _is_pointwise(weight, geometry):
+        return _as_conv_weight(chunked_mm_tn(dy, materialize(a, geometry.stride)))
+    _, found, _ = torch.ops.aten.convolution_backward.default(
+        dy, materialize(a), weight, None, *geometry[:3], False, [0, 0], geometry.groups, [False, True, False]
+    )
+    return found.to(statistics_dtype(dy.dtype)).contiguous(memory_format=torch.channels_last)
+
+
+def _vendor_conv1x1_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, residual: Tensor | None, residual_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(da, dweight) of a 1x1 convolution of stride 1, chunk by chunk: both GEMMs read dy from the cache."""
+    rows = rows_per_chunk(x, max(x.shape[1], dy.shape[1]))
+    if rows * x.shape[1] >= x.numel():  # all of the batch is in the cache
+        found, dweight = conv1x1_backward(dy, x, weight)
+        da = found.contiguous(memory_format=torch.channels_last)
+        if residual is not None:
+            _add_residual(da, residual, residual_mask, (1, 1))
+        return da, _as_conv_weight(dweight.flatten(1).to(statistics_dtype(dy.dtype)))
+    da = fresh_like(x)
+    dweight = weight.new_zeros(weight.shape[:2], dtype=statistics_dtype(weight.dtype))
+    transposed = weight.transpose(0, 1).contiguous()
+    residuals = [None] * len(chunks(x, rows)) if residual is None else chunks(residual, rows)
+    masks = [None] * len(residuals) if residual_mask is None else residual_mask.split(rows)
+    for da_chunk, dy_chunk, x_chunk, added, mask in zip(
+        chunks(da, rows), chunks(dy, rows), chunks(x, rows), residuals, masks, strict=True
+    ):
+        if added is None:
+            mm_nt_out(da_chunk, dy_chunk, transposed)
+        else:
+            if mask is None:
+                da_chunk.copy_(added)
+            else:
+                masked_grad(added, mask, da_chunk, False, None)
+            addmm_nt_(da_chunk, dy_chunk, transposed)
+        dweight += mm_tn(dy_chunk, x_chunk)
+    return da, _as_conv_weight(dweight)
+
+
+def _conv_backward(
+    dy_fields: list[Tensor | None],
+    fields: list[Tensor | None],
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    residual: Tensor | None,
+    residual_mask: Tensor | None,
+    input_stride: list[int],
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    a, dy = activation_of(fields), Gradient(*dy_fields)  # type: ignore[arg-type]
+    geometry, step = _geometry(stride, padding, dilation, groups), (input_stride[0], input_stride[1])
+    rest = residual, residual_mask, step
+    needs_input, needs_weight = needs
+    found: list[Any]
+    if runs_triton(a.x, groups) and dy.g.numel() < MAX_NUMEL:
+        found = _fastest_gradients(dy_fields, fields, dy, a, weight, geometry, rest, needs)
+    elif _is_pointwise(weight, geometry) and geometry.stride == step == (1, 1) and all(needs):
+        da, dweight = _vendor_conv1x1_backward(
+            materialize_gradient(dy), materialize(a), weight, residual, residual_mask
+        )
+        found = [dweight, (da, *bn_sums(da, a))]
+    else:
+        g = materialize_gradient(dy)
+        found = [_vendor_wgrad(g, a, weight, geometry)] if needs_weight else []
+        if needs_input:
+            da = _vendor_dgrad(g, a.x, weight, geometry, *rest)
+            found.append((da, *bn_sums(da, a)))
+    dweight = found[0] if needs_weight else empty_vectors(a.x, 1)[0]
+    da, *sums = found[-1] if needs_input else (a.x.new_empty(0), None)
+    return da, *(empty_vectors(a.x, 3) if sums[0] is None else sums), dweight
+
+
+def _fastest_gradients(
+    dy_fields: list[Tensor | None],
+    fields: list[Tensor | None],
+    dy: Gradient,
+    a: Activation,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    rest: tuple[Tensor | None, Tensor | None, Pair],
+    needs: list[bool],
+) -> list[Any]:
+    """The gradients that are needed, the weight's first: each by Triton or by the vendor, which share dy in memory."""
+    # Once for both gradients.
+    dy, a = coefficient_kernels().with_dy_coeffs(dy), coefficient_kernels().with_bn_coeffs(a)
+
+    def materialize_dy(config: Any = None) -> Tensor:
+        return materialize_gradient(dy)
+
+    value = functools.cache(materialize_dy)
+
+    def vendor_dgrad() -> tuple[Tensor, ...]:
+        da = _vendor_dgrad(value(), a.x, weight, geometry, *rest)
+        return da, *bn_sums(da, a)
+
+    def vendor_wgrad() -> Tensor:
+        return _vendor_wgrad(value(), a, weight, geometry)
+
+    x, (residual, residual_mask, input_stride) = a.x, rest
+    sizes = (*x.shape, *weight.shape, *geometry.stride, *geometry.padding, *geometry.dilation)
+    candidates = []
+    if needs[1]:
+        exact = exactly(reference.wgrad, x, dy_fields, fields, weight, *geometry)
+        flags = operand_is_given(dy) + operand_is_given(a)
+        arguments: tuple[Any, ...] = (dy, a, weight, geometry)
+        candidates.append(tunable("wgrad", x, (*sizes, *flags), arguments, vendor_wgrad, exact))
+    if needs[0]:
+        exact = exactly(reference.dgrad, x, dy_fields, weight, *geometry, fields, *rest)
+        flags = operand_is_given(dy) + operand_is_given(a) + are_given((residual, residual_mask))
+        has_kernel = max(weight.shape[2:]) <= MAX_KERNEL_SIZE
+        has_kernel = has_kernel and (max(geometry.stride) == 1 or max(geometry.dilation) == 1)
+        arguments = (dy, weight, geometry, a, *rest)
+        candidates.append(
+            tunable("dgrad", x, (*sizes, *input_stride, *flags), arguments, vendor_dgrad, exact, has_kernel)
+        )
+    flags = operand_is_given(dy)
+    shared = tunable(
+        "gradient", dy.g, (*dy.g.shape, *flags), (), materialize_dy, materialize_dy, has_kernel=False
+    )
+    return fastest_sharing(candidates, shared, x.device)
+
+
+def _fake_conv_backward(
+    dy: list[Tensor | None], fields: list[Tensor | None], weight: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    a, (needs_input, needs_weight) = activation_of(fields), rest[-1]
+    x, dtype = a.x, statistics_dtype(a.x.dtype)
+    da, sums, dweight = x.new_empty(0), empty_vectors(x, 3), empty_vectors(x, 1)[0]
+    if needs_input:
+        da, sums = torch.empty_like(x), fake_bn_sums(a)
+    if needs_weight:
+        dweight = torch.empty(weight.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    return da, *sums, dweight
+
+
+#: The gradients w.r.t. a convolution's input and weight, and the sums that backward of the input's batch norm needs.
+conv_backward = register_op(
+    f"conv_backward(Tensor?[] dy, Tensor?[] a, Tensor weight, {_GEOMETRY}, Tensor? residual, Tensor? residual_mask,"
+    " int[] input_stride, bool[] needs) -> (Tensor da, Tensor sum_dz, Tensor sum_dz_xhat, Tensor dy_coeffs,"
+    " Tensor dweight)",
+    reference.conv_backward,
+    _fake_conv_backward,
+    _conv_backward,
+    triton=True,
+    check=_checks.conv_backward,
+)

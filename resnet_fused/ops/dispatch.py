@@ -1,0 +1,207 @@
+"""Which implementation of an op runs: a Triton kernel, the native kernel of csrc, or the vendor's library.
+
+``IMPLEMENTATIONS`` says which exist; registry.register_op fills it. Where Triton and the vendor both serve a shape,
+``fastest`` runs the one that was measured to be faster (kernels.autotune). Triton is imported when the first of its
+kernels is asked for: a machine without it never gets there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backend import choice, why_not_triton, why_plain
+from resnet_fused.types import Activation, Gradient
+
+if TYPE_CHECKING:
+    from resnet_fused.kernels.autotune.search import Tunable
+    from resnet_fused.kernels.launch import Config
+
+#: Elements of a tensor that Triton kernels can address: they count in 32 bits.
+MAX_NUMEL = 2**31
+#: Kernel height or width that they have a mask bit for.
+MAX_KERNEL_SIZE = 31
+
+
+class Implementations(NamedTuple):
+    """Of one op, beside its reference.
+
+    composed: GEMMs and convolutions of the vendor's library with native ops around them, or a Triton kernel where
+    ``triton`` says that there is one and it is faster; None: csrc has a native kernel.
+    """
+
+    composed: Callable[..., Any] | None
+    triton: bool
+
+
+#: By the name of the op, in the order in which ops are registered.
+IMPLEMENTATIONS: dict[str, Implementations] = {}
+
+
+def status() -> list[dict[str, str]]:
+    """One row per op and device type: {op, device, implementation, reason}; reason is "" where nothing is missing.
+
+    implementation: native (csrc), vendor (the vendor's library and native ops), triton (where it is faster than the
+    vendor) or reference.
+    """
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    rows = []
+    for device in devices:
+        missing = why_plain(device)
+        for op, implementations in IMPLEMENTATIONS.items():
+            implementation, reason = "native", missing
+            if missing is not None:
+                implementation = "reference"
+            elif implementations.composed is not None:
+                reason = why_not_triton(device) if implementations.triton else None
+                implementation = "triton" if implementations.triton and reason is None else "vendor"
+            rows.append(
+                {"op": op, "device": device, "implementation": implementation, "reason": reason or ""}
+            )
+    return rows
+
+
+def runs_triton(x: Tensor, groups: int = 1) -> bool:
+    """Whether Triton kernels serve an activation; they support no groups."""
+    return (
+        why_not_triton(x.device.type) is None
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and groups == 1
+        and x.numel() < MAX_NUMEL
+    )
+
+
+class TritonKernel(NamedTuple):
+    """A launcher, and the configurations to try for its arguments (all but the configuration itself)."""
+
+    launch: Callable[..., Any]
+    configs: Callable[..., list[Config]]
+
+
+@functools.cache
+def _triton_kernels() -> dict[str, TritonKernel]:
+    from resnet_fused.kernels import (
+        conv1x1_bn_add_relu,
+        conv_bn_stats,
+        dgrad,
+        folded_dgrad,
+        folded_wgrad,
+        input_covariance,
+        wgrad,
+    )
+
+    return {
+        "conv_bn_stats": TritonKernel(conv_bn_stats.conv_bn_stats, conv_bn_stats.configs),
+        "dgrad": TritonKernel(dgrad.dgrad, dgrad.configs),
+        "wgrad": TritonKernel(wgrad.wgrad, wgrad.configs),
+        "input_covariance": TritonKernel(input_covariance.input_covariance, input_covariance.configs),
+        "conv1x1_bn_add_relu": TritonKernel(
+            conv1x1_bn_add_relu.conv1x1_bn_add_relu, conv1x1_bn_add_relu.configs
+        ),
+        "folded_wgrad": TritonKernel(folded_wgrad.folded_wgrad, folded_wgrad.configs),
+        "folded_dgrad": TritonKernel(folded_dgrad.folded_dgrad, folded_dgrad.configs),
+    }
+
+
+@functools.cache
+def _autotuner() -> ModuleType:
+    from resnet_fused.kernels.autotune import search
+
+    return search
+
+
+@functools.cache
+def coefficient_kernels() -> ModuleType:
+    """The kernels that compute ``bn_coeffs`` and ``dy_coeffs``."""
+    from resnet_fused.kernels import reductions
+
+    return reductions
+
+
+#: By op, sizes, dtype and device: the launcher, its configurations and the tuning key, so that a call is cheap.
+_known: dict[Any, tuple[Any, list[Config], Any]] = {}
+
+
+def clear_cache() -> None:
+    """Configurations are computed again."""
+    _known.clear()
+
+
+def tunable(
+    kernel: str,
+    x: Tensor,
+    sizes: Sequence[Any],
+    arguments: tuple[Any, ...],
+    vendor: Callable[[], Any],
+    exact: Callable[[], Any],
+    has_kernel: bool = True,
+) -> Tunable:
+    """A Triton kernel and what the vendor does instead, for the autotuner.
+
+    Args:
+        sizes: what distinguishes problems for which the fastest may differ, beside the dtype.
+        arguments: of the launcher, but for the configuration.
+        exact: computes the same results in more bits.
+        has_kernel: else there is only the vendor.
+    """
+    search = _autotuner()
+    dtype = search.dtype_name(x.dtype)
+    key = (kernel, *sizes, dtype, x.device)
+    if key not in _known:
+        tuning_key = search.TuningKey(kernel, tuple(int(size) for size in sizes), dtype)
+        launch, configs = None, []
+        if has_kernel:
+            triton = _triton_kernels()[kernel]
+            launch, configs = triton.launch, triton.configs(*arguments)
+        _known[key] = launch, configs, tuning_key
+    launch, configs, tuning_key = _known[key]
+    made: Tunable = search.Tunable(
+        tuning_key, configs, lambda config: launch(*arguments, config), vendor, exact
+    )
+    return made
+
+
+def fastest(candidate: Tunable, device: torch.device) -> Any:
+    """The results of the fastest configuration, or of the vendor if that is faster."""
+    chosen = _autotuner().choose(candidate, device)
+    return candidate.vendor() if chosen is None else candidate.run(chosen)  # type: ignore[misc]
+
+
+def fastest_sharing(candidates: list[Tunable], shared: Tunable, device: torch.device) -> list[Any]:
+    """The results of candidates whose vendors all need what ``shared`` makes: what is fastest in sum."""
+    chosen = _autotuner().choose_sharing(candidates, shared, device)
+    return [
+        candidate.vendor() if config is None else candidate.run(config)  # type: ignore[misc]
+        for candidate, config in zip(candidates, chosen, strict=True)
+    ]
+
+
+def exactly(op: Callable[..., Any], x: Tensor, *arguments: Any) -> Callable[[], Any]:
+    """What ``op`` computes from its arguments in more bits than those of the activation ``x``."""
+    wide = torch.float64 if x.dtype == torch.float32 else torch.float32
+
+    def widened(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(wide) if value.is_floating_point() else value
+        return [widened(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+    return lambda: op(*widened(arguments))
+
+
+def are_given(fields: Sequence[Tensor | None]) -> list[bool]:
+    return [field is not None for field in fields]
+
+
+def operand_is_given(operand: Activation | Gradient) -> list[bool]:
+    """Without coefficients, which kernels compute themselves where they are not given."""
+    return are_given(operand[1:6] if isinstance(operand, Activation) else operand[1:9])
+
+
+def launches_coeffs(x: Tensor) -> bool:
+    """Whether Triton kernels compute coefficients for an activation even where the vendor does the rest."""
+    return runs_triton(x) and choice() not in ("vendor", "reference")

@@ -1,0 +1,245 @@
+"""A 1x1 convolution folded with the batch norm after it, in training: the output of the convolution is never stored.
+
+With c the centered input of the convolution, P x K, and W its weight, N x K, the output y = c W^T has, over the pixels,
+the mean W m and the variances diag(W S W^T), where m and S are mean and covariance of c: the statistics are known
+before the convolution has run. Backward needs of y only Q = dz^T c. See docs/training-fold.md.
+
+Activations are (N, C, H, W), operands ``a`` and ``skip`` the fields of an Activation; the weight of a 1x1 convolution
+is (N, K, 1, 1) in the activations' dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fused.layout import dense, pack_mask, stored, subsample, widened
+from resnet_fused.reference.batch_norm import affine, relu_mask, scale
+from resnet_fused.reference.bn_add_relu import relu_backward
+from resnet_fused.reference.conv_bn import activation_value, bn_sums
+from resnet_fused.types import Activation
+
+
+def input_covariance(a: list[Tensor | None], input_stride: list[int]) -> tuple[Tensor, Tensor]:
+    """Mean (C,) and biased covariance (C, C) of the channels of an activation, over every input_stride-th pixel.
+
+    In the statistics dtype; 0 where there are no pixels.
+    """
+    rows = _rows(widened(subsample(activation_value(_activation(a)), input_stride)))
+    mean = rows.sum(0) if len(rows) == 0 else rows.mean(0)
+    centered = rows - mean
+    return mean, centered.t() @ centered / max(len(rows), 1)
+
+
+def conv1x1_bn_add_relu(
+    a: list[Tensor | None],
+    weight: Tensor | None,
+    bn: list[Tensor | None],
+    skip: Tensor,
+    skip_shift: Tensor | None,
+    skip_weight: Tensor | None,
+    skip_bn: list[Tensor | None],
+    input_stride: list[int],
+) -> tuple[Tensor, Tensor]:
+    """relu(bn(conv(a)) + shortcut) and the mask of its ReLU.
+
+    Args:
+        a: input of the 1x1 convolution ``weight``, (N, K, H, W); without weight its output, (N, C, H, W).
+        bn: mean, invstd, weight and bias of the batch norm after the convolution, (C,).
+        skip: the shortcut, (N, C, H, W); with ``skip_weight`` the input of its 1x1 convolution, of which it reads
+            every input_stride-th pixel, minus ``skip_shift``.
+        skip_bn: as ``bn``, of the shortcut's batch norm; all None where it has none.
+
+    Returns:
+        out: (N, C, H, W), channels_last; mask: uint8, see layout.pack_mask.
+    """
+    like = _convolved(activation_value(_activation(a)), weight)
+    z = affine(widened(like), *bn)  # type: ignore[arg-type]
+    other = subsample(activation_value(Activation(skip, shift=skip_shift)), input_stride)
+    other = widened(_convolved(other, skip_weight))
+    if skip_bn[0] is not None:
+        other = affine(other, *skip_bn)  # type: ignore[arg-type]
+    z = z + other
+    return _channels_last(stored(torch.relu(z), like)), pack_mask(relu_mask(z), like)
+
+
+def folded_wgrad(
+    grad: Tensor,
+    mask: Tensor,
+    a: list[Tensor | None],
+    input_stride: list[int],
+    skip: list[Tensor | None],
+    skip_input_stride: list[int],
+) -> tuple[Tensor, ...]:
+    """What backward of one or two folded convolutions sums over the pixels, with dz = grad * mask.
+
+    Args:
+        grad: (N, outputs, H, W), w.r.t. the output of ``conv1x1_bn_add_relu``; mask: its mask.
+        a, skip: the inputs of the convolutions, C and K channels; ``skip`` has no statistics, or no fields at all.
+
+    Returns:
+        Q = dz^T a: (outputs, C); that of skip: (outputs, K), or empty; dz summed over the pixels: (outputs,).
+    """
+    dz = relu_backward(grad, mask, dense(grad))
+    rows = _rows(dz)
+
+    def q_of(operand: list[Tensor | None], stride: list[int]) -> Tensor:
+        return rows.t() @ _rows(widened(subsample(activation_value(_activation(operand)), stride)))
+
+    skip_q = q_of(skip, skip_input_stride) if skip else dz.new_empty(0)
+    return q_of(a, input_stride), skip_q, dz.sum((0, 2, 3), dtype=torch.float64).to(dz.dtype)
+
+
+def folded_dgrad(
+    grad: Tensor,
+    mask: Tensor,
+    factors: list[Tensor | None],
+    a: list[Tensor | None],
+    input_stride: list[int],
+    skip_factors: list[Tensor | None],
+    skip: list[Tensor | None],
+    skip_input_stride: list[int],
+) -> tuple[Tensor, ...]:
+    """da = dz scaled + a matrix^T + vector of one or two folded convolutions, and the sums that ``dgrad`` returns.
+
+    Args:
+        grad, mask, a, skip: as for ``folded_wgrad``.
+        factors, skip_factors: scaled: (outputs, C, 1, 1); matrix: (C, C, 1, 1) and vector: (C,), or both None.
+
+    Returns:
+        da: (N, C, H, W), w.r.t. a; that w.r.t. skip, or empty; sum_dz, sum_dz_xhat and dy_coeffs of a's batch norm.
+    """
+    dz = relu_backward(grad, mask, dense(grad))
+
+    def input_gradient(x: Activation, stride: list[int], factors: list[Tensor | None]) -> Tensor:
+        scaled, matrix, vector = factors
+        assert scaled is not None
+        da = F.conv2d(dz, widened(scaled).transpose(0, 1))
+        if matrix is not None and vector is not None:
+            da = da + F.conv2d(widened(subsample(activation_value(x), stride)), widened(matrix))
+            da = da + vector.view(1, -1, 1, 1)
+        return _channels_last(da.to(grad.dtype))
+
+    da = input_gradient(_activation(a), input_stride, factors)
+    dskip = grad.new_empty(0)
+    if skip:
+        dskip = input_gradient(_activation(skip), skip_input_stride, skip_factors)
+    return da, dskip, *bn_sums(da, _activation(a))
+
+
+def folded_backward(
+    grad: Tensor, mask: Tensor, inputs: list[Tensor], matrices: list[Tensor]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """``folded_wgrad`` of one or two inputs that are in memory, and of ``folded_dgrad`` the part that needs no sums.
+
+    Args:
+        grad: (N, C, H, W), w.r.t. the output of conv1x1_bn_add_relu; mask: its mask, in channels_last.
+        inputs: c of each, (N, K, H, W).
+        matrices: of each the transposed weight times the batch norm's scale, (K, C, 1, 1).
+
+    Returns:
+        sum_dz: (C,), statistics dtype.
+        qs: of each Q = dz^T c, (C, K), statistics dtype.
+        gradients: of each dz matrix^T, (N, K, H, W).
+    """
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    dz = relu_backward(grad, mask, grad)
+    rows = _rows(dz)
+    qs = [rows.t() @ _rows(widened(c)) for c in inputs]
+    gradients = [_channels_last(_convolved(dz.to(grad.dtype), matrix)) for matrix in matrices]
+    return dz.sum((0, 2, 3), dtype=torch.float64).to(dz.dtype), qs, gradients
+
+
+def add_gemm_(out: Tensor, a: Tensor, matrix: Tensor, vector: Tensor) -> None:
+    """out += a matrix^T + vector, pixel by pixel, in place.
+
+    Args:
+        out: (N, M, H, W); a: (N, K, H, W); matrix: (M, K, 1, 1), as activations; vector: (M,), statistics dtype.
+    """
+    wide = _convolved(widened(a), widened(matrix)) + vector.view(1, -1, 1, 1)
+    out.copy_(widened(out) + wide)
+
+
+def fold_statistics(
+    weight: Tensor, mean: Tensor, covariance: Tensor, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Statistics of y = c W^T from those of c: W mean, var = diag(W S W^T), invstd = 1 / sqrt(var + eps).
+
+    Args:
+        weight: (N, K); mean: (K,) and covariance: S, (K, K), statistics dtype.
+        shift: (K,), what was taken from the convolution's input to make c.
+
+    Returns:
+        mean_y, that of (c + shift) W^T, var, invstd: (N,) each.
+    """
+    wide = weight.to(mean.dtype)
+    mean_y = wide @ mean
+    var = (wide @ covariance * wide).sum(1).clamp_min(0)
+    true_mean = mean_y.clone() if shift is None else mean_y + wide @ shift
+    return mean_y, true_mean, var, torch.rsqrt(var + eps)
+
+
+def fold_gradients(
+    weight: Tensor,
+    gamma: Tensor | None,
+    mean_y: Tensor,
+    invstd: Tensor,
+    mean: Tensor | None,
+    covariance: Tensor | None,
+    sum_dz: Tensor,
+    q: Tensor,
+    pixels: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of a folded convolution's parameters, and what dc = dz scaled + c matrix^T + vector is made of.
+
+    Args:
+        weight: W, (N, K), in the activations' dtype; all else in the statistics dtype.
+        gamma, mean_y, invstd, sum_dz: (N,); q: Q = dz^T c, (N, K); pixels: P.
+        mean, covariance: (K,) and (K, K), of c; None where the statistics are constants.
+
+    Returns:
+        dweight: (N, K); dgamma: (N,); scaled: (N, K) and matrix: (K, K), in the weight's dtype; vector: (K,). The last
+        two are empty where the statistics are constants.
+    """
+    wide, factor = weight.to(invstd.dtype), scale(invstd, gamma)[:, None]
+    dgamma = invstd * ((wide * q).sum(1) - sum_dz * mean_y)
+    scaled = (factor * wide).to(weight.dtype)
+    if mean is None or covariance is None:
+        return factor * q, dgamma, scaled, weight.new_empty(0), invstd.new_empty(0)
+    slope, offset = -invstd * dgamma / pixels, -sum_dz / pixels
+    dweight = factor * (q + (slope * pixels)[:, None] * (wide @ covariance) - torch.outer(sum_dz, mean))
+    matrix = (wide.t() @ (factor * slope[:, None] * wide)).to(weight.dtype)
+    return dweight, dgamma, scaled, matrix, (factor[:, 0] * (offset - slope * mean_y)) @ wide
+
+
+def rectified_mean(weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """E[relu(bias + weight * g)], g a standard normal: near the mean of relu(bn(y)), and known before y is.
+
+    bias * Phi(bias/|weight|) + |weight| * phi(bias/|weight|). None where the batch norm has no parameters.
+    """
+    if weight is None or bias is None:
+        return None
+    spread = weight.abs()
+    ratio = bias / spread.clamp_min(torch.finfo(weight.dtype).tiny)
+    density = (
+        torch.exp(-0.5 * ratio.square()) / 6.283185307179586**0.5
+    )  # torch.compile makes a symbol of a named 2 pi
+    return bias * torch.special.ndtr(ratio) + spread * density
+
+
+def _activation(fields: list[Tensor | None]) -> Activation:
+    return Activation(*fields)  # type: ignore[arg-type]
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """With exactly those strides, where others would do too: of a single channel, or without elements."""
+    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _convolved(x: Tensor, weight: Tensor | None) -> Tensor:
+    return dense(x) if weight is None else F.conv2d(x, weight)
