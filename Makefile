@@ -17,11 +17,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.py')
 NATIVE := csrc tests/emulated_cuda
 
-.PHONY: demo test test-interpreter test-oldest-triton soak bench report lint format build gpu-bundle clean
+.PHONY: demo examples test test-interpreter test-oldest-triton soak bench report docs lint format build gpu-bundle clean
 
 # Threads that wait for each other don't spin: beside other jobs on the same cores a step takes an eighth of the time.
 demo: build
 	OMP_WAIT_POLICY=passive $(BIN)/python -m resnet_fused train --impl compare --data digits --epochs 8 --out runs/demo --overwrite
+
+# Each with its defaults: half a minute in all on two cores.
+examples: build
+	for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 test: build lint test-interpreter test-oldest-triton
 	$(PYTEST)

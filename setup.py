@@ -42,8 +42,10 @@ SDIST = (
     "csrc/*",
     "csrc/*/*",
     "docs/*",
+    "examples/*",
     "benchmarks/RESULTS.md",
     "CHANGELOG.md",
+    "CONTRIBUTING.md",
     "constraints.txt",
     "Makefile",
 )
