@@ -58,6 +58,11 @@ bench: build
 report: build
 	$(BIN)/python -m benchmarks.report
 
+# build/docs/index.html: README, docs/ and the API reference; warnings are errors.
+docs: build
+	$(BIN)/python docs/check_environment.py
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs -d build/doctrees . build/docs
+
 # build/gpu-bundle.tar.xz: what `python -m benchmarks.gpu` would compile on an H100, compiled here, without a GPU.
 gpu-bundle: $(PYTHON312)
 	$(PYTHON312) -m benchmarks.gpu_bundle make build/gpu-bundle.tar.xz

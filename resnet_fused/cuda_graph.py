@@ -18,7 +18,7 @@ Outputs = tuple[Tensor, Tensor]
 
 
 class GraphedStep:
-    """A training step that is captured as a CUDA graph after a few calls and replayed from then on.
+    """A training step that is captured as a CUDA graph after a few calls and replayed from then on::
 
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
         step = resnet_fused.GraphedStep(model, optimizer, criterion, autocast=torch.bfloat16)

@@ -9,11 +9,12 @@ statistics normalize. Gradients flow to the activations, weights and biases, to 
 Under transforms that fused ops do not serve (torch.func, forward-mode AD, torch.export, torch.jit.trace), and on empty
 activations, they run as plain PyTorch.
 
-Errors, for all of them, as F.batch_norm has them where it has:
-    TypeError: an activation is not a tensor of one of the four dtypes.
-    ValueError: wrong rank or shape; a batch with one value per channel in training; eps negative, or 0 in training;
-        tensors on different devices.
-    RuntimeError: a vector without one element per channel; no running statistics in evaluation.
+Errors of all of them, which are those of torch.nn.functional.batch_norm where it has them:
+
+- TypeError: an activation is not a tensor of one of the four dtypes.
+- ValueError: wrong rank or shape; a batch with one value per channel in training; eps negative, or 0 in training;
+  tensors on different devices.
+- RuntimeError: a vector without one element per channel; no running statistics in evaluation.
 """
 
 from __future__ import annotations
