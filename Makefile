@@ -60,6 +60,7 @@ report: build
 
 # build/docs/index.html: README, docs/ and the API reference; warnings are errors.
 docs: build
+	$(BIN)/python docs/architecture_svg.py
 	$(BIN)/python docs/check_environment.py
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs -d build/doctrees . build/docs
 

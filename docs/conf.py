@@ -10,7 +10,14 @@ release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 root_doc = "docs/index"
-include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "benchmarks/RESULTS.md"]
+include_patterns = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/*.md",
+    "examples/README.md",
+    "benchmarks/RESULTS.md",
+]
 exclude_patterns = ["build", "runs", ".venv", "**/.*"]
 html_extra_path = ["index.html"]  # sends visitors of the site's root to README
 html_theme = "furo"

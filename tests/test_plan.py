@@ -41,8 +41,8 @@ def test_readme_says_the_same() -> None:
     eager = step("resnet50", 256, 224, "bf16", "eager")
     ours, theirs = (f"{sum(x.bytes for x in xs) / 256e6:.0f}" for xs in (passes, eager))
     text = " ".join((launch_plan.PAGE.parents[1] / "README.md").read_text().split())
-    assert f"{len(passes)} passes over activations that move {ours} MB an image in bf16" in text
-    assert f"where eager PyTorch has {len(eager)} and {theirs} MB" in text
+    assert f"takes {len(passes)} passes over activations that move {ours} MB per image in bf16" in text
+    assert f"eager PyTorch takes {len(eager)} and {theirs} MB" in text
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "tf32"])
