@@ -24,7 +24,6 @@ html_theme = "furo"
 html_title = f"resnet_fused {release}"
 
 myst_heading_anchors = 3  # as on GitHub
-myst_enable_extensions = ["dollarmath"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
