@@ -319,3 +319,15 @@ def test_statistics_of_one_batch(shape: tuple[int, ...]) -> None:
     for name, pairs in errors.items():
         by_fused, by_eager = (statistics.geometric_mean(side) for side in zip(*pairs, strict=True))
         assert by_fused <= 1.5 * by_eager + 4 * torch.finfo(torch.float32).eps, name
+
+
+def test_last_convolution_with_a_stride() -> None:
+    """It is not folded: folding subsamples the input of the shortcut alone."""
+    shortcut = nn.Sequential(nn.Conv2d(16, 16, 1, stride=2, bias=False), nn.BatchNorm2d(16))
+    eager = reference.Bottleneck(16, 4, 1, shortcut)
+    eager.conv3 = nn.Conv2d(4, 16, 1, stride=2, bias=False)
+    fused = models.Bottleneck(16, 4, 1, copy.deepcopy(shortcut))
+    fused.conv3 = copy.deepcopy(eager.conv3)
+    fused.load_state_dict(eager.state_dict())
+    x = torch.randn(4, 16, 12, 12, dtype=torch.float64).to(memory_format=torch.channels_last)
+    assert relative_error(fused.double()(x), eager.double()(x)) < 1e-10
