@@ -24,7 +24,7 @@ from resnet_fused.modules import (
     why_not_one_op,
     why_plain,
 )
-from resnet_fused.reference.resnet import BlockKind, build, torchvision_arguments
+from resnet_fused.reference.resnet import BlockKind, constructors
 
 
 def _plain_copy(module: nn.Module) -> nn.Module:
@@ -198,61 +198,7 @@ BLOCKS: dict[BlockKind, type[reference.BasicBlock | reference.Bottleneck]] = {
 }
 
 
-@torchvision_arguments
-def resnet18(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-18. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
-    return build("resnet18", ResNet, BLOCKS, weights, kwargs)
-
-
-@torchvision_arguments
-def resnet34(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-34. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
-    return build("resnet34", ResNet, BLOCKS, weights, kwargs)
-
-
-@torchvision_arguments
-def resnet50(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-50. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
-    return build("resnet50", ResNet, BLOCKS, weights, kwargs)
-
-
-@torchvision_arguments
-def resnet101(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-101. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
-    return build("resnet101", ResNet, BLOCKS, weights, kwargs)
-
-
-@torchvision_arguments
-def resnet152(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-152. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
-    return build("resnet152", ResNet, BLOCKS, weights, kwargs)
-
-
-@torchvision_arguments
-def resnext50_32x4d(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNeXt-50, 32 groups of 4. Arguments as for resnet50, without groups and width_per_group."""
-    return build("resnext50_32x4d", ResNet, BLOCKS, weights, kwargs)
-
-
-@torchvision_arguments
-def resnext101_32x8d(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNeXt-101, 32 groups of 8. Arguments as for resnet101, without groups and width_per_group."""
-    return build("resnext101_32x8d", ResNet, BLOCKS, weights, kwargs)
-
-
-@torchvision_arguments
-def resnext101_64x4d(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNeXt-101, 64 groups of 4. Arguments as for resnet101, without groups and width_per_group."""
-    return build("resnext101_64x4d", ResNet, BLOCKS, weights, kwargs)
-
-
-@torchvision_arguments
-def wide_resnet50_2(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-50 with twice the inner channels. Arguments as for resnet50, without width_per_group."""
-    return build("wide_resnet50_2", ResNet, BLOCKS, weights, kwargs)
-
-
-@torchvision_arguments
-def wide_resnet101_2(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-101 with twice the inner channels. Arguments as for resnet101, without width_per_group."""
-    return build("wide_resnet101_2", ResNet, BLOCKS, weights, kwargs)
+(
+    resnet18, resnet34, resnet50, resnet101, resnet152, resnext50_32x4d, resnext101_32x8d, resnext101_64x4d,
+    wide_resnet50_2, wide_resnet101_2,
+) = constructors(ResNet, BLOCKS, __name__)  # fmt: skip

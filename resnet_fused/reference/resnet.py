@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -254,22 +254,33 @@ BLOCKS: dict[BlockKind, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "
 class Architecture(NamedTuple):
     """What a name stands for; ``fixed`` are the arguments of ResNet that belong to the name."""
 
+    title: str
     block: BlockKind
     layers: tuple[int, int, int, int]
     fixed: Mapping[str, int] = MappingProxyType({})
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "resnet18": Architecture("basic", (2, 2, 2, 2)),
-    "resnet34": Architecture("basic", (3, 4, 6, 3)),
-    "resnet50": Architecture("bottleneck", (3, 4, 6, 3)),
-    "resnet101": Architecture("bottleneck", (3, 4, 23, 3)),
-    "resnet152": Architecture("bottleneck", (3, 8, 36, 3)),
-    "resnext50_32x4d": Architecture("bottleneck", (3, 4, 6, 3), {"groups": 32, "width_per_group": 4}),
-    "resnext101_32x8d": Architecture("bottleneck", (3, 4, 23, 3), {"groups": 32, "width_per_group": 8}),
-    "resnext101_64x4d": Architecture("bottleneck", (3, 4, 23, 3), {"groups": 64, "width_per_group": 4}),
-    "wide_resnet50_2": Architecture("bottleneck", (3, 4, 6, 3), {"width_per_group": 128}),
-    "wide_resnet101_2": Architecture("bottleneck", (3, 4, 23, 3), {"width_per_group": 128}),
+    "resnet18": Architecture("ResNet-18", "basic", (2, 2, 2, 2)),
+    "resnet34": Architecture("ResNet-34", "basic", (3, 4, 6, 3)),
+    "resnet50": Architecture("ResNet-50", "bottleneck", (3, 4, 6, 3)),
+    "resnet101": Architecture("ResNet-101", "bottleneck", (3, 4, 23, 3)),
+    "resnet152": Architecture("ResNet-152", "bottleneck", (3, 8, 36, 3)),
+    "resnext50_32x4d": Architecture(
+        "ResNeXt-50, 32 groups of 4", "bottleneck", (3, 4, 6, 3), {"groups": 32, "width_per_group": 4}
+    ),
+    "resnext101_32x8d": Architecture(
+        "ResNeXt-101, 32 groups of 8", "bottleneck", (3, 4, 23, 3), {"groups": 32, "width_per_group": 8}
+    ),
+    "resnext101_64x4d": Architecture(
+        "ResNeXt-101, 64 groups of 4", "bottleneck", (3, 4, 23, 3), {"groups": 64, "width_per_group": 4}
+    ),
+    "wide_resnet50_2": Architecture(
+        "ResNet-50 with twice the inner channels", "bottleneck", (3, 4, 6, 3), {"width_per_group": 128}
+    ),
+    "wide_resnet101_2": Architecture(
+        "ResNet-101 with twice the inner channels", "bottleneck", (3, 4, 23, 3), {"width_per_group": 128}
+    ),
 }
 
 ResNetT = TypeVar("ResNetT", bound=ResNet)
@@ -344,61 +355,30 @@ def build(
     return model(blocks[architecture.block], architecture.layers, **{**kwargs, **architecture.fixed})
 
 
-@torchvision_arguments
-def resnet18(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-18. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
-    return build("resnet18", ResNet, BLOCKS, weights, kwargs)
+def constructor(
+    name: str, model: type[ResNetT], blocks: Mapping[BlockKind, type[BasicBlock | Bottleneck]], module: str
+) -> Callable[..., ResNetT]:
+    """torchvision's function for ARCHITECTURES[name], as if defined in ``module``."""
+
+    def make(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNetT:
+        return build(name, model, blocks, weights, kwargs)
+
+    title, _, _, fixed = ARCHITECTURES[name]
+    without = f", without {' and '.join(fixed)}" if fixed else ""
+    make.__doc__ = f"{title}. Arguments: those of ResNet after ``layers``{without}; weights must be None, progress is ignored."
+    make.__name__ = make.__qualname__ = name
+    make.__module__ = module
+    return torchvision_arguments(make)
 
 
-@torchvision_arguments
-def resnet34(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-34. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
-    return build("resnet34", ResNet, BLOCKS, weights, kwargs)
+def constructors(
+    model: type[ResNetT], blocks: Mapping[BlockKind, type[BasicBlock | Bottleneck]], module: str
+) -> Iterator[Callable[..., ResNetT]]:
+    """All of them, in the order of ARCHITECTURES."""
+    return (constructor(name, model, blocks, module) for name in ARCHITECTURES)
 
 
-@torchvision_arguments
-def resnet50(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-50. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
-    return build("resnet50", ResNet, BLOCKS, weights, kwargs)
-
-
-@torchvision_arguments
-def resnet101(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-101. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
-    return build("resnet101", ResNet, BLOCKS, weights, kwargs)
-
-
-@torchvision_arguments
-def resnet152(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-152. Arguments: those of ResNet after ``layers``. weights must be None; progress is ignored."""
-    return build("resnet152", ResNet, BLOCKS, weights, kwargs)
-
-
-@torchvision_arguments
-def resnext50_32x4d(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNeXt-50, 32 groups of 4. Arguments as for resnet50, without groups and width_per_group."""
-    return build("resnext50_32x4d", ResNet, BLOCKS, weights, kwargs)
-
-
-@torchvision_arguments
-def resnext101_32x8d(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNeXt-101, 32 groups of 8. Arguments as for resnet101, without groups and width_per_group."""
-    return build("resnext101_32x8d", ResNet, BLOCKS, weights, kwargs)
-
-
-@torchvision_arguments
-def resnext101_64x4d(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNeXt-101, 64 groups of 4. Arguments as for resnet101, without groups and width_per_group."""
-    return build("resnext101_64x4d", ResNet, BLOCKS, weights, kwargs)
-
-
-@torchvision_arguments
-def wide_resnet50_2(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-50 with twice the inner channels. Arguments as for resnet50, without width_per_group."""
-    return build("wide_resnet50_2", ResNet, BLOCKS, weights, kwargs)
-
-
-@torchvision_arguments
-def wide_resnet101_2(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-101 with twice the inner channels. Arguments as for resnet101, without width_per_group."""
-    return build("wide_resnet101_2", ResNet, BLOCKS, weights, kwargs)
+(
+    resnet18, resnet34, resnet50, resnet101, resnet152, resnext50_32x4d, resnext101_32x8d, resnext101_64x4d,
+    wide_resnet50_2, wide_resnet101_2,
+) = constructors(ResNet, BLOCKS, __name__)  # fmt: skip
