@@ -365,7 +365,8 @@ def constructor(
 
     title, _, _, fixed = ARCHITECTURES[name]
     without = f", without {' and '.join(fixed)}" if fixed else ""
-    make.__doc__ = f"{title}. Arguments: those of ResNet after ``layers``{without}; weights must be None, progress is ignored."
+    arguments = f"those of ResNet after ``layers``{without}; weights must be None, progress is ignored"
+    make.__doc__ = f"{title}. Arguments: {arguments}."
     make.__name__ = make.__qualname__ = name
     make.__module__ = module
     return torchvision_arguments(make)
