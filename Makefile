@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.py')
 NATIVE := csrc tests/emulated_cuda
 
-.PHONY: demo test test-interpreter test-oldest-triton soak bench report lint format build gpu-bundle clean
+.PHONY: demo test test-interpreter test-oldest-triton soak bench report docs-check lint format build gpu-bundle clean
 
 # Threads that wait for each other don't spin: beside other jobs on the same cores a step takes an eighth of the time.
 demo: build
@@ -52,7 +52,11 @@ bench: build
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest benchmarks --benchmark-disable-gc --benchmark-columns=median,iqr,rounds --results $(RESULTS)
 
 report: build
-	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.report --write
+
+# Whether generated tables and charts of README, docs/ and benchmarks/RESULTS.md show their data; writes nothing.
+docs-check: build
+	$(BIN)/python -m benchmarks.docs_check
 
 # build/gpu-bundle.tar.xz: what `python -m benchmarks.gpu` would compile on an H100, compiled here, without a GPU.
 gpu-bundle: $(PYTHON312)

@@ -33,10 +33,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from benchmarks.gpu_bundle import TOOLS_FOLDER
-
 ROOT = Path(__file__).parents[1]
 BUNDLE = ROOT / "build" / "gpu-bundle.tar.xz"
+#: Python packages of a bundle.
+TOOLS_FOLDER = "build/gpu-python"
 #: A call of ten minutes, less what starting, ending the last stage and archiving take.
 SECONDS = 560
 #: Between an interrupt, on which a program writes what it has, and its end.
@@ -75,7 +75,7 @@ def _stage(name: str, seconds: int, *commands: str, least: int = 10) -> Stage:
 
 
 _CEILINGS = "--ceilings {out}/environment.json"
-_KERNELS = f"benchmarks.kernel_times {_CEILINGS}"
+_KERNELS = f"tools.kernel_times {_CEILINGS}"
 _RECORD = f"benchmarks.record {_CEILINGS} --json {{out}}/record.json"
 _PYTEST = "pytest -q -m gpu -p no:cacheprovider"
 #: With every kernel of ours, and nothing measured. Most of the time of a test is compiling on the CPU.

@@ -58,7 +58,7 @@ def environment(out: Path, name: str = "cuda") -> int:
     """Versions, and this device's ceilings, which later stages read."""
     import torch
 
-    from benchmarks.roofline import _seconds, measure
+    from benchmarks.roofline import fastest_seconds, measure
     from resnet_fused.cli.timing import header
 
     begun = time.monotonic()
@@ -71,7 +71,7 @@ def environment(out: Path, name: str = "cuda") -> int:
     before = header(device, 0.0)
     convs = measure(DTYPE, device)
     a, b = (torch.randn(SIDE, SIDE, device=device, dtype=torch.bfloat16) for _ in range(2))
-    product = 2 * SIDE**3 / _seconds(lambda: a @ b, device)
+    product = 2 * SIDE**3 / fastest_seconds(lambda: a @ b, device)
     ceilings = {"bandwidth": convs.bandwidth, "flops": max(convs.flops, product)}
     after = header(device, time.monotonic() - begun, {DTYPE: ceilings})
     found = {
@@ -128,8 +128,8 @@ def tune(out: Path) -> int:
     """Checks and times what may run each problem of a step; writes the table of the fastest, also if interrupted."""
     import torch
 
-    from benchmarks.kernel_times import make_step
     from resnet_fused.ops.passes import kernels
+    from tools.kernel_times import make_step
 
     tuning: Any = kernels("tuning")
     begun = time.monotonic()
@@ -151,9 +151,9 @@ def launch_six(logs: Path) -> int:
     """Runs the launches of ``PROFILED``, inside of a step, where the profiler sees nothing else."""
     import torch
 
-    from benchmarks.kernel_times import make_step
     from resnet_fused import backend
     from resnet_fused.kernels.launch import observing
+    from tools.kernel_times import make_step
 
     with backend("triton"):
         step = make_step(ARCH, BATCH, 224, DTYPE, torch.device("cuda"))

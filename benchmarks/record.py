@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from benchmarks.gpu_stages import compilations
 from benchmarks.harness import Case, Contest, Entrant, failure
 from benchmarks.implementations import begin
-from benchmarks.kernel_times import read_ceilings
-from benchmarks.roofline import limit, step
+from benchmarks.roofline import limit, read_ceilings, step
 from resnet_fused.cli.bench import CHECKED_PIXELS, MOST_DRAWS
 from resnet_fused.cli.files import write_text
 from resnet_fused.cli.learner import AUTOCAST

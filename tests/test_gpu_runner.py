@@ -18,8 +18,7 @@ import torch
 
 from benchmarks import gpu, gpu_bundle, gpu_stages
 from benchmarks.gpu import CALLS, Stage
-from benchmarks.kernel_times import read_ceilings
-from benchmarks.roofline import Ceilings
+from benchmarks.roofline import Ceilings, read_ceilings
 from resnet_fused.backend import why_not_native
 from resnet_fused.cli.main import make_parser
 from resnet_fused.kernels.launch import Config, Launch, launch
@@ -151,7 +150,7 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("stage", [s for stages in CALLS.values() for s in stages], ids=lambda s: s.name)
 def test_commands_are_understood(stage: Stage) -> None:
     for _, (module, *arguments) in stage.runs(out=Path("out"), logs=Path("logs")):
-        if module.startswith("benchmarks."):
+        if module.startswith(("benchmarks.", "tools.")):
             importlib.import_module(module).parser().parse_args(arguments)
         elif module == "pytest":
             assert all((ROOT / word).exists() for word in arguments if word.startswith("tests/"))
@@ -197,7 +196,7 @@ def test_what_the_environment_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("benchmarks.roofline.measure", lambda dtype, device: Ceilings(2e12, 1e14))
-    monkeypatch.setattr("benchmarks.roofline._seconds", lambda run, device: run() is None or 1e-12)
+    monkeypatch.setattr("benchmarks.roofline.fastest_seconds", lambda run, device: run() is None or 1e-12)
     monkeypatch.setattr(gpu_stages, "SIDE", 8)
     assert gpu_stages.environment(tmp_path, "cpu") == 0
     assert read_ceilings(tmp_path / "environment.json", "bf16") == Ceilings(2e12, 2 * 8**3 / 1e-12)
@@ -248,7 +247,7 @@ def test_only_six_launches_are_profiled(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     x = torch.empty(1, device="meta")
     monkeypatch.setattr(Launch, "run", lambda self: ran.append((self.name, self.flops, profiling)))
-    monkeypatch.setattr("benchmarks.kernel_times.make_step", lambda *_: step)
+    monkeypatch.setattr("tools.kernel_times.make_step", lambda *_: step)
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
     monkeypatch.setattr("torch.cuda.profiler.start", lambda: profile(True))
     monkeypatch.setattr("torch.cuda.profiler.stop", lambda: profile(False))
@@ -320,7 +319,7 @@ def test_an_interrupted_search_leaves_its_table(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("resnet_fused.ops.passes.kernels", lambda family: tuning)
-    monkeypatch.setattr("benchmarks.kernel_times.make_step", lambda *_: interrupted)
+    monkeypatch.setattr("tools.kernel_times.make_step", lambda *_: interrupted)
     assert gpu_stages.main(["tune", str(tmp_path)]) == 130
     assert (tmp_path / "tuned.json").read_text() == "{}"
     assert "problems 3, wrong 1; cache hits 0 of 0" in capsys.readouterr().out
