@@ -68,7 +68,7 @@ def passes_table() -> str:
         moved, fewest = _bytes(launched), _bytes(modelled)
         figures = [len(launched), len(modelled), _mb(moved), _mb(fewest), f"{moved / fewest - 1:+.1%}"]
         rows.append([name, *figures, why])
-    heads = ["passes over activations", "launches", "model", "MB an image", "model", "", "why"]
+    heads = ["passes over activations", "launches", "model", "MB per image", "model", "", "why"]
     return markdown(pd.DataFrame(rows, columns=heads))
 
 
@@ -83,7 +83,7 @@ def others_table() -> str:
     rows = [
         (name, len(group), _mb(_bytes(group))) for name, group in [*groups, ("all, with the passes", planned)]
     ]
-    return markdown(pd.DataFrame(rows, columns=["other launches", "launches", "MB an image"]))
+    return markdown(pd.DataFrame(rows, columns=["other launches", "launches", "MB per image"]))
 
 
 def _bytes(entries: Iterable[Planned | Kernel]) -> int:

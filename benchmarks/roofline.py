@@ -70,38 +70,34 @@ def read_ceilings(file: Path | None, dtype: str) -> Ceilings | None:
         return None
 
 
-def op_bytes(name: str, mode: str, shape: tuple[int, int, int, int], dtype: str) -> int:
-    """Bytes that a fused op alone must move in training.
+def op_bytes(name: str, shape: tuple[int, int, int, int], dtype: str) -> int:
+    """Bytes that a fused op alone must move in training, forward and backward.
 
     Batch norm cannot start before it has read all of its input, forward and backward: two passes over it each.
 
     Args:
         name: bn_relu, bn_add_relu, bn_bn_add_relu or bn_relu_maxpool.
-        mode: fwd, bwd or fwd_bwd.
         shape: of the convolution's output, (N, C, H, W).
 
     Raises:
-        ValueError: an op, mode or dtype that is not modelled.
+        ValueError: an op or dtype that is not modelled.
     """
     check_choice("dtype", dtype, ELEMENT)
     n, c, h, w = shape
     elements, windows = n * c * h * w, n * c * ((h - 1) // 2 + 1) * ((w - 1) // 2 + 1)
     y, bits, pooled = ELEMENT[dtype] * elements, -(-elements // 8), (ELEMENT[dtype] + 1) * windows
-    passes = {
+    moved = {
         # statistics y, pass y -> out | reduce g y, pass g y -> dy
-        "bn_relu": (3 * y, 5 * y),
+        "bn_relu": 3 * y + 5 * y,
         # statistics y, pass y residual -> out bits | reduce g bits y, pass g bits y -> dy dresidual
-        "bn_add_relu": (4 * y + bits, 6 * y + 2 * bits),
+        "bn_add_relu": 4 * y + bits + 6 * y + 2 * bits,
         # statistics y skip, pass y skip -> out bits | reduce g bits y skip, pass g bits y skip -> dy dskip
-        "bn_bn_add_relu": (5 * y + bits, 8 * y + 2 * bits),
+        "bn_bn_add_relu": 5 * y + bits + 8 * y + 2 * bits,
         # statistics y, pass y -> out indices | reduce g indices y, pass g indices y -> dy
-        "bn_relu_maxpool": (2 * y + pooled, 3 * y + 2 * pooled),
+        "bn_relu_maxpool": 2 * y + pooled + 3 * y + 2 * pooled,
     }
-    check_choice("op", name, passes)
-    forward, backward = passes[name]
-    modes = {"fwd": forward, "bwd": backward, "fwd_bwd": forward + backward}
-    check_choice("mode", mode, modes)
-    return modes[mode]
+    check_choice("op", name, moved)
+    return moved[name]
 
 
 def measure(dtype: str, device: torch.device) -> Ceilings:

@@ -141,7 +141,7 @@ def test_op(
         return once
 
     shape = (BATCH, channels, size, size)
-    roofline_ms = op_bytes(name, "fwd_bwd", shape, precision.name) / ceilings.bandwidth * 1e3
+    roofline_ms = op_bytes(name, shape, precision.name) / ceilings.bandwidth * 1e3
     case = Case(LAYER, name, "fwd_bwd", precision.name, BATCH, "x".join(map(str, shape)), roofline_ms)
     compare(case, entrants(found, notes, run_of), 12 if size > 28 else 24)
 

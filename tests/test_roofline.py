@@ -108,13 +108,12 @@ def test_limit_is_the_slower_side_of_each_kernel() -> None:
 
 def test_bytes_of_single_ops() -> None:
     shape, bits = (2, 8, 4, 4), 32  # 256 elements, 64 windows
-    assert roofline.op_bytes("bn_relu", "fwd", shape, "bf16") == 512 * 3
-    assert roofline.op_bytes("bn_relu", "fwd_bwd", shape, "fp32") == 1024 * 8
-    assert roofline.op_bytes("bn_add_relu", "bwd", shape, "bf16") == 512 * 6 + 2 * bits
-    assert roofline.op_bytes("bn_bn_add_relu", "fwd_bwd", shape, "fp32") == 1024 * 13 + 3 * bits
-    assert roofline.op_bytes("bn_relu_maxpool", "fwd", shape, "bf16") == 512 * 2 + 64 * 3
+    assert roofline.op_bytes("bn_relu", shape, "fp32") == 1024 * 8
+    assert roofline.op_bytes("bn_add_relu", shape, "bf16") == 512 * 10 + 3 * bits
+    assert roofline.op_bytes("bn_bn_add_relu", shape, "fp32") == 1024 * 13 + 3 * bits
+    assert roofline.op_bytes("bn_relu_maxpool", shape, "bf16") == 512 * 5 + 3 * 64 * 3
     with pytest.raises(ValueError, match="unknown op 'relu'"):
-        roofline.op_bytes("relu", "fwd", shape, "fp32")
+        roofline.op_bytes("relu", shape, "fp32")
 
 
 def test_ceilings_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,8 @@ tl = pytest.importorskip("triton.language")
 @triton.jit
 def product_kernel(
     a, b, out, M, N, K,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -40,25 +41,9 @@ def product_kernel(
         k = first + tl.arange(0, BLOCK_K)
         x = tl.load(a + m[:, None] * K + k[None, :], (m < M)[:, None] & (k < K)[None, :], other=0.0)
         y = tl.load(b + k[:, None] * N + n[None, :], (k < K)[:, None] & (n < N)[None, :], other=0.0)
+        if RELU:  # the first operand is computed
+            x = tl.maximum(x, 0.0).to(y.dtype)
         acc = tl.dot(x, y, acc, input_precision=PRECISION)
-    inside = (m < M)[:, None] & (n < N)[None, :]
-    tl.store(out + m[:, None] * N + n[None, :], acc.to(out.dtype.element_ty), inside)
-
-
-@triton.jit
-def relu_product_kernel(
-    a, b, out, M, N, K,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Of which the first operand is computed."""
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, K, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        x = tl.load(a + m[:, None] * K + k[None, :], (m < M)[:, None] & (k < K)[None, :], other=0.0)
-        y = tl.load(b + k[:, None] * N + n[None, :], (k < K)[:, None] & (n < N)[None, :], other=0.0)
-        acc = tl.dot(tl.maximum(x, 0.0).to(y.dtype), y, acc, input_precision=PRECISION)
     inside = (m < M)[:, None] & (n < N)[None, :]
     tl.store(out + m[:, None] * N + n[None, :], acc.to(out.dtype.element_ty), inside)
 
@@ -84,10 +69,11 @@ def product(
     size: int = 256,
     config: Config = Config(64, 64, 32, 4, 3),  # noqa: B008 - frozen
     precision: str = "tf32",
+    relu: bool = False,
 ) -> Launch:
     a, b, out = (torch.empty(size, size, 1, 1, dtype=dtype, device="meta") for _ in range(3))
     sizes = dict.fromkeys("MNK", size)
-    constants = {"PRECISION": precision, **config.blocks()}
+    constants = {"PRECISION": precision, "RELU": relu, **config.blocks()}
     return Launch(product_kernel, (1,), {"a": a, "b": b, "out": out, **sizes}, constants, config)
 
 
@@ -111,7 +97,7 @@ def test_signature() -> None:
     assert what.config == "64x64x32 4w3s" == str(Config(64, 64, 32, 4, 3))
     assert dict(what.signature) == {
         "a": "*bf16", "b": "*bf16", "out": "*bf16", "M": "i32", "N": "i32", "K": "i32",
-        "PRECISION": "constexpr", "BLOCK_M": "constexpr", "BLOCK_N": "constexpr", "BLOCK_K": "constexpr",
+        **dict.fromkeys(("PRECISION", "RELU", "BLOCK_M", "BLOCK_N", "BLOCK_K"), "constexpr"),
     }  # fmt: skip
     assert what.divisible == (0, 1, 2, 3, 4, 5)
     assert specialisation(product(size=33)).divisible == (0, 1, 2)
@@ -229,15 +215,16 @@ def test_widest_load(instruction: str, size: int) -> None:
 
 def test_a_computed_first_operand_is_unsafe() -> None:
     """Held in registers, it is changed while wgmma may still read it; ptxas serializes some of such kernels."""
-    safe = product(config=Config(128, 64, 64, 4, 4))
-    pairs = [(specialisation(x), 90) for x in (safe, replace(safe, kernel=relu_product_kernel))]
+    pairs = [
+        (specialisation(product(config=Config(128, 64, 64, 4, 4), relu=relu)), 90) for relu in (False, True)
+    ]
     found = [compiled(*pair) for pair in pairs]
     assert [(x.unsafe, x.serialized) for x in found] == [(False, False), (True, True)]
     (line,) = violations(*pairs[1], found[1])
     assert "may read registers while they change" in line
-    assert {what.name: x for what, _, x in compile_all(pairs, is_unsafe)} == {
-        "product": False, "relu_product": True
-    }  # fmt: skip
+    assert {(what, 90): x for what, _, x in compile_all(pairs, is_unsafe)} == dict(
+        zip(pairs, (False, True), strict=True)
+    )
 
 
 def test_what_does_not_compile_says_why() -> None:
@@ -260,7 +247,7 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert [(x["kernel"], x["arch"]) for x in rows] == [
         ("product", "sm_90"), ("scale", "sm_90"), ("product", "sm_80"), ("scale", "sm_80")
     ]  # fmt: skip
-    assert rows[0]["config"] == "64x64x32 4w3s" and rows[0]["details"] == "*bf16; PRECISION=tf32"
+    assert rows[0]["config"] == "64x64x32 4w3s" and rows[0]["details"] == "*bf16; PRECISION=tf32 RELU=False"
     assert rows[0]["mma"] > 0 and rows[3]["mma"] is None
     given[:] = [scale(**SPILLING), wrong()]
     assert main(["--model", "toy", "--arch", "90", "--dtype", "bf16"]) == 1
