@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.roofline_model import ELEMENT, WAYS, Kernel, held_bytes, step
-from resnet_fused.cli.timing import device_name, milliseconds
+from resnet_fused.measure import device_name, milliseconds
 from resnet_fused.reference.resnet import ARCHITECTURES
 
 __all__ = ["H100", "Ceilings", "Kernel", "held_bytes", "limit", "main", "measure", "op_bytes", "step"]

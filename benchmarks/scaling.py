@@ -12,6 +12,7 @@ import functools
 import gc
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -27,16 +28,24 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.apart import ProcessFailed, two_steps_apart
 from benchmarks.roofline import measure
-from resnet_fused.cli.learner import AUTOCAST
-from resnet_fused.cli.steps import EAGER, OURS, Case, exactly, excuse, objection, outcome, relative_errors
-from resnet_fused.cli.timing import device_name, header, milliseconds, quantile, quantiles
+from resnet_fused.cli.probe import probe
+from resnet_fused.cli.steps import TrainingStep as Case
+from resnet_fused.measure import (
+    EAGER,
+    EXACT,
+    OURS,
+    check_accuracy,
+    device_name,
+    failure,
+    header,
+    milliseconds,
+    quantiles,
+)
 
 IMPLS = (OURS, EAGER)
 #: What ranks do together: nothing, sum gradients, share statistics (without DDP, which refuses it on a CPU).
 ALONE, DDP, SYNC = "alone", "ddp", "syncbn"
-DRAWS = 5  # batches of a check: in one small batch a single ReLU may decide the error
 LARGE = 25 << 20  # bytes of a sum that shows bandwidth: a bucket of DDP
 SMALL = 256  # bytes of one that shows latency
 
@@ -77,30 +86,14 @@ def plan(device: torch.device, quick: bool) -> Plan:
 
 def peak_mb(case: Case, impl: str) -> float | None:
     """The most memory of a training step in a fresh process, in 1e6 bytes; None where it has not enough."""
-    try:
-        return two_steps_apart(case, impl, benchmark=True)[1]
-    except ProcessFailed as failed:
-        if "OutOfMemoryError" in str(failed):
-            return None
-        raise
+    peak: float | None = probe(case, impl, benchmark=True).get("peak_mb")
+    return peak
 
 
 @cache
 def verdicts(case: Case) -> dict[str, str]:
     """What is wrong with losses and gradient of each implementation beside float64, or nothing."""
-    errors: dict[str, list[tuple[float, float]]] = {impl: [] for impl in IMPLS}
-    models = {impl: case.model(impl) for impl in IMPLS}
-    in_float64 = exactly(case.model(EAGER))
-    for draw in range(DRAWS):
-        images, labels = case.data(draw)
-        exact = outcome(case, in_float64, images.double(), labels)
-        for impl, model in models.items():
-            errors[impl].append(relative_errors(outcome(case, model, images, labels), exact))
-    return {impl: objection(errors[impl], errors[EAGER], epsilon(case)) for impl in IMPLS}
-
-
-def epsilon(case: Case) -> float:
-    return torch.finfo(AUTOCAST.get(case.precision, torch.float32)).eps
+    return check_accuracy(case.draw({impl: case.model(impl) for impl in (*IMPLS, EXACT)}), IMPLS, case.eps)
 
 
 def point(case: Case, check: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
@@ -114,11 +107,11 @@ def point(case: Case, check: tuple[int, int], rounds: int) -> list[dict[str, Any
     times: dict[str, list[float]] = {impl: [] for impl in IMPLS}
     for impl in IMPLS:
         try:
-            steps[impl] = functools.partial(case.step(case.model(impl)), *data)
+            steps[impl] = functools.partial(case.train(case.model(impl)), *data)
             steps[impl]()
         except torch.OutOfMemoryError as error:
             steps.pop(impl, None)
-            notes[impl] = excuse(impl, error)
+            notes[impl] = failure(impl, error)
     for turn in range(rounds):
         for impl in sorted(steps, reverse=bool(turn % 2)):
             times[impl].append(milliseconds(steps[impl], device))
@@ -143,7 +136,7 @@ def rows_of(
                 **{"image_size": case.image_size, "rounds": len(own)},
                 **quantiles(sorted(own), "median_ms", "p20_ms", "p80_ms"),
                 "peak_mb": peaks[impl],
-                "images_per_s": ranks * case.batch / quantile(sorted(own), 0.5) * 1e3 if own else None,
+                "images_per_s": ranks * case.batch / statistics.median(own) * 1e3 if own else None,
                 "checked": bool(own) and not notes[impl],
                 **quantiles(ratios, "ratio", "ratio_p20", "ratio_p80"),
                 "note": notes[impl],
@@ -219,7 +212,7 @@ def trained(case: Case, rank: int, ranks: int, rounds: int) -> dict[str, Any]:
             if variant == DDP:
                 ids = [device.index] if device.type == "cuda" else None
                 model = DistributedDataParallel(model, device_ids=ids, process_group=dist.new_group())
-            step = functools.partial(case.step(model), *data)
+            step = functools.partial(case.train(model), *data)
             counts = called(step)
             if variant == SYNC and impl == OURS:
                 calls = counts
@@ -228,7 +221,7 @@ def trained(case: Case, rank: int, ranks: int, rounds: int) -> dict[str, Any]:
             notes[variant, impl] = ""
             if variant == DDP:
                 assert own is not None
-                notes[variant, impl] = disagreement(gradient(model), own, max(1e-5, 4 * epsilon(case)))
+                notes[variant, impl] = disagreement(gradient(model), own, max(1e-5, 4 * case.eps))
             elif variant == SYNC and not everywhere(
                 torch.cat([b.double().flatten() for b in model.buffers()])
             ):

@@ -22,7 +22,7 @@ from benchmarks.scaling_model import (
     doubt_table,
     predict,
 )
-from resnet_fused.cli.steps import EAGER, OURS
+from resnet_fused.measure import EAGER, OURS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "scaling"

@@ -263,8 +263,9 @@ def inaccuracy(errors: Sequence[Sequence[float]], eager: Sequence[Sequence[float
     error of a whole gradient, eager's as well. So twice the standard error of the ratio of the two means is allowed.
     """
     for i, (own, other) in enumerate(zip(zip(*errors, strict=True), zip(*eager, strict=True), strict=True)):
-        # An error counts as at least eps / 16: else one exact result would make the mean 0, whatever the others are.
-        logs = [[math.log(max(error, eps / 16)) for error in side] for side in (own, other)]
+        # An error counts as at least eager's smallest: one exact result does not make up for wrong ones.
+        least = max(min(other), eps / 16)
+        logs = [[math.log(max(error, least)) for error in side] for side in (own, other)]
         error, eager_error = (math.exp(statistics.fmean(side)) for side in logs)
         allowed = limit(eager_error, eps)
         if math.isfinite(error) and math.isfinite(allowed):

@@ -24,7 +24,7 @@ DOORS = {
     "models": {"backend", "modules", "ops", "reference"},
     "plan": {"backend", "kernels", "models", "ops", "reference"},
     "measure": {"accuracy"},
-    "cli": {"", "backend", "measure", "models", "native", "plan", "reference"},
+    "cli": {"", "accuracy", "backend", "measure", "models", "native", "plan", "reference"},
     "__main__": {"cli"},
     "cuda_graph": set(),
     "": {"backend", "cuda_graph", "functional", "models", "native", "ops", "reference"},

@@ -169,11 +169,8 @@ def test_the_model_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> 
 # Measuring.
 
 
-def test_a_small_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All four curves, checked; two ranks, or why not."""
-    monkeypatch.setattr(scaling, "DRAWS", 3)
     file = tmp_path / "folder" / "quick.json"
     assert scaling.main(["--json", str(file), "--quick"]) == 0
     assert "resnet18, batch 4, 32x32" in capsys.readouterr().err

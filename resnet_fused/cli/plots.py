@@ -79,14 +79,14 @@ class Bar:
     """One implementation in `plot_bench`; None for what is not measured or not to be shown.
 
     Attributes:
-        speed: images a second: median, 20th and 80th percentile.
+        speed: images a second: `median`, `p20` and `p80`.
         gain: how many times as fast as eager it is.
-        peak_mb: the most memory held at once, in 1e6 bytes.
+        peak_mb: peak memory, in 1e6 bytes.
         share: that of eager's.
     """
 
     name: str
-    speed: tuple[float, float, float] | None
+    speed: dict[str, float | None]
     gain: float | None
     peak_mb: float | None
     share: float | None
@@ -101,8 +101,8 @@ def plot_bench(path: Path, bars: Sequence[Bar], title: str) -> None:
     figure = _figure(11, 1.6 + 0.6 * len(bars))
     speed, memory = figure.subplots(1, 2, sharey=True)
     for row, (bar, colour) in enumerate(zip(bars, _COLOURS, strict=False)):
-        if bar.speed:
-            median, low, high = bar.speed
+        median, low, high = (bar.speed[name] for name in ("median", "p20", "p80"))
+        if median is not None:
             gain = "" if bar.gain is None else f", {bar.gain:.2f}x eager"
             speed.barh(row, median, color=colour, height=0.6)
             speed.plot((low, high), (row, row), color="black", linewidth=1.5)
