@@ -75,7 +75,9 @@ def test_a_library_with_models_gets_the_weights(peer: str, block: str) -> None:
     assert isinstance(found, nn.Module), found
     found = found.double()
     assert found is not eager and list(found.state_dict()) == list(eager.state_dict())
-    x = torch.randn(2, 64 if block else 3, 32, 32, dtype=torch.float64)
+    x = torch.randn(
+        3, 64 if block else 3, 64, 64, dtype=torch.float64
+    )  # smaller, norms of few values amplify rounding
     for one, expected in zip(results(found, x), results(eager, x), strict=True):
         torch.testing.assert_close(one, expected)
 

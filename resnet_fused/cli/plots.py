@@ -1,5 +1,7 @@
 """Learning curves, and the bars of a benchmark, as PNG files."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,40 +32,16 @@ def plot_curves(path: Path, runs: Mapping[str, Progress], title: str) -> None:
     for (name, run), colour, style in zip(runs.items(), _COLOURS, _STYLES, strict=False):
         prefix = f"{name}, " if len(runs) > 1 else ""
         steps = range(1, len(run.losses) + 1)
-        loss.plot(
-            steps,
-            run.losses,
-            color=colour,
-            linestyle=style,
-            linewidth=1,
-            alpha=0.8,
-            label=f"{prefix}training",
-        )
+        line: dict[str, Any] = {"color": colour, "linestyle": style}
+        loss.plot(steps, run.losses, **line, linewidth=1, alpha=0.8, label=f"{prefix}training")
         if run.history:
-            epochs = [record["epoch"] for record in run.history]
-            ends = [record["step"] for record in run.history]
-            held_out = [record["val_loss"] for record in run.history]
-            loss.plot(
-                ends,
-                held_out,
-                color=colour,
-                marker="o",
-                markersize=4,
-                linestyle="none",
-                label=f"{prefix}held out",
-            )
+            records = {key: [record[key] for record in run.history] for key in run.history[0]}
+            dots: dict[str, Any] = {"color": colour, "linestyle": "none", "marker": "o", "markersize": 4}
+            loss.plot(records["step"], records["val_loss"], **dots, label=f"{prefix}held out")
+            line |= {"marker": "o", "markersize": 3}
             for key, label, alpha in (("train_accuracy", "training", 0.4), ("val_accuracy", "held out", 1.0)):
-                values = [100 * record[key] for record in run.history]
-                accuracy.plot(
-                    epochs,
-                    values,
-                    color=colour,
-                    alpha=alpha,
-                    linestyle=style,
-                    marker="o",
-                    markersize=3,
-                    label=prefix + label,
-                )
+                percent = [100 * value for value in records[key]]
+                accuracy.plot(records["epoch"], percent, **line, alpha=alpha, label=prefix + label)
     loss.set(xlabel="step", ylabel="cross entropy", yscale="log")
     accuracy.set(xlabel="epoch", ylabel="accuracy, %")
     for axes in (loss, accuracy):

@@ -11,18 +11,6 @@ from typing import Any, ClassVar
 from resnet_fused.cli.distributed import World
 from resnet_fused.cli.errors import UserError
 
-ARCHITECTURES = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-)
 IMPLEMENTATIONS = ("fused", "reference", "compare")
 PRECISIONS = ("fp32", "bf16", "fp16")
 SMALLEST_IMAGE = 16
