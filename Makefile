@@ -49,7 +49,7 @@ soak: build
 
 # RESULTS=benchmarks/results/NAME.json keeps the figures; `make report` makes tables and pictures of what is there.
 bench: build
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest benchmarks --benchmark-disable-gc --benchmark-columns=median,iqr,rounds --results $(RESULTS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest benchmarks --results $(RESULTS)
 
 report: build
 	$(BIN)/python -m benchmarks.report --write

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.saved import saving
 from resnet_fused import models, reference
 from resnet_fused.kernels.launch import Launch
+from resnet_fused.measure import saved_storages
 from resnet_fused.ops._primitive import COMPOSITIONS
 from resnet_fused.plan import launches, plan
 from tools.kernel_resources import Resources, Specialisation, compile_all, specialisation
@@ -88,7 +88,7 @@ def saved_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """Bytes of the storages, other than the model's own and the input's, that a forward pass saves for backward."""
     x = _images()
     known = (x, *model.parameters(), *model.buffers())
-    with saving(*known) as found, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with saved_storages(*known) as found, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         out = model(x)
     assert out.grad_fn is not None  # which keeps the storages alive, and so their addresses distinct
     return sum(found.values())

@@ -59,7 +59,7 @@ def environment(out: Path, name: str = "cuda") -> int:
     import torch
 
     from benchmarks.roofline import fastest_seconds, measure
-    from resnet_fused.cli.timing import header
+    from resnet_fused.measure import header
 
     begun = time.monotonic()
     print(platform.platform(), f"{os.cpu_count()} processors")

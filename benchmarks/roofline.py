@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.roofline_model import ELEMENT, SCHEDULES, Kernel, check_choice, step
-from resnet_fused.cli.timing import milliseconds
+from resnet_fused.measure import milliseconds
 
 __all__ = ["H100", "Ceilings", "Kernel", "limit", "measure", "op_bytes", "read_ceilings", "step"]
 

@@ -27,16 +27,23 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.apart import ProcessFailed, two_steps_apart
 from benchmarks.roofline import measure
-from resnet_fused.cli.learner import AUTOCAST
-from resnet_fused.cli.steps import EAGER, OURS, Case, exactly, excuse, objection, outcome, relative_errors
-from resnet_fused.cli.timing import device_name, header, milliseconds, quantile, quantiles
+from resnet_fused.cli.probe import probe
+from resnet_fused.cli.steps import TrainingStep
+from resnet_fused.measure import (
+    EAGER,
+    EXACT,
+    OURS,
+    Comparison,
+    Provider,
+    check_accuracy,
+    device_name,
+    header,
+)
 
 IMPLS = (OURS, EAGER)
 #: What ranks share: nothing, gradients, or statistics (without DDP, which refuses SyncBatchNorm on a CPU).
 ALONE, DDP, SYNC = "alone", "ddp", "syncbn"
-DRAWS = 5  # batches of a check: in one small batch a single ReLU may decide the error
 Row = dict[str, Any]
 
 
@@ -44,12 +51,12 @@ Row = dict[str, Any]
 class Plan:
     """What is measured. ``base`` is on all curves of one process; ``check`` gives batch and image size."""
 
-    base: Case
+    base: TrainingStep
     batches: tuple[int, ...]
     sizes: tuple[int, ...]
     archs: tuple[str, ...]
     ranks: tuple[int, ...]
-    of_rank: Case
+    of_rank: TrainingStep
     check: tuple[int, int]
     rounds: int
 
@@ -57,169 +64,115 @@ class Plan:
 def plan(device: torch.device, quick: bool) -> Plan:
     """On two cores within 8 minutes; ``quick`` in some seconds, to see that it works."""
     if quick:
-        tiny = Case("resnet18", 4, 32, "fp32", str(device))
+        tiny = TrainingStep("resnet18", 4, 32, "fp32", str(device))
         return Plan(tiny, (4,), (32,), ("resnet18",), (1, 2), tiny, (4, 32), 2)
     archs, sizes = ("resnet18", "resnet34", "resnet50", "resnet101"), (96, 128, 160, 192, 224, 288)
     if device.type == "cuda":
-        base = Case("resnet50", 128, 224, "bf16", str(device))
+        base = TrainingStep("resnet50", 128, 224, "bf16", str(device))
         ranks = tuple(2**i for i in range(torch.cuda.device_count().bit_length()))
         return Plan(base, (16, 32, 64, 128, 256, 512), sizes, archs, ranks, base, (16, 128), 20)
-    base = Case("resnet50", 8, 160, "fp32", str(device))
+    base = TrainingStep("resnet50", 8, 160, "fp32", str(device))
     of_rank = replace(base, batch=4, image_size=128)
     ranks = tuple(ranks for ranks in (1, 2, 4) if ranks <= len(os.sched_getaffinity(0)))
     return Plan(base, (2, 4, 8, 16, 32), sizes, archs, ranks, of_rank, (8, 96), 7)
 
 
-# One process
-
-
-def peak_mb(case: Case, impl: str) -> float | None:
-    """The most memory of a training step in a fresh process, in 1e6 bytes; None where the GPU has not enough."""
-    try:
-        return two_steps_apart(case, impl, benchmark=True)[1]
-    except ProcessFailed as failed:
-        if "OutOfMemoryError" in str(failed):
-            return None
-        raise
-
-
 @cache
-def verdicts(case: Case) -> dict[str, str]:
+def verdicts(step: TrainingStep) -> dict[str, str]:
     """What is wrong with losses and gradient of each implementation beside float64, or nothing."""
-    errors: dict[str, list[tuple[float, float]]] = {impl: [] for impl in IMPLS}
-    models = {impl: case.model(impl) for impl in IMPLS}
-    in_float64 = exactly(case.model(EAGER))
-    for draw in range(DRAWS):
-        images, labels = case.data(draw)
-        exact = outcome(case, in_float64, images.double(), labels)
-        for impl, model in models.items():
-            errors[impl].append(relative_errors(outcome(case, model, images, labels), exact))
-    eps = torch.finfo(AUTOCAST.get(case.precision, torch.float32)).eps
-    return {impl: objection(errors[impl], errors[EAGER], eps) for impl in IMPLS}
+    return check_accuracy(step.draw({impl: step.model(impl) for impl in (*IMPLS, EXACT)}), IMPLS, step.eps)
 
 
-def point(case: Case, check: tuple[int, int], rounds: int) -> list[Row]:
+def point(step: TrainingStep, check: tuple[int, int], rounds: int) -> list[Row]:
     """A row for each implementation at one point, without its curve."""
     print(
-        f"{case.arch}, batch {case.batch}, {case.image_size}x{case.image_size}", file=sys.stderr, flush=True
+        f"{step.arch}, batch {step.batch}, {step.image_size}x{step.image_size}", file=sys.stderr, flush=True
     )
-    notes = dict(verdicts(replace(case, batch=check[0], image_size=check[1])))
-    peaks = {impl: peak_mb(case, impl) for impl in IMPLS}
-    steps: dict[str, Callable[[], None]] = {}
-    for impl in IMPLS:
-        step = functools.partial(case.step(case.model(impl)), *case.data(0))
-        try:
-            step()
-        except torch.OutOfMemoryError as error:
-            notes[impl] = excuse(impl, error)
-        else:
-            steps[impl] = step
-    device = torch.device(case.device)
-    times = interleaved(steps, rounds, lambda step: milliseconds(step, device))
-    return rows_of(case, {impl: times.get(impl, []) for impl in IMPLS}, notes, peaks)
-
-
-def interleaved(
-    steps: dict[str, Callable[[], None]], rounds: int, time_of: Callable[[Callable[[], None]], float]
-) -> dict[str, list[float]]:
-    """Milliseconds of each step, which alternate in an order that is reversed from round to round."""
-    times: dict[str, list[float]] = {key: [] for key in steps}
-    for turn in range(rounds):
-        for key in sorted(steps, reverse=bool(turn % 2)):
-            times[key].append(time_of(steps[key]))
-    return times
-
-
-def rows_of(
-    case: Case,
-    times: dict[str, list[float]],
-    notes: dict[str, str],
-    peaks: dict[str, float | None],
-    ranks: int = 1,
-) -> list[Row]:
-    """A row for each implementation. ``ratio``: over the rounds, its time / ours, where both were checked."""
-    rows = []
-    for impl, own in times.items():
-        comparable = impl != OURS and not notes[impl] and not notes[OURS]
-        ratios = sorted(x / ours for x, ours in zip(own, times[OURS], strict=False)) if comparable else []
-        rows.append(
-            {
-                "impl": impl,
-                **{"dtype": case.dtype, "arch": case.arch, "batch": case.batch},
-                **{"image_size": case.image_size, "rounds": len(own)},
-                **quantiles(sorted(own), "median_ms", "p20_ms", "p80_ms"),
-                "peak_mb": peaks.get(impl),
-                "images_per_s": ranks * case.batch / quantile(sorted(own), 0.5) * 1e3 if own else None,
-                "checked": bool(own) and not notes[impl],
-                **quantiles(ratios, "ratio", "ratio_p20", "ratio_p80"),
-                "note": notes[impl],
-            }
+    notes = verdicts(replace(step, batch=check[0], image_size=check[1]))
+    providers = [
+        Provider(
+            impl, train(step, step.model(impl)), notes[impl], probe(step, impl, benchmark=True).get("peak_mb")
         )
+        for impl in IMPLS
+    ]
+    return rows_of(step, Comparison(step.case(), providers, torch.device(step.device)), rounds)
+
+
+def train(step: TrainingStep, model: nn.Module, seed: int = 0) -> Callable[[], None]:
+    return functools.partial(step.train(model), *step.data(seed))
+
+
+def rows_of(step: TrainingStep, comparison: Comparison, rounds: int, ranks: int = 1) -> list[Row]:
+    """Times the steps; a row for each implementation."""
+    for _ in range(2):  # DDP rebuilds its buckets after the first
+        comparison.warm_up()
+    for _ in comparison.rounds(rounds):
+        pass
+    rows = comparison.rows()
+    for row in rows:
+        row |= {"arch": step.arch, "image_size": step.image_size}
+        row["images_per_s"] = row["median_ms"] and 1e3 * ranks * step.batch / row["median_ms"]
     return rows
 
 
-# Several processes
+class RanksComparison(Comparison):
+    """Times of the slowest rank; all start together."""
+
+    def _time(self, provider: Provider) -> float:
+        dist.barrier()
+        taken = torch.tensor([super()._time(provider)], device=self.device)
+        dist.all_reduce(taken, dist.ReduceOp.MAX)
+        return taken.item()
 
 
-def ranks_times(case: Case, ranks: int, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Milliseconds of the slowest rank by variant and implementation, of so many ranks at once."""
-    print(f"{ranks} ranks of {case.arch}, batch {case.batch} each", file=sys.stderr, flush=True)
+def ranks_rows(step: TrainingStep, ranks: int, rounds: int, notes: dict[str, str]) -> list[Row]:
+    """A row for each variant and implementation, of so many ranks at once."""
+    print(f"{ranks} ranks of {step.arch}, batch {step.batch} each", file=sys.stderr, flush=True)
     gc.collect()
-    if case.device != "cpu":
+    if step.device != "cpu":
         torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory(prefix="resnet_fused_scaling_") as folder:
-        mp.spawn(_rank, (ranks, case, rounds, folder), nprocs=ranks)
-        found: dict[str, dict[str, list[float]]] = json.loads(Path(folder, "times.json").read_text())
-    return found
+        mp.spawn(_rank, (ranks, step, rounds, notes, folder), nprocs=ranks)
+        rows: list[Row] = json.loads(Path(folder, "rows.json").read_text())
+    return rows
 
 
-def _rank(rank: int, ranks: int, case: Case, rounds: int, folder: str) -> None:
+def _rank(rank: int, ranks: int, step: TrainingStep, rounds: int, notes: dict[str, str], folder: str) -> None:
     torch.set_num_threads(1)
-    device = torch.device(case.device)
+    device = torch.device(step.device)
     if device.type == "cuda":
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        case = replace(case, device=str(device))
+        step = replace(step, device=str(device))
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    rows = []
     try:
-        steps: dict[str, Callable[[], None]] = {}
-        for impl in IMPLS:
-            for variant in (ALONE, DDP, SYNC) if ranks > 1 else (ALONE,):
-                if variant == SYNC and impl == EAGER and device.type == "cpu":
-                    continue  # PyTorch's SyncBatchNorm needs a GPU
-                model = case.model(impl)
-                if variant == SYNC:
-                    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-                elif variant == DDP:
-                    ids = [device.index] if device.type == "cuda" else None
-                    model = DistributedDataParallel(model, ids, process_group=dist.new_group())
-                step = functools.partial(case.step(model), *case.data(rank))
-                for _ in range(2):  # DDP rebuilds its buckets after the first
-                    step()
-                steps[f"{variant} {impl}"] = step
-        times = interleaved(steps, rounds, lambda step: _slowest(step, device))
+        for variant in (ALONE, DDP, SYNC) if ranks > 1 else (ALONE,):
+            # PyTorch's SyncBatchNorm needs a GPU.
+            impls = IMPLS if variant != SYNC or device.type == "cuda" else (OURS,)
+            providers = [
+                Provider(impl, train(step, shared(step.model(impl), variant, device), rank), notes[impl])
+                for impl in impls
+            ]
+            comparison = RanksComparison(step.case(), providers, device)
+            rows += [{"variant": variant, **row} for row in rows_of(step, comparison, rounds, ranks)]
         if rank == 0:
-            found: dict[str, dict[str, list[float]]] = {}
-            for key, own in times.items():
-                variant, impl = key.split()
-                found.setdefault(variant, {})[impl] = own
-            Path(folder, "times.json").write_text(json.dumps(found))
+            Path(folder, "rows.json").write_text(json.dumps(rows))
     finally:
         dist.destroy_process_group()
         gc.collect()  # DDP, which holds its group, is part of a cycle
 
 
-def _slowest(step: Callable[[], None], device: torch.device) -> float:
-    """Milliseconds of the slowest rank; all start together."""
-    dist.barrier()
-    taken = torch.tensor([milliseconds(step, device)], device=device)
-    dist.all_reduce(taken, dist.ReduceOp.MAX)
-    return taken.item()
-
-
-# The whole run
+def shared(model: nn.Module, variant: str, device: torch.device) -> nn.Module:
+    """The model as a variant trains it."""
+    if variant == SYNC:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if variant == DDP:
+        ids = [device.index] if device.type == "cuda" else None
+        return DistributedDataParallel(model, ids, process_group=dist.new_group())
+    return model
 
 
 def run(device: torch.device, quick: bool) -> dict[str, Any]:
@@ -240,9 +193,8 @@ def run(device: torch.device, quick: bool) -> dict[str, Any]:
     ]
     notes = verdicts(replace(todo.of_rank, batch=todo.check[0], image_size=todo.check[1]))
     for ranks in todo.ranks:
-        for variant, times in ranks_times(todo.of_rank, ranks, todo.rounds).items():
-            found = rows_of(todo.of_rank, times, notes, {}, ranks)
-            rows += [{"curve": "ranks", "x": ranks, "variant": variant, **row} for row in found]
+        found = ranks_rows(todo.of_rank, ranks, todo.rounds, notes)
+        rows += [{"curve": "ranks", "x": ranks, **row} for row in found]
     return {"header": header(device, time.monotonic() - begin, ceilings), "curves": rows}
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from benchmarks.page import COLOURS, ROOT, Chart, Page, markdown
 from benchmarks.scaling import ALONE, DDP, SYNC
-from resnet_fused.cli.steps import EAGER, OURS
+from resnet_fused.measure import EAGER, OURS
 
 RESULTS = ROOT / "benchmarks" / "results" / "scaling"
 AXES = {"batch": "images", "image_size": "pixels", "depth": "layers"}

@@ -111,7 +111,7 @@ def run(variant: Variant, settings: Settings, data: Data) -> Curve:
                     images = images.flip(0).contiguous(memory_format=learner.memory_format)
                     labels = labels.flip(0)
                 learner.step(images, labels)
-            learner.settle()
+            learner.count_steps()
             learner.progress.finish_epoch(0.0, *learner.evaluate(data.held_out))
     history = learner.progress.history
     return Curve(

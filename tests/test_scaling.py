@@ -10,9 +10,8 @@ import pytest
 from benchmarks import scaling, scaling_page
 
 
-def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_run(tmp_path: Path) -> None:
     """All four curves, checked, and the tables of a page."""
-    monkeypatch.setattr(scaling, "DRAWS", 3)
     file = tmp_path / "folder" / "quick.json"
     assert scaling.main([str(file), "--quick"]) == 0
     found = json.loads(file.read_text())

@@ -22,12 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 
-from benchmarks.harness import COLD_BYTES
 from benchmarks.roofline import H100, Ceilings, limit, measure, read_ceilings
 from benchmarks.roofline_model import ELEMENT, Kernel
 from resnet_fused import backend, models
-from resnet_fused.cli.timing import header, milliseconds
 from resnet_fused.kernels.launch import Launch, observing
+from resnet_fused.measure import COLD_BYTES, header, milliseconds
 from resnet_fused.reference.resnet import ARCHITECTURES
 
 REPETITIONS = 15

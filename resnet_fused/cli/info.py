@@ -3,20 +3,20 @@
 import importlib
 import importlib.util
 import platform
-from collections.abc import Sequence
 
 import torch
 
 from resnet_fused.cli.errors import UserError
+from resnet_fused.cli.text import columns
 
 
 def info() -> None:
     """Prints versions, devices, and the rows of `resnet_fused.backend.status()`."""
-    print(layout([*versions(), *devices()]))
+    print("\n".join(columns([*versions(), *devices()])))
     rows = importlib.import_module("resnet_fused.backend").status()
     head = ("op", "device", "implementation", "reason")
     print()
-    print(layout([head, *([str(row[key] or "") for key in head] for row in rows)]))
+    print("\n".join(columns([head, *([str(row[key] or "") for key in head] for row in rows)])))
 
 
 def plan(arch: str, batch: int = 256, image_size: int = 224, precision: str = "bf16") -> None:
@@ -68,9 +68,3 @@ def devices() -> list[tuple[str, str]]:
             (f"GPU {index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
         )
     return found if torch.cuda.device_count() else [*found, ("GPU", "none that torch sees")]
-
-
-def layout(rows: Sequence[Sequence[str]]) -> str:
-    """Rows with their columns aligned."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)

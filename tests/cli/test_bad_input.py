@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_fused.cli import learner
+from resnet_fused.cli import precision as precisions
 from tests.cli.conftest import Cli, Result, load, make_images
 
 
@@ -198,7 +198,7 @@ def test_precision_without_a_kernel(precision: str, train: Cli, monkeypatch: pyt
     def missing(*_: object, **__: object) -> None:
         raise RuntimeError("not implemented for this dtype")
 
-    monkeypatch.setattr(learner.F, "conv2d", missing)
+    monkeypatch.setattr(precisions.F, "conv2d", missing)
     assert_refused(train("--precision", precision), f"--precision {precision}", "cpu", "--precision fp32")
 
 

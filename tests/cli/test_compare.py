@@ -15,7 +15,7 @@ import resnet_fused
 from resnet_fused import native
 from resnet_fused.backend import summary
 from resnet_fused.cli import compare
-from resnet_fused.cli.compare import spread, timed_steps
+from resnet_fused.cli.compare import timed_steps
 from resnet_fused.cli.data import open_source
 from resnet_fused.cli.distributed import World
 from resnet_fused.cli.learner import Learner
@@ -31,7 +31,7 @@ def test_table_and_picture(train: Cli, tmp_path: Path) -> None:
         "img/s at 16x16, median of steps",
         "against reference",
         "paired steps",
-        "memory held for backward",
+        "memory saved for backward",
         "held-out accuracy",
         "points",
     ):
@@ -78,7 +78,7 @@ def test_what_is_not_fused_is_not_called_so(
 
 def _summary(accuracies: tuple[float, float], size: int = 32, speedup: float = 0.9) -> dict[str, Any]:
     rows = {
-        name: {"held_out_accuracy": accuracy, "held_out_images": 900, "held_for_backward_bytes": held}
+        name: {"held_out_accuracy": accuracy, "held_out_images": 900, "saved_for_backward_bytes": held}
         for name, accuracy, held in zip(("fused", "reference"), accuracies, (60, 100), strict=True)
     }
     return {
@@ -95,7 +95,7 @@ def test_conclusion() -> None:
     assert (
         "reaches the same accuracy as plain PyTorch (98.00% and 97.00% of 900 held-out images, within" in same
     )
-    assert "holds 0.60x the memory for backward, at 0.90x the speed on images of 32x32. So small, " in same
+    assert "saves 0.60x the memory for backward, at 0.90x the speed on images of 32x32. So small, " in same
     assert same.endswith("for speed at 224x224 run `python -m resnet_fused bench`.")
     other = compare.conclusion(_summary((0.98, 0.96), size=224, speedup=1.2))
     assert "another accuracy than plain PyTorch (98.00% and 96.00% of 900 held-out images, more than" in other
@@ -129,7 +129,7 @@ def test_steps_alternate_and_share_their_batch() -> None:
 
     learners = [Stub("fused"), Stub("reference")]
     for number in range(4):
-        timed_steps(learners, torch.zeros(number + 1), torch.zeros(1), keep=number > 0)
+        timed_steps(learners, torch.zeros(number + 1), torch.zeros(1), record=number > 0)
     assert [name for name, _ in turns] == ["fused", "reference", "reference", "fused"] * 2
     assert [a == b for (_, a), (_, b) in zip(turns[::2], turns[1::2], strict=True)] == [True] * 4
     assert [len(learner.progress.step_seconds) for learner in learners] == [3, 3]
@@ -166,12 +166,6 @@ def test_measuring_leaves_the_model_as_it_is() -> None:
     compare.memory(learner, images, labels)
     assert all(torch.equal(value, before[name]) for name, value in learner.model.state_dict().items())
     assert 0 < held["fused"] < held["reference"]
-
-
-def test_spread() -> None:
-    assert spread([]) is None
-    assert spread([2.0]) == {"median": 2, "p20": 2, "p80": 2}
-    assert spread([float(x) for x in range(11)]) == {"median": 5, "p20": 2, "p80": 8}
 
 
 @pytest.mark.gpu
