@@ -26,6 +26,9 @@ MODES = {"train": "training step", "eval": "evaluation", "fwd_bwd": "forward and
 DTYPES = ("fp32", "tf32", "bf16", "fp16")
 CASE = ["layer", "name", "mode", "dtype", "batch", "shape"]
 TIME, RATIO = ["median_ms", "p20_ms", "p80_ms"], ["ratio", "ratio_p20", "ratio_p80"]
+NUMBERS = [*TIME, *RATIO, "peak_mb", "first_step_ms", "roofline_ms"]
+#: What the rows and the header of a results file have to hold.
+ROW = {*CASE, *NUMBERS, "impl", "checked", "note"}
 HEADER = {"device", "device_type", "threads", "torch", "commit", "clean", "date", "seconds", "ceilings"}
 #: What README compares with, and its column.
 BASELINES = {
@@ -44,8 +47,7 @@ def read(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         header, rows = content["header"], pd.DataFrame(content["rows"])
-        needed = {*CASE, *TIME, *RATIO, "impl", "checked", "note", "peak_mb", "first_step_ms", "roofline_ms"}
-        if missing := (needed - {*rows.columns}) | (HEADER - header.keys()):
+        if missing := (ROW - {*rows.columns}) | (HEADER - header.keys()):
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         if rows.duplicated([*CASE, "impl"]).any():
             raise ValueError("it has two rows of one implementation and case")
@@ -54,8 +56,7 @@ def read(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
                 raise ValueError(f"{name} {', '.join(map(str, unknown))} is unknown")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a results file ({error}): measure again, or remove it") from error
-    numbers = [*TIME, *RATIO, "peak_mb", "first_step_ms", "roofline_ms"]
-    rows[numbers] = rows[numbers].astype(float)
+    rows[NUMBERS] = rows[NUMBERS].astype(float)
     measured, accepted = rows.median_ms.notna(), rows.checked & rows.median_ms.notna()
     ours = rows[accepted & (rows.impl == OURS)].set_index(CASE).peak_mb
     cases = pd.MultiIndex.from_frame(rows[CASE])
