@@ -23,7 +23,7 @@ def write_results(
 ) -> None:
     """One JSON file: the header and a row per provider. ``ceilings``: benchmarks.roofline.Ceilings by dtype."""
     rows = [row for comparison in comparisons for row in comparison.rows()]
-    head = header(device, seconds, {dtype: asdict(found) for dtype, found in ceilings.items()})
+    head = header(device, seconds, {dtype: asdict(of_dtype) for dtype, of_dtype in ceilings.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"header": head, "rows": rows}, indent=1) + "\n")
 

@@ -42,21 +42,21 @@ def modules(
         eager: the reference's, channels_last, on the device; copied for each but ours.
         fused: ours.
     """
-    found: dict[str, nn.Module | Missing] = {}
+    by_name: dict[str, nn.Module | Missing] = {}
     # Else torch.compile counts this module as another shape of the previous one, and gives up on static shapes.
     torch.compiler.reset()
     device = next(eager.parameters()).device
     for name in names:
         if name == OURS:
-            found[name] = fused
+            by_name[name] = fused
             continue
         own = copy.deepcopy(eager)
         if name == CONTIGUOUS:
             own = own.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         elif name in COMPILED:
             own.compile(mode=COMPILED[name], dynamic=False)
-        found[name] = peer_module(name, arch, block, own, precision.dtype, device) if name in PEERS else own
-    return found
+        by_name[name] = peer_module(name, arch, block, own, precision.dtype, device) if name in PEERS else own
+    return by_name
 
 
 def to_layout(name: str, x: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def to_layout(name: str, x: Tensor) -> Tensor:
 
 
 def make_providers(
-    found: dict[str, Module | Missing],
+    by_name: dict[str, Module | Missing],
     notes: dict[str, str],
     run_of: Callable[[str, Module], Callable[[], object]],
 ) -> list[Provider]:
@@ -74,5 +74,5 @@ def make_providers(
         Provider(name, note=module.reason)
         if isinstance(module, Missing)
         else Provider(name, run_of(name, module), notes[name])
-        for name, module in found.items()
+        for name, module in by_name.items()
     ]

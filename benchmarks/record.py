@@ -123,14 +123,14 @@ class Record:
         comparison.warm_up(measure_peak=True)
         self.clocks.append(header(self.device, 0.0)["clocks"])
         for _ in comparison.rounds(rounds):
-            self.save(self.found(comparison))
+            self.save(self.results_so_far(comparison))
             self.summary = line(comparison)
         self.clocks.append(header(self.device, 0.0)["clocks"])
-        self.save(self.found(comparison))
+        self.save(self.results_so_far(comparison))
         print(self.summary, flush=True)
         return comparison
 
-    def found(self, comparison: Comparison) -> dict[str, Any]:
+    def results_so_far(self, comparison: Comparison) -> dict[str, Any]:
         """As the file has it: rows of results files, with img/s."""
         rows = comparison.rows()
         for row in rows:
@@ -196,9 +196,9 @@ def main(arguments: Sequence[str]) -> int:
         roofline_ms = limit(kernels, ceilings) * 1e3
     head = header(device, 0.0)
 
-    def save(found: dict[str, Any]) -> None:
+    def save(results: dict[str, Any]) -> None:
         known = json.loads(options.json.read_text()) if options.json.exists() else {}
-        known[options.name] = {"header": head, **found}
+        known[options.name] = {"header": head, **results}
         write_text(options.json, json.dumps(known, indent=1) + "\n")
 
     record = Record(training, options.rounds, roofline_ms, save)

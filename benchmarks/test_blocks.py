@@ -62,8 +62,8 @@ def test_block(
         block = getattr(library, arch)().get_submodule(name).train()
         pair.append(block.to(device, memory_format=torch.channels_last))
     eager, fused = pair
-    found = modules(names, arch, name, eager, fused, precision)
-    present = {key: module for key, module in found.items() if isinstance(module, nn.Module)}
+    candidates = modules(names, arch, name, eager, fused, precision)
+    available = {key: module for key, module in candidates.items() if isinstance(module, nn.Module)}
     exact = copy.deepcopy(eager).double()
     channels, size = shape
     x = torch.zeros(BATCH, channels, size, size, device=device, dtype=precision.dtype)
@@ -79,7 +79,7 @@ def test_block(
         def results(provider: str) -> list[Tensor]:
             if provider == EXACT:
                 return forward_backward(exact, x.double(), grad, PRECISIONS["fp32"])
-            return run_of(provider, present.get(provider, eager))()
+            return run_of(provider, available.get(provider, eager))()
 
         return results
 
@@ -92,9 +92,9 @@ def test_block(
 
         return run
 
-    notes = check_accuracy(draw, present, precision.eps)
+    notes = check_accuracy(draw, available, precision.eps)
     kernels = [k for k in step(arch, BATCH, SIZE, precision.name) if k.block == name]
     roofline_ms = limit(kernels, ceilings) * 1e3
     shape_of_input = f"{BATCH}x{channels}x{size}x{size}"
     case = Case(LAYER, f"{arch} {name}", "fwd_bwd", precision.name, BATCH, shape_of_input, roofline_ms)
-    compare(case, make_providers(found, notes, run_of), ROUNDS)
+    compare(case, make_providers(candidates, notes, run_of), ROUNDS)

@@ -53,8 +53,8 @@ def test_model(
     # Before torch.compile has cached anything of this model.
     probed = {key: probe(train, key, allow_tf32=tf32) for key in PROBED if key in names and training}
     eager, fused = (train.model(key).train(training) for key in (EAGER, OURS))
-    found = modules(names, arch, "", eager, fused, precision)
-    present = {key: module for key, module in found.items() if isinstance(module, nn.Module)}
+    candidates = modules(names, arch, "", eager, fused, precision)
+    available = {key: module for key, module in candidates.items() if isinstance(module, nn.Module)}
 
     def evaluate(provider: str, module: nn.Module, images: Tensor) -> list[Tensor]:
         begin_step(provider)
@@ -67,7 +67,7 @@ def test_model(
         def results(provider: str) -> list[Tensor]:
             if provider == EXACT:
                 return exact_results(dataclasses.replace(train, precision="fp32"), training, seed)
-            module, given = present.get(provider, eager), to_layout(provider, images)
+            module, given = available.get(provider, eager), to_layout(provider, images)
             if not training:
                 return evaluate(provider, module, given)
             begin_step(provider)
@@ -88,11 +88,11 @@ def test_model(
 
         return run
 
-    notes = check_accuracy(draw, present, precision.eps)
+    notes = check_accuracy(draw, available, precision.eps)
     roofline_ms = (
         limit(step(arch, BATCH, SIZE, precision.name, whole=True), ceilings) * 1e3 if training else None
     )
-    providers = make_providers(found, notes, run_of)
+    providers = make_providers(candidates, notes, run_of)
     for provider in providers:
         measured = probed.get(provider.name, {})
         provider.first_step_ms, provider.peak_mb = measured.get("first_step_ms"), measured.get("peak_mb")

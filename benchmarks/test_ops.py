@@ -111,8 +111,8 @@ def test_op(
 ) -> None:
     torch.compiler.reset()
     eager, *_, kinds = OPS[name]
-    found = {key: function_of(key, name, channels, precision.dtype, device) for key in names}
-    present = {key: op for key, op in found.items() if not isinstance(op, Missing)}
+    candidates = {key: function_of(key, name, channels, precision.dtype, device) for key in names}
+    available = {key: op for key, op in candidates.items() if not isinstance(op, Missing)}
     inputs: list[Tensor] = []
     grad = torch.empty(0)
 
@@ -125,12 +125,12 @@ def test_op(
         def results(provider: str) -> list[Tensor]:
             begin_step(provider)
             given = [_leaf(provider, x, torch.float64 if provider == EXACT else x.dtype) for x in inputs]
-            out = present.get(provider, eager)(*given)
+            out = available.get(provider, eager)(*given)
             return [out.detach(), *torch.autograd.grad(out, given, grad.to(out.dtype))]
 
         return results
 
-    notes = check_accuracy(draw, present, precision.eps)
+    notes = check_accuracy(draw, available, precision.eps)
 
     def run_of(provider: str, op: Function) -> Callable[[], object]:
         given = [_leaf(provider, x, x.dtype) for x in inputs]
@@ -145,7 +145,7 @@ def test_op(
     shape = (BATCH, channels, size, size)
     roofline_ms = op_bytes(name, shape, precision.name) / ceilings.bandwidth * 1e3
     case = Case(LAYER, name, "fwd_bwd", precision.name, BATCH, "x".join(map(str, shape)), roofline_ms)
-    compare(case, make_providers(found, notes, run_of), 12 if size > 28 else 24)
+    compare(case, make_providers(candidates, notes, run_of), 12 if size > 28 else 24)
 
 
 def _leaf(provider: str, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -157,8 +157,8 @@ def conclusion(summary: dict[str, Any]) -> str:
     words = (
         f"Shown: trained on the same batches, fused reaches {'the same' if same else 'another'} accuracy "
         f"{'as' if same else 'than'} plain PyTorch ({ours:.2%} and {other:.2%} of {images} held-out images, "
-        f"{'within' if same else 'more than'} two standard errors{'' if same else ' apart'}), and saves {share:.2f}x "
-        "the memory for backward"
+        f"{'within' if same else 'more than'} two standard errors{'' if same else ' apart'}), and autograd saves "
+        f"{share:.2f}x as many bytes for backward"
     )
     size = summary["image_size"]
     if summary["timed_steps"]:

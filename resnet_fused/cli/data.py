@@ -1,6 +1,6 @@
 """Images: scikit-learn's digits or a folder, and the order and augmentation of every epoch.
 
-Order is a function of (seed, epoch), augmentation of (seed, epoch, index): no state is kept between images,
+Order is a function of (seed, epoch), augmentation of (seed, epoch, index): no state is carried between images,
 so neither the number of workers nor an interruption can change what the model sees. A resumed epoch starts its order
 at the next step, which needs no state of a DataLoader and lets the number of workers change.
 """
@@ -225,15 +225,15 @@ def _classes(part: Path) -> list[str]:
 def _files(part: Path, classes: list[str]) -> list[tuple[str, int]]:
     files: list[tuple[str, int]] = []
     for label, name in enumerate(classes):
-        found = [
+        paths = [
             os.path.join(folder, file)
             for folder, _, inside in os.walk(part / name, followlinks=True)
             for file in inside
             if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
         ]
-        if not found:
+        if not paths:
             raise UserError(f"{part / name} holds no images: {', '.join(IMAGE_SUFFIXES)} are read")
-        files += [(path, label) for path in sorted(found)]
+        files += [(path, label) for path in sorted(paths)]
     return files
 
 

@@ -56,7 +56,7 @@ def versions() -> list[tuple[str, str]]:
 
 def devices() -> list[tuple[str, str]]:
     """The CPU and every GPU."""
-    found = [
+    rows = [
         ("system", f"{platform.system()} {platform.machine()}"),
         ("CPU capability", torch.backends.cpu.get_cpu_capability()),
         ("CPU threads", str(torch.get_num_threads())),
@@ -64,7 +64,7 @@ def devices() -> list[tuple[str, str]]:
     ]
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        found.append(
+        rows.append(
             (f"GPU {index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
         )
-    return found if torch.cuda.device_count() else [*found, ("GPU", "none that torch sees")]
+    return rows if torch.cuda.device_count() else [*rows, ("GPU", "none that torch sees")]

@@ -118,7 +118,7 @@ class Learner:
         """Since the start of the run."""
         return self.progress.epoch * self.steps_per_epoch + self.progress.step
 
-    def leave(self) -> None:
+    def release_process_group(self) -> None:
         """Releases the process group, which can then be destroyed; no step can follow."""
         self._parallel = self.model
 

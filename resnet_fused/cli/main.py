@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from resnet_fused.cli.distributed import from_environment
 from resnet_fused.cli.errors import UserError
-from resnet_fused.cli.settings import BY_DATA, IMPLEMENTATIONS, PRECISIONS, Invocation, Settings
+from resnet_fused.cli.settings import BY_DATA, IMPLEMENTATIONS, PRECISION_CHOICES, Invocation, Settings
 from resnet_fused.cli.signals import Stopped
 from resnet_fused.reference.resnet import ARCHITECTURES
 
@@ -102,7 +102,7 @@ def _add_info_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_common_options(add: Callable[..., Any], arch: str) -> None:
     add("--arch", choices=ARCHITECTURES, metavar="NAME", help=f"one of {', '.join(ARCHITECTURES)} ({arch})")
-    add("--precision", choices=PRECISIONS, help="autocast dtype; fp16 scales its gradients (fp32)")
+    add("--precision", choices=PRECISION_CHOICES, help="autocast dtype; fp16 scales its gradients (fp32)")
     add("--device", help="auto, cpu, cuda or cuda:N (auto)")
 
 

@@ -51,8 +51,8 @@ def probe(step: TrainingStep, provider: str, largest_batch: bool = False, **cudn
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ProcessFailed(provider, done.returncode, done.stderr)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return measured
 
 
 def main() -> None:
@@ -64,16 +64,16 @@ def main() -> None:
         setattr(torch.backends.cudnn, name, value)
     if step.device != "cpu":
         torch.cuda.set_device(step.device)
-    found: dict[str, object] = {}
+    measured: dict[str, object] = {}
     try:
-        found["first_step_ms"], found["peak_mb"] = two_steps(step, provider)
+        measured["first_step_ms"], measured["peak_mb"] = two_steps(step, provider)
         gc.collect()
         # torch.compile would compile for every size that is tried.
         if request["largest_batch"] and step.device != "cpu" and provider not in COMPILED:
-            found["largest_batch"] = largest_batch_of(step, provider)
+            measured["largest_batch"] = largest_batch_of(step, provider)
     except Exception as error:
-        found["note"] = failure(provider, error)
-    print(json.dumps(found))
+        measured["note"] = failure(provider, error)
+    print(json.dumps(measured))
 
 
 def two_steps(step: TrainingStep, provider: str) -> tuple[float, float | None]:

@@ -12,7 +12,7 @@ from resnet_fused.cli.distributed import World
 from resnet_fused.cli.errors import UserError
 
 IMPLEMENTATIONS = ("fused", "reference", "compare")
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISION_CHOICES = ("fp32", "bf16", "fp16")
 SMALLEST_IMAGE = 16
 
 # Option: (for the digits, for a folder). None on the command line and in `Settings` stands for these.
@@ -62,7 +62,7 @@ class Invocation:
         return self.out or self.DEFAULT_OUT
 
 
-def settle(given: dict[str, Any], saved: dict[str, Any]) -> Settings:
+def make_settings(given: dict[str, Any], saved: dict[str, Any]) -> Settings:
     """Settings from the options given on the command line, else those of the checkpoint, else the defaults.
 
     Raises:

@@ -24,7 +24,7 @@ from resnet_fused.cli.learner import Learner, why_no_cuda_graph
 from resnet_fused.cli.metrics import describe, write_metrics
 from resnet_fused.cli.plots import plot_curves
 from resnet_fused.cli.precision import check_precision
-from resnet_fused.cli.settings import Invocation, Settings, command_to_resume, settle
+from resnet_fused.cli.settings import Invocation, Settings, command_to_resume, make_settings
 from resnet_fused.cli.signals import Stopped, StopRequest
 
 LEARNERS = {"fused": ("fused",), "reference": ("reference",), "compare": ("fused", "reference")}
@@ -48,7 +48,7 @@ def train(given: dict[str, Any], invocation: Invocation) -> None:
         states: dict[str, dict[str, Any]] = {}
         if invocation.resume is not None:
             invocation, states = load_states(invocation, given.get("impl"))
-        settings = settle(given, next(iter(states.values()))["settings"] if states else {})
+        settings = make_settings(given, next(iter(states.values()))["settings"] if states else {})
         for package in ("numpy", "tqdm", "matplotlib"):
             require(package)  # now, not after an hour
         device = pick_device(settings.device, world)
@@ -73,7 +73,7 @@ def train(given: dict[str, Any], invocation: Invocation) -> None:
                 Run(settings, invocation, world, device, batches, learners, stop).start()
             finally:
                 for learner in learners:
-                    learner.leave()
+                    learner.release_process_group()
 
 
 def load_states(invocation: Invocation, impl: str | None) -> tuple[Invocation, dict[str, dict[str, Any]]]:

@@ -19,7 +19,6 @@ from resnet_fused import native
 from resnet_fused.backend import summary
 from resnet_fused.cli import bench, probe
 from resnet_fused.cli.bench import COMPILE
-from resnet_fused.cli.main import main
 from resnet_fused.cli.steps import TrainingStep
 from resnet_fused.measure import EAGER, EXACT, OURS, Comparison, Provider
 from tests.cli.conftest import Cli, Result
@@ -75,34 +74,23 @@ def test_end_to_end_without_a_compiler(cli: Cli, tmp_path: Path, monkeypatch: py
     assert (tmp_path / "out" / "bench.png").read_bytes().startswith(PNG)
 
 
-def test_a_compiler_that_does_not_work_is_a_note(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("provider", [COMPILE, OURS])
+def test_only_a_compiler_may_fail(
+    provider: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An error of anything else is one of ours, and is not hidden."""
-
     def fail(step: TrainingStep, provider: str) -> torch.nn.Module:
-        raise RuntimeError(
-            "backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler\n\nSet ..."
-        )
+        raise RuntimeError("No working C++ compiler")
 
     monkeypatch.setattr(TrainingStep, "model", fail)
-    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    for provider in (COMPILE, OURS):
-        request = {
-            "provider": provider,
-            "step": asdict(STEP),
-            "threads": 1,
-            "largest_batch": True,
-            "cudnn": {},
-        }
-        monkeypatch.setattr(sys, "argv", ["probe", json.dumps(request)])
-        if provider == OURS:
-            with pytest.raises(RuntimeError, match="No working"):
-                probe.main()
-        else:
+    request = {"provider": provider, "step": asdict(STEP), "threads": torch.get_num_threads()}
+    request |= {"largest_batch": True, "cudnn": {}}
+    monkeypatch.setattr(sys, "argv", ["probe", json.dumps(request)])
+    if provider == OURS:
+        with pytest.raises(RuntimeError, match="No working"):
             probe.main()
-    note = json.loads(capsys.readouterr().out)["note"]
-    assert note == "RuntimeError: InvalidCxxCompiler: No working C++ compiler"
+    else:
+        probe.main()
+        assert json.loads(capsys.readouterr().out) == {"note": "RuntimeError: No working C++ compiler"}
 
 
 @pytest.fixture
@@ -165,20 +153,10 @@ def test_float64_is_eager_in_float64() -> None:
 @pytest.mark.parametrize(
     ("eager", "words"),
     [
-        (
-            [20.0, 21.0, 22.0],
-            "resnet_fused trains resnet18 2.10x as fast as eager in 0.60x its memory on this machine.",
-        ),
+        ([20.0, 21.0, 22.0], "trains resnet18 2.10x as fast as eager in 0.60x its memory on this machine."),
         ([8.0, 9.0, 9.5], "slower than eager on this machine: 0.90x as fast, in 0.60x its memory."),
-        (
-            [9.0, 10.1, 12.0],
-            "about as fast as eager (1.01x, 0.94 to 1.12) in 0.60x its memory on this machine.",
-        ),
-        (
-            [5.0, 10.1, 20.0],
-            "Times vary too much to say which is faster (1.01x, 0.70 to 1.60): run it while the "
-            "machine does nothing else.",
-        ),
+        ([9.0, 10.1, 12.0], "as fast as eager (1.01x, 0.94 to 1.12) in 0.60x its memory on this machine."),
+        ([5.0, 10.1, 20.0], "(1.01x, 0.70 to 1.60): run it while the machine does nothing else."),
     ],
 )
 def test_verdict(eager: list[float], words: str) -> None:
@@ -202,44 +180,6 @@ def test_largest_batch(limit: int) -> None:
     assert found is None if limit < 2 else found is not None and found <= limit <= found * 1.05 + 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--arch", "resnet51"), ["resnet51", "resnet50"]),
-        (("--batch", "1"), ["--batch 1", "at least 2"]),
-        (("--batch", "0"), ["--batch", "'0'"]),
-        (("--image-size", "8"), ["--image-size 8", "at least 16"]),
-        (("--precision", "fp8"), ["fp8", "bf16"]),
-        (("--device", "tpu-ish"), ["tpu-ish", "cuda:N"]),
-        (("--seconds", "0"), ["--seconds", "above 0"]),
-        (("--json", "nowhere/at/all.json"), ["nowhere/at/all.json", "cannot be written"]),
-        (("--out", "/dev/null/out"), ["/dev/null/out", "choose another folder"]),
-    ],
-)
-def test_bad_input(
-    arguments: tuple[str, ...], words: list[str], cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    result = cli("bench", *arguments)
-    assert_refused(result, *words)
-    assert result.out == "" and not (tmp_path / "runs").exists()
-
-
-def test_unsupported_precision(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: Any, **named: Any) -> torch.Tensor:
-        raise RuntimeError("not implemented for 'Half'")
-
-    monkeypatch.setattr(torch.nn.functional, "conv2d", refuse)
-    result = cli("bench", "--precision", "fp16", "--device", "cpu", "--out", tmp_path / "out")
-    assert_refused(result, "--precision fp16", "--precision fp32")
-
-
-def test_many_processes_are_refused(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert_refused(cli("bench"), "without torchrun")
-
-
 def test_a_killed_process_is_a_users_message(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,15 +189,6 @@ def test_a_killed_process_is_a_users_message(
     monkeypatch.setattr(sys, "executable", str(killer))
     result = cli("bench", *SMALL, "--out", tmp_path / "out")
     assert_refused(result, "signal 9", "--batch below 4")
-
-
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
-        main(["bench", "--help"])
-    assert left.value.code == 0
-    shown = capsys.readouterr().out
-    options = ("arch", "batch", "image-size", "precision", "device", "seconds", "no-compile", "out", "json")
-    assert all(f"--{option}" in shown for option in options)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from resnet_fused.cli.learner import Learner, make_schedule
-from resnet_fused.cli.settings import BY_DATA, Settings, settle
+from resnet_fused.cli.settings import BY_DATA, Settings, make_settings
 from tests.cli.conftest import Cli, assert_same_run, load, make_images
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -89,10 +89,10 @@ def test_norms_and_biases_do_not_decay(train: Cli, monkeypatch: pytest.MonkeyPat
 
 def test_settings_come_from_the_command_then_the_checkpoint_then_the_defaults() -> None:
     saved = {"lr": 0.5, "seed": 3, "epochs": 7, "an option of a later version": 1}
-    settings = settle({"seed": 4}, saved)
+    settings = make_settings({"seed": 4}, saved)
     assert (settings.lr, settings.seed, settings.epochs) == (0.5, 4, 7)
     assert settings.image_size == BY_DATA["image_size"][0]
-    assert settle({"data": "elsewhere"}, {}).image_size == BY_DATA["image_size"][1]
+    assert make_settings({"data": "elsewhere"}, {}).image_size == BY_DATA["image_size"][1]
 
 
 def _torchrun(*arguments: object) -> str:
