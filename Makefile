@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.py')
 NATIVE := csrc tests/emulated_cuda
 
-.PHONY: demo examples test test-interpreter test-oldest-triton soak bench report docs lint format build gpu-bundle clean
+.PHONY: demo examples test test-interpreter test-oldest-triton soak bench report docs docs-check lint format build gpu-bundle clean
 
 # Threads that wait for each other don't spin: beside other jobs on the same cores a step takes an eighth of the time.
 demo: build
@@ -53,10 +53,14 @@ soak: build
 
 # RESULTS=benchmarks/results/NAME.json keeps the figures; `make report` makes tables and pictures of what is there.
 bench: build
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest benchmarks --benchmark-disable-gc --benchmark-columns=median,iqr,rounds --results $(RESULTS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest benchmarks --results $(RESULTS)
 
 report: build
-	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.report --write
+
+# Whether generated tables and charts of README, docs/ and benchmarks/RESULTS.md show their data; writes nothing.
+docs-check: build
+	$(BIN)/python -m benchmarks.docs_check
 
 # build/docs/index.html: README, docs/ and the API reference; warnings are errors.
 docs: build

@@ -1,25 +1,27 @@
-"""Options, who takes part, the timing fixture, and what is printed and written at the end."""
+"""Options, fixtures, and what is printed and written at the end of the benchmark suite."""
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.harness import OURS, Case, Contest, Entrant, table, write_results
-from benchmarks.implementations import IMPLS, default_impls
-from benchmarks.precision import PRECISIONS, Precision
+from benchmarks.harness import table, write_results
+from benchmarks.providers import NAMES, default_names
 from benchmarks.roofline import H100, Ceilings, measure
+from resnet_fused.cli.precision import PRECISIONS, Precision
+from resnet_fused.measure import OURS, Case, Comparison, Provider
 
-Compare = Callable[[Case, list[Entrant], int], None]
+Compare = Callable[[Case, list[Provider], int], None]
 
-_contests: list[Contest] = []
+_comparisons: list[Comparison] = []
 _ceilings: dict[str, Ceilings] = {}
 _begun = time.monotonic()
 _compiled = tempfile.TemporaryDirectory(prefix="resnet_fused_bench_")
@@ -28,19 +30,15 @@ _compiled = tempfile.TemporaryDirectory(prefix="resnet_fused_bench_")
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("resnet_fused")
     group.addoption("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    group.addoption(
-        "--dtypes", default="fp32,bf16", help=f"some of {','.join(PRECISIONS)} (default: fp32,bf16)"
-    )
-    group.addoption(
-        "--impls", help=f"some of {','.join(IMPLS)} (default: all on a GPU, at most four on a CPU)"
-    )
+    group.addoption("--dtypes", default="fp32,bf16", help=f"some of {','.join(PRECISIONS)} (fp32,bf16)")
+    group.addoption("--impls", help=f"some of {','.join(NAMES)} (all on a GPU, at most four on a CPU)")
     group.addoption("--results", type=Path, help="write the measured rows to this JSON file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # What the compiler made in an earlier run would make its first step look short.
+    # What torch.compile cached in an earlier run would make its first step look short.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
-    _chosen(config, "--impls", IMPLS)
+    _chosen(config, "--impls", NAMES)
     if "tf32" in _chosen(config, "--dtypes", tuple(PRECISIONS)) and config.getoption("--device") == "cpu":
         raise pytest.UsageError("a CPU has no tf32: leave it out of --dtypes")
 
@@ -68,48 +66,55 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture
-def impls(request: pytest.FixtureRequest, device: torch.device) -> tuple[str, ...]:
-    """Who takes part; ours always."""
-    wanted = _chosen(request.config, "--impls", IMPLS) or default_impls(device, request.module.LAYER)
+def names(request: pytest.FixtureRequest, device: torch.device) -> tuple[str, ...]:
+    """Of the providers; ours always."""
+    wanted = _chosen(request.config, "--impls", NAMES) or default_names(device, request.module.LAYER)
     return tuple(dict.fromkeys((OURS, *wanted)))
 
 
 @pytest.fixture(autouse=True)
-def _tf32(request: pytest.FixtureRequest) -> Iterator[None]:
-    precision: Precision = request.getfixturevalue("precision")
-    with precision.allowed():
-        yield
+def _tf32(precision: Precision) -> Iterator[None]:
+    """TF32 in convolutions and matrix products for tf32 alone."""
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = precision.name == "tf32"
+    yield
+    for backend, allowed in zip(backends, before, strict=True):
+        backend.allow_tf32 = allowed
 
 
 @pytest.fixture
 def ceilings(device: torch.device, precision: Precision) -> Ceilings:
     """What the device can do in this dtype: known of an H100, else measured once."""
     if precision.name not in _ceilings:
-        known = (
-            device.type == "cuda"
-            and "H100" in torch.cuda.get_device_name(device)
-            and precision.dtype != torch.float32
-        )
+        is_h100 = device.type == "cuda" and "H100" in torch.cuda.get_device_name(device)
+        known = is_h100 and precision.dtype != torch.float32
         _ceilings[precision.name] = H100 if known else measure(precision.name, device)
     return _ceilings[precision.name]
 
 
 @pytest.fixture
-def compare(benchmark: BenchmarkFixture, device: torch.device) -> Compare:
-    """Times entrants in turns: pytest-benchmark times ours, its setup hook all others before. Ours has to be right."""
+def compare(device: torch.device) -> Iterator[Compare]:
+    """Times providers in turns, without garbage collection. Ours must be right."""
 
-    def run(case: Case, entrants: list[Entrant], rounds: int) -> None:
-        contest = Contest(case, entrants, device)
-        _contests.append(contest)
-        contest.warm_up()
-        benchmark.pedantic(contest.our_turn, setup=contest.others, rounds=rounds, iterations=1)
-        assert contest.ours.checked, contest.ours.note
+    def run(case: Case, providers: list[Provider], rounds: int) -> None:
+        model = case.layer == "model"
+        comparison = Comparison(case, providers, device, cold_cache=not model)
+        _comparisons.append(comparison)
+        comparison.warm_up(measure_peak=not model)
+        gc.collect()
+        gc.disable()
+        for _ in comparison.rounds(rounds):
+            pass
+        assert comparison.ours.checked, comparison.ours.note
 
-    return run
+    yield run
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    measured = [contest for contest in _contests if contest.ours.times]
+    measured = [comparison for comparison in _comparisons if comparison.ours.times]
     if not measured:
         return
     terminalreporter.section(f"how many times as fast ours is, {torch.get_num_threads()} threads")

@@ -1,11 +1,12 @@
-"""Counts that no noise moves, held to a committed table: ``python -m benchmarks.counts [--write]``.
+"""Counts that do not vary from run to run, beside a committed table: ``python -m benchmarks.counts [--write]``.
 
-What a training step launches on a GPU, what it makes and keeps on a CPU, and what registers and shared memory its
-Triton kernels take. Without ``--write`` it only compares, and exits with 1 where something differs.
+What a training step launches on a GPU, the tensors that it makes and saves on a CPU, and the registers and shared
+memory of its Triton kernels. Without ``--write`` it only compares, and exits with 1 where something differs.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import itertools
 import json
@@ -20,25 +21,27 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.kernel_resources import Resources, Specialisation, compile_all, specialisation
-from benchmarks.saved import saving
 from resnet_fused import models, reference
 from resnet_fused.kernels.launch import Launch
+from resnet_fused.measure import saved_storages
 from resnet_fused.ops.dispatch import IMPLEMENTATIONS
 from resnet_fused.plan import launches, plan
+from tools.kernel_resources import Resources, Specialisation, compile_all, specialisation
 
 TABLE = Path(__file__).with_name("counts.json")
+ADVICE = "if it is meant: python -m benchmarks.counts --write"
 ARCHS = ("resnet18", "resnet50")
-#: Of the plan.
+#: Of the launches.
 PLANNED_BATCH, PLANNED_DTYPES = 256, ("bf16", "fp32")
-#: Of what runs on the CPU: small, so that of what folds at 224x224 the third stage of ResNet-50 does not.
+#: Of what runs on the CPU: so small that the third stage of ResNet-50, which folds at 224x224, does not.
 BATCH, SIZE = 8, 96
 #: Bytes of a tensor that counts: half of the smallest activation between two convolutions in float32.
 LARGE = BATCH * 512 * (SIZE // 32) ** 2 * 4 // 2
 Counts = dict[str, Any]
+#: Models, dtype and architectures.
 Builds = tuple[tuple[tuple[str, ...], str, tuple[int, ...]], ...]
-#: Models, dtypes and architectures that tests compile kernels for. bf16 is what is trained in, and sm_80 has the
-#: instructions of all that have no wgmma. `benchmarks.kernel_resources` compiles everything.
+#: What tests compile kernels for: bf16 is what is trained in, and sm_80 has the instructions of all architectures
+#: without wgmma. `tools.kernel_resources` compiles everything.
 BUILDS: Builds = (
     (("resnet50",), "bf16", (80, 90)),
     (("resnet18",), "bf16", (90,)),
@@ -52,71 +55,65 @@ SAMPLES: Builds = (
 
 
 def launch_counts() -> Counts:
-    """Launches of a training step by kernel, and the bytes that all of them move for an image."""
+    """Launches of a training step by kernel, and the bytes that all of them move per image."""
     found = {}
-    for arch in ARCHS:
-        for dtype in PLANNED_DTYPES:
-            planned = plan(arch, PLANNED_BATCH, dtype)
-            found[f"{arch} {dtype}"] = {
-                "passes": sum(p.is_pass for p in planned),
-                "all": len(planned),
-                "bytes an image": sum(p.bytes for p in planned) // PLANNED_BATCH,
-                "by kernel": dict(sorted(Counter(p.kernel for p in planned).items())),
-            }
+    for arch, dtype in itertools.product(ARCHS, PLANNED_DTYPES):
+        planned = plan(arch, PLANNED_BATCH, dtype)
+        found[f"{arch} {dtype}"] = {
+            "passes": sum(p.is_pass for p in planned),
+            "all": len(planned),
+            "bytes an image": sum(p.bytes for p in planned) // PLANNED_BATCH,
+            "by kernel": dict(sorted(Counter(p.kernel for p in planned).items())),
+        }
     return found
 
 
 def memory_counts() -> Counts:
-    """Bytes that autograd keeps in float32 and under bfloat16 autocast, and large tensors made in float32."""
+    """Bytes that autograd saves in float32 and under bfloat16 autocast, and large tensors made in float32."""
     found: Counts = {}
-    for arch in ARCHS:
-        for name, library in (("fused", models), ("eager", reference)):
-            torch.manual_seed(0)
-            model = getattr(library, arch)(num_classes=10).to(memory_format=torch.channels_last)
-            kept = {
-                f"kept bytes {label}": kept_bytes(model, dtype)
-                for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-            }
-            found[f"{arch} {name}"] = kept | dict(
-                zip(
-                    ("large tensors in forward", "large tensors in backward"),
-                    large_tensors(model),
-                    strict=True,
-                )
-            )
+    for arch, (name, library) in itertools.product(ARCHS, (("fused", models), ("eager", reference))):
+        torch.manual_seed(0)
+        model = getattr(library, arch)(num_classes=10).to(memory_format=torch.channels_last)
+        forward, backward = large_tensors(model)
+        found[f"{arch} {name}"] = {
+            "kept bytes fp32": saved_bytes(model, torch.float32),
+            "kept bytes bf16": saved_bytes(model, torch.bfloat16),
+            "large tensors in forward": forward,
+            "large tensors in backward": backward,
+        }
     return found
 
 
-def kept_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of the storages, other than the model's own and the input's, that a forward pass keeps for backward."""
+def saved_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of the storages, other than the model's own and the input's, that a forward pass saves for backward."""
     x = _images()
     known = (x, *model.parameters(), *model.buffers())
-    with saving(*known) as found, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with saved_storages(*known) as found, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         out = model(x)
-    assert out.grad_fn is not None  # which keeps the storages, and so their addresses, apart
+    assert out.grad_fn is not None  # which keeps the storages alive, and so their addresses distinct
     return sum(found.values())
 
 
 def large_tensors(model: nn.Module) -> tuple[int, int]:
     """Activations and their gradients, of at least LARGE bytes, that operators make in forward, and in backward."""
-    with _Made() as forward:
+    with _LargeResults() as forward:
         out = model(_images())
     grad = torch.ones_like(out)
-    with _Made() as backward:
+    with _LargeResults() as backward:
         out.backward(grad)
     model.zero_grad(set_to_none=True)
-    return forward.large, backward.large
+    return forward.count, backward.count
 
 
-class _Made(TorchDispatchMode):
-    """Counts large results that are no view of, and were not written to, what an operator was given.
+class _LargeResults(TorchDispatchMode):
+    """Counts large results of operators that share no storage with an argument.
 
-    What a library takes for itself while it computes is left out: that differs with the processor.
+    What a library allocates while it computes is left out: that differs between processors.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.large = 0
+        self.count = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -124,14 +121,14 @@ class _Made(TorchDispatchMode):
         namespace, _, name = func._schema.name.partition("::")
         composed = IMPLEMENTATIONS[name].composed if namespace == "resnet_fused" else None
         if composed is not None:
-            missing = func._schema.arguments[len(args) :]
-            with self:  # what it is made of is counted, one by one
-                return composed(*args, *(a.default_value for a in missing))
+            defaults = (a.default_value for a in func._schema.arguments[len(args) :])
+            with self:  # counts the operators that it is composed of
+                return composed(*args, *defaults)
         result = func(*args, **(kwargs or {}))
         given = {_address(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor) and _address(x) not in given]
         activations = [x for x in made if x.dim() == 4 and len(x) == BATCH]  # not weights and covariances
-        self.large += sum(x.untyped_storage().nbytes() >= LARGE for x in activations)
+        self.count += sum(x.untyped_storage().nbytes() >= LARGE for x in activations)
         return result
 
 
@@ -164,11 +161,11 @@ def resource_counts(built: Iterable[tuple[Specialisation, int, Resources | str]]
 
 def step_launches(builds: Builds, samples: Builds) -> Iterator[tuple[Launch, int]]:
     """All launches of the steps of ``builds``, and of ``samples`` one of each kernel, each with an architecture."""
-    for group, whole in ((builds, True), (samples, False)):
+    for group, is_sample in ((builds, False), (samples, True)):
         for names, dtype, archs in group:
             for arch, name in itertools.product(archs, names):
                 found: Iterable[Launch] = launches(name, PLANNED_BATCH, dtype, capability=arch)
-                if not whole:
+                if is_sample:
                     by_tile = sorted(found, key=lambda x: x.config.block_m * x.config.block_n)
                     found = {x.name: x for x in by_tile}.values()
                 yield from ((x, arch) for x in found)
@@ -176,8 +173,9 @@ def step_launches(builds: Builds, samples: Builds) -> Iterator[tuple[Launch, int
 
 def compile_steps() -> list[tuple[Specialisation, int, Resources | str]]:
     """The kernels of BUILDS and SAMPLES; takes minutes when Triton's cache is empty."""
-    pairs = {(specialisation(launch), arch) for launch, arch in step_launches(BUILDS, SAMPLES)}
-    return list(compile_all(pairs))
+    return list(
+        compile_all({(specialisation(launch, arch), arch) for launch, arch in step_launches(BUILDS, SAMPLES)})
+    )
 
 
 def compiler() -> str:
@@ -190,13 +188,12 @@ def differences(table: Counts, now: Counts) -> list[str]:
     before, after = dict(_flat(table)), dict(_flat(now))
     lines = []
     for name in dict.fromkeys((*before, *after)):
-        old, new = before.get(name), after.get(name)
+        old, new = before.get(name, "nothing"), after.get(name, "nothing")
         if old != new:
             verdict = ""
             if isinstance(old, int) and isinstance(new, int):
                 verdict = " (worse)" if new > old else " (better)"
-            told = ["nothing" if count is None else count for count in (old, new)]
-            lines.append(f"{name}: {told[0]} in the table, {told[1]} now{verdict}")
+            lines.append(f"{name}: {old} in the table, {new} now{verdict}")
     return lines
 
 
@@ -213,22 +210,19 @@ def read() -> Counts:
     return table
 
 
-ADVICE = "if it is meant: python -m benchmarks.counts --write"
-
-
 def main(arguments: list[str]) -> int:
-    if arguments not in ([], ["--write"]):
-        print("usage: python -m benchmarks.counts [--write]", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.counts", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write the table")
+    options = parser.parse_args(arguments)
     now = {
         "launches": launch_counts(),
         "memory": memory_counts(),
         "compiler": compiler(),
         "resources": resource_counts(compile_steps()),
     }
-    changed = differences(read() if TABLE.exists() else {}, now)
+    changed = differences(read(), now)
     print("\n".join(changed) or "as in the table")
-    if arguments:
+    if options.write:
         TABLE.write_text(json.dumps(now, indent=1) + "\n")
     elif changed:
         print(ADVICE, file=sys.stderr)

@@ -1,10 +1,9 @@
 """Everything that a machine with a GPU should run, within a deadline: ``python -m benchmarks.gpu OUT [STAGE ...]``.
 
 STAGE is the name of a stage or of a call, which is a group of stages (default: first). A stage runs in processes of
-its own and is ended at its limit or at the deadline; one that fails does not keep the next from running, and one for
-which too little time is left is skipped. Each prints one line: what came of it, seconds, and the last line of its
-output. Results are written to OUT as they come, logs to OUT/logs.tar.gz after each stage; OUT never holds more than
-eight files.
+its own and is ended at its limit or at the deadline; after one that fails the next runs, and one for which too little
+time is left is skipped. Each prints one line: the outcome, seconds, and the last line of its output. Results are
+written to OUT as they come, logs to OUT/logs.tar.gz after each stage; OUT never holds more than eight files.
 
 Carry build/gpu-bundle.tar.xz (``make gpu-bundle``) along: nothing has to be compiled before the first step, and pytest
 is there. On another machine of the same kind OUT/tuned.json saves the search: copy it to
@@ -28,20 +27,20 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from benchmarks.gpu_bundle import TOOLS_FOLDER
-
 ROOT = Path(__file__).parents[1]
 BUNDLE = ROOT / "build" / "gpu-bundle.tar.xz"
+#: Python packages of a bundle.
+TOOLS_FOLDER = "build/gpu-python"
 #: A call of ten minutes, less what starting, ending the last stage and archiving take.
 SECONDS = 560
 #: Between an interrupt, on which a program writes what it has, and its end.
 GRACE = 5.0
-#: Without a bundle the extension is compiled.
+#: Of the stage load without a bundle: the extension is compiled.
 BUILD_SECONDS = 240
 
 
@@ -50,118 +49,83 @@ class Stage:
     """One line of the result.
 
     Args:
-        seconds: that it may take; least: below which it is not started.
+        call: a group of stages that one run has time for.
+        seconds: its limit; least: below which it is not started.
         commands: one after the other, as ``python -m`` takes them, after variables of their environment;
             {out} and {logs} are the folders of results and logs.
     """
 
+    call: str
     name: str
     seconds: int
+    least: int
     commands: tuple[str, ...]
-    least: int = 10
 
-    def runs(self, **folders: Path) -> list[tuple[dict[str, str], list[str]]]:
+    def runs(self, **folders: Path) -> Iterator[tuple[dict[str, str], list[str]]]:
         """Of each command the variables and the words after ``python -m``."""
-        found = []
         for text in self.commands:
             words = [word.format_map(folders) for word in shlex.split(text)]
             variables = list(itertools.takewhile(lambda word: "=" in word, words))
-            found.append((dict(pair.split("=", 1) for pair in variables), words[len(variables) :]))
-        return found
-
-
-def _stage(name: str, seconds: int, *commands: str, least: int = 10) -> Stage:
-    return Stage(name, seconds, commands, least)
+            yield dict(pair.split("=", 1) for pair in variables), words[len(variables) :]
 
 
 _CEILINGS = "--ceilings {out}/environment.json"
-_KERNELS = f"benchmarks.kernel_times {_CEILINGS}"
+_KERNELS = f"tools.kernel_times {_CEILINGS} --json {{logs}}/kernels"
 _RECORD = f"benchmarks.record {_CEILINGS} --json {{out}}/record.json"
+_PROVIDERS = "--providers resnet_fused eager_channels_last compile_max_autotune"
 _PYTEST = "pytest -q -m gpu -p no:cacheprovider"
 #: With every kernel of ours, and nothing measured. Most of the time of a test is compiling on the CPU.
 _TESTS = f"RESNET_FUSED_BACKEND=triton {_PYTEST} -n 12 --maxfail=50 --junitxml={{logs}}/tests.xml"
+_TESTED = "tests/kernels tests/ops/test_accuracy.py tests/ops/test_residual_block.py"
+_TRAIN = "resnet_fused train --impl compare --data digits --precision bf16 --out {logs}/train --overwrite"
 
-#: Stages by the call that runs them.
-CALLS: dict[str, tuple[Stage, ...]] = {
-    "first": (
-        _stage("environment", 30, "benchmarks.gpu_stages environment {out}"),
-        _stage("load", 20, "benchmarks.gpu_stages load {out}"),
-        _stage("tune", 115, "benchmarks.gpu_stages tune {out}", least=20),
-        _stage("record", 170, f"{_RECORD} --name record", least=60),
-        _stage(
-            "kernels",
-            75,
-            f"{_KERNELS} --backend auto --json {{logs}}/kernels-auto.json",
-            f"{_KERNELS} --backend triton --json {{logs}}/kernels-triton.json",
-            least=20,
-        ),
-        _stage("profile", 55, "benchmarks.gpu_stages profile {logs}", least=30),
-        _stage(
-            "tests",
-            95,
-            f"{_TESTS} tests/kernels tests/ops/test_accuracy.py tests/ops/test_residual_block.py",
-            least=30,
-        ),
+STAGES = (
+    Stage("first", "environment", 30, 10, ("benchmarks.gpu_stages environment {out}",)),
+    Stage("first", "load", 20, 10, ("benchmarks.gpu_stages load {out}",)),
+    Stage("first", "tune", 115, 20, ("benchmarks.gpu_stages tune {out}",)),
+    Stage("first", "record", 170, 60, (f"{_RECORD} --name record",)),
+    Stage(
+        "first",
+        "kernels",
+        75,
+        20,
+        tuple(f"{_KERNELS}-{each}.json --backend {each}" for each in ("auto", "triton")),
     ),
-    "second": (
-        _stage("capture", 60, f"{_PYTEST} -k 'captured or graphed' tests/kernels"),
-        _stage("sanitize", 120, "benchmarks.gpu_stages sanitize {logs}", least=40),
-    ),
-    "third": (
-        _stage(
-            "autotune",
-            300,
-            f"{_RECORD} --name autotune --providers resnet_fused eager_channels_last compile_max_autotune",
-            least=120,
-        ),
-        _stage("batch400", 200, f"{_RECORD} --name batch400 --batch 400", least=60),
-        _stage("resnet18", 150, f"{_RECORD} --name resnet18 --arch resnet18", least=60),
-        _stage(
-            "train",
-            240,
-            "resnet_fused train --impl compare --data digits --precision bf16 --out {logs}/train --overwrite",
-            least=60,
-        ),
-    ),
-}
-
-
-class Stopped(Exception):
-    """Someone asked for the end."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"ended by signal {number}")
-        self.number = number
+    Stage("first", "profile", 55, 30, ("benchmarks.gpu_stages profile {logs}",)),
+    Stage("first", "tests", 95, 30, (f"{_TESTS} {_TESTED}",)),
+    Stage("second", "capture", 60, 10, (f"{_PYTEST} -k 'captured or graphed' tests/kernels",)),
+    Stage("second", "sanitize", 120, 40, ("benchmarks.gpu_stages sanitize {logs}",)),
+    Stage("third", "autotune", 300, 120, (f"{_RECORD} --name autotune {_PROVIDERS}",)),
+    Stage("third", "batch400", 200, 60, (f"{_RECORD} --name batch400 --batch 400",)),
+    Stage("third", "resnet18", 150, 60, (f"{_RECORD} --name resnet18 --arch resnet18",)),
+    Stage("third", "train", 240, 60, (_TRAIN,)),
+)
 
 
 def chosen(names: Sequence[str]) -> list[Stage]:
-    """The stages of some names, in the order given; those of the first call without any.
+    """The stages of some names of stages and calls, in the order given.
 
     Raises:
         ValueError: there is no such stage or call.
     """
-    known = {stage.name: (stage,) for stages in CALLS.values() for stage in stages} | CALLS
-    for name in names:
-        if name not in known:
-            raise ValueError(f"unknown stage {name}: choose some of {', '.join(known)}")
-    return [
-        replace(s, seconds=BUILD_SECONDS) if s.name == "load" and not BUNDLE.exists() else s
-        for name in names or ["first"]
-        for s in known[name]
-    ]
+    if unknown := [name for name in names if not any(name in (s.name, s.call) for s in STAGES)]:
+        known = dict.fromkeys([s.name for s in STAGES] + [s.call for s in STAGES])
+        raise ValueError(f"unknown stage {unknown[0]}: choose some of {', '.join(known)}")
+    found = [stage for name in names for stage in STAGES if name in (stage.name, stage.call)]
+    if BUNDLE.exists():
+        return found
+    return [replace(s, seconds=BUILD_SECONDS) if s.name == "load" else s for s in found]
 
 
 def plan() -> str:
     """The stages of each call with their seconds."""
     lines = []
-    for call in CALLS:
+    for call in dict.fromkeys(stage.call for stage in STAGES):
         stages = chosen([call])
         lines += [f"{call:12}{sum(stage.seconds for stage in stages):5} s"]
         lines += [f"  {stage.name:12}{stage.seconds:3} s" for stage in stages]
     if not BUNDLE.exists():
-        lines.append(
-            f"load would take 20 s, not {BUILD_SECONDS}, with {BUNDLE.relative_to(ROOT)}: make gpu-bundle"
-        )
+        lines.append(f"load would be faster with {BUNDLE.relative_to(ROOT)}: make gpu-bundle")
     return "\n".join(lines)
 
 
@@ -178,59 +142,60 @@ def has_gpu() -> bool:
 def environment() -> dict[str, str]:
     """Of every stage. Caches lie in build/, so that a second call on the same machine finds them."""
     cache = ROOT / "build" / "gpu-cache"
-    added = {
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / TOOLS_FOLDER}",
-        "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(cache)),
-        "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(cache / "triton")),
-        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor")),
-        "PATH": f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin",
+    defaults = {
+        "XDG_CACHE_HOME": str(cache),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
     }
     # nvcc on PATH may be a script that lies elsewhere than its libraries.
     if Path("/usr/local/cuda/bin/nvcc").exists():
-        added["CUDA_HOME"] = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return os.environ | added
+        defaults["CUDA_HOME"] = "/usr/local/cuda"
+    return {
+        **defaults,
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / TOOLS_FOLDER}",
+        "PATH": f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin",
+    }
 
 
 class Runner:
     """Runs stages one after the other until a deadline.
 
     Args:
-        out: where results go.
+        out, logs: folders of results and of logs.
         seconds: from now to the deadline.
         dry: commands are only shown.
     """
 
-    def __init__(self, out: Path, seconds: float, dry: bool) -> None:
-        self.out, self.dry = out, dry
+    def __init__(self, out: Path, logs: Path, seconds: float, dry: bool) -> None:
+        self.out, self.logs, self.dry = out, logs, dry
         self.deadline = time.monotonic() + seconds
-        self.logs = Path(tempfile.mkdtemp(prefix="resnet_fused_gpu_"), "logs")
-        self.logs.mkdir()
         self.lines: list[str] = []
 
     def run(self, stages: Sequence[Stage]) -> int:
         """The exit status."""
         status = 0
         for stage in stages:
-            left = self.deadline - time.monotonic()
-            if left < min(stage.least, stage.seconds):
-                self.tell(
-                    stage.name, "skipped", 0.0, f"{max(left, 0.0):.0f} s are left, it needs {stage.least}"
-                )
-                status = 1
-                continue
             begin = time.monotonic()
+            left = self.deadline - begin
             word, figure = "stopped", ""
             try:
-                word, figure = self.stage(stage, min(stage.seconds, left))
+                if left < min(stage.least, stage.seconds):
+                    word, figure = "skipped", f"{max(left, 0.0):.0f} s are left, it needs {stage.least}"
+                else:
+                    word, figure = self.run_stage(stage, min(stage.seconds, left))
             finally:
-                self.tell(stage.name, word, time.monotonic() - begin, figure)
+                line = f"{stage.name:12} {word:8} {time.monotonic() - begin:6.1f} s  {figure}".rstrip()
+                print(line, flush=True)
+                self.lines.append(line)
+                (self.out / "summary.txt").write_text("\n".join(self.lines) + "\n")
                 self.archive(stage.name)
             status |= word != "passed"
         return status
 
-    def stage(self, stage: Stage, seconds: float) -> tuple[str, str]:
-        """What came of it, and the last line of each command's output."""
+    def run_stage(self, stage: Stage, seconds: float) -> tuple[str, str]:
+        """The outcome, and the last line of each command's output."""
         end, word, figures = time.monotonic() + seconds, "passed", []
         with open(self.out / "current.log", "w+b") as log:
             for variables, words in stage.runs(out=self.out, logs=self.logs):
@@ -252,13 +217,8 @@ class Runner:
                     word = "failed"
         return word, "; ".join(figures)
 
-    def tell(self, name: str, word: str, seconds: float, figure: str) -> None:
-        self.lines.append(f"{name:12} {word:8} {seconds:6.1f} s  {figure}".rstrip())
-        print(self.lines[-1], flush=True)
-        (self.out / "summary.txt").write_text("\n".join(self.lines) + "\n")
-
     def archive(self, name: str) -> None:
-        """Everything in the folder of logs so far; checkpoints are large, and of no use once their run is compared."""
+        """All logs so far, without checkpoints: they are large, and not needed once their run is compared."""
         current, archive = self.out / "current.log", self.out / "logs.tar.gz"
         if current.exists():
             shutil.move(current, self.logs / f"{name}.log")
@@ -268,12 +228,9 @@ class Runner:
             tar.add(self.logs, "logs")
         archive.with_suffix(".tmp").replace(archive)
 
-    def close(self) -> None:
-        shutil.rmtree(self.logs.parent, ignore_errors=True)
-
 
 def _run(command: Sequence[str], seconds: float, log: int, variables: Mapping[str, str]) -> int | None:
-    """The exit status of a command, None if it had to be ended; nothing that it has started is left."""
+    """The exit status of a command, None if it had to be ended; all processes that it has started are ended."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -281,7 +238,7 @@ def _run(command: Sequence[str], seconds: float, log: int, variables: Mapping[st
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        preexec_fn=os.setpgrp,  # a group of its own, but not a session: whoever ends ours ends it too
+        preexec_fn=os.setpgrp,  # a group of its own, but not a session: what ends this session ends it too
     )
     try:
         return process.wait(seconds)
@@ -297,19 +254,29 @@ def _run(command: Sequence[str], seconds: float, log: int, variables: Mapping[st
         process.wait()
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, signal.SIG_IGN)  # what is written at the end is written once
-    raise Stopped(number)
+@contextlib.contextmanager
+def _exit_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT raise SystemExit, once, so that what is written at the end is written."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        print(f"ended by signal {number}", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help="folder of the results")
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help="of stages or calls (default: first)")
-    parser.add_argument(
-        "--seconds", type=float, default=SECONDS, help=f"to the deadline (default: {SECONDS})"
-    )
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="stages or calls (default: first)")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"(default: {SECONDS})")
     parser.add_argument("--plan", action="store_true", help="show the stages and their seconds")
     parser.add_argument("--dry-run", action="store_true", help="show the commands, without a GPU")
     options = parser.parse_args(arguments)
@@ -319,27 +286,15 @@ def main(arguments: Sequence[str]) -> int:
     if options.out is None:
         parser.error("OUT is missing: name a folder")
     try:
-        stages = chosen(options.stages)
+        stages = chosen(options.stages or ["first"])
     except ValueError as error:
         parser.error(str(error))
     if not options.dry_run and not has_gpu():
-        print(
-            "benchmarks.gpu needs an NVIDIA GPU and its driver, and finds none; try --dry-run",
-            file=sys.stderr,
-        )
+        print("benchmarks.gpu finds no NVIDIA GPU and driver; try --dry-run", file=sys.stderr)
         return 3
     options.out.mkdir(parents=True, exist_ok=True)
-    runner = Runner(options.out.absolute(), options.seconds, options.dry_run)
-    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        return runner.run(stages)
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        return 128 + stopped.number
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        runner.close()
+    with _exit_on_signals(), tempfile.TemporaryDirectory(prefix="resnet_fused_gpu_") as folder:
+        return Runner(options.out.absolute(), Path(folder), options.seconds, options.dry_run).run(stages)
 
 
 if __name__ == "__main__":

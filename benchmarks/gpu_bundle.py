@@ -1,13 +1,13 @@
-"""What a first run on a GPU would compile, made without one: ``python -m benchmarks.gpu_bundle make FILE``.
+"""What a first run on a GPU would compile, compiled without one: ``python -m benchmarks.gpu_bundle make FILE``.
 
 For sm_90, and for the Python, torch and Triton that run this, which have to be those of the machine with the GPU. In
 it: a Triton cache with every kernel that tuning may try for the steps of ``CASES``, the launchers that Triton compiles
 with the C compiler, the extension, and pytest with what the tests need of it. ``check FILE`` opens it as that machine
 would and exits with 1 unless nothing of it has to be compiled again; ``make`` ends with that too.
 
-Triton finds what it has compiled by a hash of its own wheel, of ptxas's version, of the kernel's source and line
-number, of types, alignments and constants, and of the compiler's options. All of it comes from Triton's own code here:
-kernels are looked up as a launch looks them up, with a driver that claims an H100 and tensors without memory.
+Triton's cache key is a hash of its own wheel, of ptxas's version, of the kernel's source and line number, of types,
+alignments and constants, and of the compiler's options. All of it comes from Triton's own code here: kernels are
+compiled as a launch would, with a driver that claims an H100 and tensors without memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import json
 import multiprocessing
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -34,17 +33,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.gpu import ROOT, TOOLS_FOLDER
+from tools.kernel_resources import Driver, compile_hook, warm_up
+
 #: Architecture and batch of the training steps, in bf16 at 224x224.
 CASES = (("resnet50", 256), ("resnet50", 400), ("resnet50", 64), ("resnet18", 256))
 ARCH = 90
-#: Files of an entry of Triton's cache that it reads again; of the rest, text of the compiler's stages, nothing is.
+#: Files of an entry of Triton's cache that it reads again; the text of the compiler's stages it does not.
 READ = (".cubin", ".json", ".so")
 GROUP = "__grp__"
 EXTENSION = "resnet_fused/_C.abi3.so"
-#: What a machine without a network may lack to run the tests, and where it is put.
+#: What a machine without a network may lack to run the tests; it goes to TOOLS_FOLDER.
 TOOLS = ("pytest", "pytest-timeout", "pytest-xdist")
-TOOLS_FOLDER = "build/gpu-python"
 
 
 # Files
@@ -94,7 +94,7 @@ def extract(file: Path, cache: Path, root: Path) -> dict[str, Any]:
             path = cache / rest if kind == "triton" else root / entry.name
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.name.startswith(GROUP):
-                # Triton keeps absolute paths, and drops those that do not exist.
+                # Triton stores absolute paths, and ignores those that do not exist.
                 data = _group(json.loads(data)["child_paths"], f"{path.parent}/")
             path.unlink(missing_ok=True)  # never into a library that a process has loaded
             path.write_bytes(data)
@@ -103,20 +103,12 @@ def extract(file: Path, cache: Path, root: Path) -> dict[str, Any]:
 
 
 def _group(names: Iterable[str], folder: str) -> bytes:
-    """As Triton's cache has the files of an entry."""
+    """As Triton's cache lists the files of an entry."""
     return json.dumps({"child_paths": {name: folder + name for name in names}}).encode()
 
 
-def source_hash() -> str:
-    """Of everything that kernels are made of: another one, and a bundle's kernels may not be found."""
-    found = hashlib.sha256()
-    for path in sorted((ROOT / "resnet_fused" / "kernels").glob("*.py")):
-        found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return found.hexdigest()[:16]
-
-
 def identity() -> dict[str, str]:
-    """What the kernels of two machines have to agree in to be found."""
+    """What two machines have to agree in for the kernels of one to be valid on the other."""
     import torch
     import triton
     from triton._C.libtriton import get_cache_invalidating_env_vars
@@ -124,14 +116,18 @@ def identity() -> dict[str, str]:
     from triton.compiler.compiler import make_backend
     from triton.runtime.cache import triton_key
 
+    def short(text: str) -> str:
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    sources = sorted((ROOT / "resnet_fused" / "kernels").rglob("*.py"))
     return {
         "python": ".".join(map(str, sys.version_info[:2])),
         "torch": str(torch.__version__),
         "triton": str(triton.__version__),
-        "triton wheel": hashlib.sha256(triton_key().encode()).hexdigest()[:16],
-        "ptxas": hashlib.sha256(make_backend(GPUTarget("cuda", ARCH, 32)).hash().encode()).hexdigest()[:16],
+        "triton wheel": short(triton_key()),
+        "ptxas": short(make_backend(GPUTarget("cuda", ARCH, 32)).hash()),
         "environment": str(sorted(get_cache_invalidating_env_vars().items())),
-        "kernels": source_hash(),
+        "kernels": short("".join(f"{path.name}\0{path.read_text()}\0" for path in sources)),
     }
 
 
@@ -144,21 +140,6 @@ def differences(manifest: dict[str, Any]) -> list[str]:
 # Kernels
 
 
-class _Driver:
-    """Stands for Triton's driver of an H100."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", ARCH, 32)
-
-
 def candidates(cases: Iterable[tuple[str, int]] = CASES) -> list[Any]:
     """Each launch (resnet_fused.kernels.launch.Launch) of some steps, with everything that tuning may try for them."""
     from resnet_fused import plan
@@ -168,40 +149,26 @@ def candidates(cases: Iterable[tuple[str, int]] = CASES) -> list[Any]:
     ]
 
 
-def warm_up(launch: Any) -> Any:
-    """Compiles what a launch needs, or finds it in the cache, as starting it would."""
-    from resnet_fused.kernels.launch import compiler_options
-
-    options = compiler_options(launch.config, ARCH)
-    return launch.kernel.warmup(*launch.arguments.values(), grid=launch.grid, **launch.constants, **options)
-
-
 def distinct(launches: Iterable[Any]) -> list[Any]:
     """One launch of those for which Triton compiles the same kernel."""
-    from triton import knobs
-
     chosen: dict[Any, Any] = {}
 
-    def note(*, key: Any, fn: Any, **_: Any) -> bool:
+    def note(*, key: Any, fn: Any, **_: Any) -> None:
         chosen.setdefault((fn.module, fn.name, key), launch)
-        return True  # do not compile
 
-    knobs.runtime.jit_cache_hook = note
-    try:
+    with compile_hook(note):
         for launch in launches:
-            warm_up(launch)
-    finally:
-        knobs.runtime.jit_cache_hook = None
+            warm_up(launch, ARCH)
     return list(chosen.values())
 
 
 @contextmanager
 def without_gpu() -> Iterator[None]:
-    """Triton takes this machine for one with an H100, for which it can compile but not launch."""
+    """Triton can compile kernels and launchers for an H100, but not launch."""
     from triton.backends.nvidia import driver as nvidia
     from triton.runtime import driver
 
-    driver.set_active(_Driver())
+    driver.set_active(Driver(ARCH))
     with tempfile.TemporaryDirectory() as folder:
         # Triton links launchers with the CUDA driver's library, which only a machine with a GPU has.
         source, library = Path(folder, "cuda.c"), Path(folder, "libcuda.so.1")
@@ -221,25 +188,24 @@ def _make_launcher(kernel: Any) -> None:
     CudaLauncher(kernel.src, kernel.metadata)
 
 
-_chosen: list[Any] = []
+#: In a process that compiles: ``without_gpu`` for as long as it lives, and the launches, which cannot be pickled.
+_state: list[Any] = []
 
 
 def _begin() -> None:
-    """In a process that compiles: it finds the launches itself, which cannot be sent."""
     from triton.backends.nvidia.driver import CudaUtils
 
     context = without_gpu()
     context.__enter__()
-    _chosen.append(context)  # for as long as the process lives
     CudaUtils()
-    _chosen.extend(distinct(candidates()))
+    _state[:] = [context, distinct(candidates())]
 
 
 def _compile(index: int) -> tuple[str, str]:
-    """Its entry in the cache, and what went wrong."""
-    launch = _chosen[1 + index]
+    """The entry in Triton's cache, and what went wrong."""
+    launch = _state[1][index]
     try:
-        kernel = warm_up(launch)
+        kernel = warm_up(launch, ARCH)
         _make_launcher(kernel)
     except Exception as error:  # whatever the compiler raises: tuning leaves it out in the same way
         return "", f"{launch.name} {launch.config}: {type(error).__name__}: {str(error)[:200]}"
@@ -252,7 +218,7 @@ def compile_all(cache: Path, processes: int) -> tuple[list[str], int]:
     with without_gpu():
         count = len(distinct(candidates()))
     begun, entries, refused = time.monotonic(), [], 0
-    # Fresh processes: a forked one would inherit the locks of torch's threads.
+    # Not forked: a child would inherit the locks of torch's threads.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, _begin) as pool:
         for done, (entry, why) in enumerate(pool.map(_compile, range(count), chunksize=4), 1):
@@ -271,14 +237,8 @@ def build_extension(folder: Path) -> Path:
         environment |= {"CUDA_HOME": os.environ.get("CUDA_HOME", "/usr/local/cuda")}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", f"{folder}/lib"]
     command += ["--build-temp", f"{folder}/objects"]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, **options)
     if done.returncode:
         sys.exit(f"{done.stdout[-4000:]}\nthe extension does not compile")
     return folder / "lib" / EXTENSION
@@ -294,26 +254,17 @@ def install_tools(folder: Path) -> dict[str, Path]:
 
 def make(file: Path, processes: int, with_extension: bool) -> int:
     begun = time.monotonic()
-    # Kept: what has not changed since need not be compiled again.
-    work = ROOT / "build" / "gpu-bundle"
+    work = ROOT / "build" / "gpu-bundle"  # stays: what has not changed since need not be compiled again
     files = install_tools(work / "python")
     if with_extension:
         print("compiling the extension", flush=True)
         files[EXTENSION] = build_extension(work)
     entries, refused = compile_all(work / "triton", processes)
     file.parent.mkdir(parents=True, exist_ok=True)
-    pack(
-        file,
-        work / "triton",
-        entries,
-        files,
-        {"identity": identity(), "cases": CASES, "refused": refused},
-    )
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    cpu = sum(each.ru_utime + each.ru_stime for each in used)
+    pack(file, work / "triton", entries, files, {"identity": identity(), "cases": CASES, "refused": refused})
     print(
         f"{file}: {len(entries)} kernels, {refused} that do not compile, {file.stat().st_size / 2**20:.1f} MiB;"
-        f" {time.monotonic() - begun:.0f} s, {cpu:.0f} s of processors",
+        f" {time.monotonic() - begun:.0f} s",
         flush=True,
     )
     # In a process of its own, which has compiled nothing.
@@ -323,12 +274,13 @@ def make(file: Path, processes: int, with_extension: bool) -> int:
 def check(file: Path) -> int:
     """Whether a machine with a GPU would compile nothing of what a bundle is made for; 1 if it would."""
     from triton import knobs
+    from triton.backends.nvidia.driver import CudaUtils
     from triton.compiler import ASTSource
 
     def absent(*_: Any, **__: Any) -> Any:
         raise LookupError("not in the bundle")
 
-    # Where Triton goes when it does not find a kernel, and when it does not find a launcher.
+    # What Triton calls when it does not find a kernel, and when it does not find a launcher.
     ASTSource.make_ir = absent
     knobs.build.impl = absent
     missed = Counter[str]()
@@ -338,10 +290,13 @@ def check(file: Path) -> int:
         launches = distinct(candidates())
         for launch in launches:
             try:
-                _make_launcher(warm_up(launch))
+                _make_launcher(warm_up(launch, ARCH))
             except LookupError:
                 missed[launch.name] += 1
-        _utilities(missed)
+        try:
+            CudaUtils()  # what Triton compiles of its own driver
+        except LookupError:
+            missed["cuda_utils"] += 1
         launchers = len(list(Path(folder).glob("*/__triton_launcher*.so")))
     print(f"hits {len(launches) - missed.total()} of {len(launches)} kernels, {launchers} launchers")
     for line in (*differences(manifest), *(f"{name}: {n} not found" for name, n in missed.items())):
@@ -350,23 +305,11 @@ def check(file: Path) -> int:
     return int(missed.total() > manifest["refused"])
 
 
-def _utilities(missed: Counter[str]) -> None:
-    """What Triton compiles of its own driver."""
-    from triton.backends.nvidia.driver import CudaUtils
-
-    try:
-        CudaUtils()
-    except LookupError:
-        missed["cuda_utils"] += 1
-
-
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_bundle", description=__doc__)
     parser.add_argument("what", choices=("make", "check"))
     parser.add_argument("file", type=Path)
-    parser.add_argument(
-        "--processes", type=int, default=os.cpu_count() or 1, help="(default: all processors)"
-    )
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="(default: all processors)")
     parser.add_argument("--no-extension", action="store_true", help="kernels only")
     options = parser.parse_args(arguments)
     if options.what == "check":

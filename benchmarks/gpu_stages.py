@@ -1,6 +1,6 @@
 """Stages of ``benchmarks.gpu`` that are no command of their own: ``python -m benchmarks.gpu_stages STAGE FOLDER``.
 
-The last line that a stage prints is what the runner shows of it.
+The last line that a stage prints is what the runner shows of it. Nothing but torch and Triton has to be installed.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from typing import Any
 from benchmarks.gpu import BUNDLE, ROOT
 
 ARCH, BATCH, DTYPE = "resnet50", 256, "bf16"
-#: Kernels that are looked at closely, each in its launch with most operations: of conv, dgrad and wgrad a 3x3.
-PROFILED = ("conv", "dgrad", "wgrad", "expand", "folded_dgrad", "folded_wgrad")
+#: Kernels that Nsight Compute profiles, each in its launch with most operations: of conv, dgrad and wgrad a 3x3.
+PROFILED = ("conv_bn_stats", "dgrad", "wgrad", "conv1x1_bn_add_relu", "folded_dgrad", "folded_wgrad")
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis")
 #: Blocks of tests.gpu_small: every kernel is in one of them.
 SANITIZED = ("bottleneck_downsample", "basic_block")
-#: Side of a matrix product that keeps the tensor cores busy.
-SIDE = 8192
+#: Rows and columns of matrices whose product is bound by the tensor cores.
+SIZE = 8192
 
 
 @contextmanager
@@ -58,8 +58,8 @@ def environment(out: Path, name: str = "cuda") -> int:
     """Versions, and this device's ceilings, which later stages read."""
     import torch
 
-    from benchmarks.roofline import _seconds, measure
-    from resnet_fused.cli.timing import header
+    from benchmarks.roofline import fastest_seconds, measure
+    from resnet_fused.measure import header
 
     begun = time.monotonic()
     print(platform.platform(), f"{os.cpu_count()} processors")
@@ -70,39 +70,33 @@ def environment(out: Path, name: str = "cuda") -> int:
     device = torch.device(name)
     before = header(device, 0.0)
     convs = measure(DTYPE, device)
-    a, b = (torch.randn(SIDE, SIDE, device=device, dtype=torch.bfloat16) for _ in range(2))
-    product = 2 * SIDE**3 / _seconds(lambda: a @ b, device)
-    ceilings = {"bandwidth": convs.bandwidth, "flops": max(convs.flops, product)}
-    after = header(device, time.monotonic() - begun, {DTYPE: ceilings})
-    found = {
-        "header": after,
-        "clocks": [before["clocks"], after["clocks"]],
-        "ceilings": {DTYPE: ceilings},
-        "matmul_flops": product,
-        "conv_flops": convs.flops,
-    }
+    a, b = (torch.randn(SIZE, SIZE, device=device, dtype=torch.bfloat16) for _ in range(2))
+    matmul = 2 * SIZE**3 / fastest_seconds(lambda: a @ b, device)
+    ceilings = {DTYPE: {"bandwidth": convs.bandwidth, "flops": max(convs.flops, matmul)}}
+    after = header(device, time.monotonic() - begun, ceilings)
+    clocks = [before["clocks"], after["clocks"]]
+    rates = {"matmul_flops": matmul, "conv_flops": convs.flops}
+    found = {"header": after, "clocks": clocks, "ceilings": ceilings, **rates}
     (out / "environment.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found["header"]))
+    print(json.dumps(after))
     print(
         f"{after['device']}, driver {after['driver']}, torch {after['torch']}, triton {after['triton']}; copy"
-        f" {convs.bandwidth / 1e12:.2f} TB/s, bf16 product {product / 1e12:.0f} TFLOP/s, convolution"
-        f" {convs.flops / 1e12:.0f}; clocks {before['clocks']} {after['clocks']}"
+        f" {convs.bandwidth / 1e12:.2f} TB/s, bf16 matmul {matmul / 1e12:.0f} TFLOP/s, convolution"
+        f" {convs.flops / 1e12:.0f}; clocks {clocks}"
     )
     return 0
 
 
 def load(out: Path) -> int:
-    """Takes what was compiled ahead out of the bundle, or compiles the extension; then the package has to load."""
+    """Extracts the bundle, or compiles the extension; then the package has to load."""
     from benchmarks.gpu_bundle import EXTENSION, build_extension, differences, extract
 
     notes = ["no bundle"]
     if BUNDLE.exists():
         cache = Path(os.environ["TRITON_CACHE_DIR"])
         manifest = extract(BUNDLE, cache, ROOT)
-        kernels, launchers = (
-            len(list(cache.glob(f"*/{name}"))) for name in ("*.cubin", "__triton_launcher*.so")
-        )
-        notes = [f"{kernels} kernels, {launchers} launchers", *differences(manifest)]
+        counts = [len(list(cache.glob(f"*/{name}"))) for name in ("*.cubin", "__triton_launcher*.so")]
+        notes = [f"{counts[0]} kernels, {counts[1]} launchers", *differences(manifest)]
     status, why = _info()
     if status != 0:
         print(f"the extension is compiled here: {why}", flush=True)
@@ -125,77 +119,73 @@ def _info() -> tuple[int, str]:
 
 
 def tune(out: Path) -> int:
-    """Checks and times what may run each problem of a step; writes the table of the fastest, also if interrupted."""
+    """Checks and times all configurations of a step; writes the table of the fastest, also if interrupted."""
     import torch
-    from resnet_fused.ops.passes import kernels
 
-    from benchmarks.kernel_times import make_step
+    from resnet_fused.kernels.autotune import search
+    from tools.kernel_times import make_step
 
-    tuning: Any = kernels("tuning")
     begun = time.monotonic()
     with compilations() as compiled:
         try:
-            step = make_step(ARCH, BATCH, 224, DTYPE, torch.device("cuda"))
-            step()
+            make_step(ARCH, BATCH, 224, DTYPE, torch.device("cuda"))()
             torch.cuda.synchronize()
         finally:
-            tuning.write_table(out / "tuned.json")
-            for problem, config, ms in tuning.entries():
+            search.write_table(out / "tuned.json")
+            for problem, config, ms in search.entries():
                 print(problem, config or "vendor", ms)
-            found = ", ".join(f"{name} {count}" for name, count in tuning.summary().items())
+            found = ", ".join(f"{name} {count}" for name, count in search.summary().items())
             print(f"{found}; {compiled()}; {time.monotonic() - begun:.0f} s", flush=True)
     return 0
 
 
-def launch_six(logs: Path) -> int:
-    """Runs the launches of ``PROFILED``, inside of a step, where the profiler sees nothing else."""
+def launch_profiled(logs: Path) -> int:
+    """Runs the launches of ``PROFILED`` within a step, with Nsight Compute recording those alone."""
     import torch
 
-    from benchmarks.kernel_times import make_step
     from resnet_fused import backend
-    from resnet_fused.kernels.launch import observing
+    from resnet_fused.kernels.launch import Launch, observe_launches
+    from tools.kernel_times import make_step
 
     with backend("triton"):
         step = make_step(ARCH, BATCH, 224, DTYPE, torch.device("cuda"))
         step()
         step()  # gradients are there
-        seen: list[tuple[str, int]] = []
-        with observing(lambda launch: seen.append((launch.name, launch.flops))):
+        launches: list[tuple[str, int]] = []
+        with observe_launches(lambda launch: launches.append((launch.name, launch.flops))):
             step()
-        wanted = set(most_operations(seen).values())
+        wanted = set(most_operations(launches).values())
         index = -1
 
-        def look(launch: Any) -> None:
+        def profile_launch(launch: Launch) -> None:
             nonlocal index
             index += 1
             if index in wanted:
                 torch.cuda.synchronize()
-                print(
-                    f"{launch.name} {launch.config} grid {launch.grid} {launch.bytes / 1e6:.1f} MB",
-                    flush=True,
-                )
+                megabytes = f"{launch.bytes / 1e6:.1f} MB"
+                print(f"{launch.name} {launch.config} grid {launch.grid} {megabytes}", flush=True)
                 torch.cuda.profiler.start()
                 launch.run()
                 torch.cuda.synchronize()
                 torch.cuda.profiler.stop()
 
-        with observing(look):
+        with observe_launches(profile_launch):
             step()
         torch.cuda.synchronize()
     return 0
 
 
 def most_operations(launches: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """Of each kernel of ``PROFILED`` the place of the first launch with the most operations."""
+    """Of each kernel of ``PROFILED`` the index of the first launch with the most operations."""
     best: dict[str, tuple[int, int]] = {}
-    for place, (name, flops) in enumerate(launches):
+    for index, (name, flops) in enumerate(launches):
         if name in PROFILED and flops > best.get(name, (0, -1))[1]:
-            best[name] = place, flops
-    return {name: place for name, (place, _) in best.items()}
+            best[name] = index, flops
+    return {name: index for name, (index, _) in best.items()}
 
 
 def profile(logs: Path) -> int:
-    """What Nsight Compute says of six launches: the report, its text, and per kernel compute and memory in per cent."""
+    """Nsight Compute's report of six launches, its text, and per kernel compute and memory throughput in per cent."""
     ncu = find_tool("ncu")
     if ncu is None:
         print("ncu is not installed")
@@ -210,7 +200,7 @@ def profile(logs: Path) -> int:
         sys.executable,
         "-m",
         "benchmarks.gpu_stages",
-        "launch_six",
+        "launch_profiled",
         str(logs),
     ]
     status = subprocess.run(command, check=False).returncode
@@ -259,25 +249,20 @@ def sanitize(logs: Path) -> int:
 
 
 def find_tool(name: str) -> str | None:
-    """Of the CUDA toolkit, which is not always on PATH."""
-    places = [f"/usr/local/cuda/bin/{name}", *sorted(glob(f"/opt/nvidia/nsight-compute/*/{name}"))]
-    return shutil.which(name) or next((place for place in places if os.access(place, os.X_OK)), None)
+    """A program of the CUDA toolkit, which is not always on PATH."""
+    paths = [f"/usr/local/cuda/bin/{name}", *sorted(glob(f"/opt/nvidia/nsight-compute/*/{name}"))]
+    return shutil.which(name) or next((path for path in paths if os.access(path, os.X_OK)), None)
 
 
 STAGES: Mapping[str, Callable[[Path], int]] = {
-    "environment": environment,
-    "load": load,
-    "tune": tune,
-    "profile": profile,
-    "sanitize": sanitize,
-    "launch_six": launch_six,
+    stage.__name__: stage for stage in (environment, load, tune, profile, sanitize, launch_profiled)
 }
 
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="python -m benchmarks.gpu_stages", description=__doc__)
     found.add_argument("stage", choices=STAGES)
-    found.add_argument("folder", type=Path, help="of what the stage writes")
+    found.add_argument("folder", type=Path, help="where the stage writes")
     return found
 
 

@@ -18,18 +18,18 @@ _IO_TYPES = {torch.float32: "FLOAT", torch.bfloat16: "BFLOAT16", torch.float16: 
 
 
 class Graph:
-    """Nodes on activations of one shape and dtype, and the tensors to give and to fetch, by name.
+    """Nodes on activations of one shape and dtype, and its inputs and outputs by name.
 
     Args:
         cudnn: the module of nvidia-cudnn-frontend.
-        place: what cudnn.pygraph is told about where it will run, such as ``handle``.
+        options: of cudnn.pygraph, such as ``handle``.
     """
 
-    def __init__(self, cudnn: ModuleType, dtype: torch.dtype, shape: Shape, **place: object) -> None:
+    def __init__(self, cudnn: ModuleType, dtype: torch.dtype, shape: Shape, **options: object) -> None:
         types = cudnn.data_type
         self.io, self.float, self.boolean = getattr(types, _IO_TYPES[dtype]), types.FLOAT, types.BOOLEAN
         self.nodes = cudnn.pygraph(
-            io_data_type=self.io, intermediate_data_type=self.float, compute_data_type=self.float, **place
+            io_data_type=self.io, intermediate_data_type=self.float, compute_data_type=self.float, **options
         )
         self._modes = [cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK]
         self._shape = shape
@@ -56,7 +56,7 @@ class Graph:
         return tensor
 
     def store(self, data_type: object, **tensors: Any) -> None:
-        """Says that these are to be written, under their names."""
+        """Makes these the outputs, under their names."""
         for name, tensor in tensors.items():
             tensor.set_output(True).set_data_type(data_type)
             self._tensors[name] = tensor
@@ -71,7 +71,7 @@ class Graph:
         return self
 
     def run(self, handle: object, device: torch.device, given: dict[str, Tensor]) -> None:
-        """Reads and writes the tensors that are given for all names."""
+        """Reads and writes the tensors, one for each name."""
         workspace = torch.empty(max(1, self.nodes.get_workspace_size()), dtype=torch.uint8, device=device)
         pack = {self._tensors[name]: x.detach() for name, x in given.items()}
         self.nodes.execute(pack, workspace, handle=handle)
@@ -101,7 +101,7 @@ def forward_graph(graph: Graph, with_residual: bool) -> Graph:
 
 
 def backward_graph(graph: Graph, with_residual: bool) -> Graph:
-    """Without a residual z is computed again for its sign; behind an addition cuDNN has an engine only for a mask."""
+    """Without a residual z is computed again for its sign; after an addition cuDNN has an engine only for a mask."""
     y, grad = graph.activation("y"), graph.activation("grad")
     weight, mean, invstd = graph.vector("weight"), graph.vector("mean"), graph.vector("invstd")
     if with_residual:
@@ -122,19 +122,26 @@ def backward_graph(graph: Graph, with_residual: bool) -> Graph:
     return graph
 
 
-def make_run(cudnn: ModuleType) -> Callable[[nn.Module, Tensor, Tensor | None], Tensor]:
-    """relu(bn(y)), or relu(bn(y) + residual), of an nn.BatchNorm2d in training, which keeps running statistics."""
+def norm_class(cudnn: ModuleType) -> Any:
+    """A batch norm whose forward is relu(bn(y)) or relu(bn(y) + residual), in training."""
 
-    def run(norm: nn.Module, y: Tensor, residual: Tensor | None) -> Tensor:
-        if not norm.training:
-            raise NotImplementedError("cuDNN has no engine for batch norm and ReLU in evaluation")
-        out: Tensor = _NormRelu.apply(y, norm.weight, norm.bias, residual, norm, cudnn)
-        return out
+    class NormReLU(nn.BatchNorm2d):
+        def forward(self, y: Tensor, residual: Tensor | None = None) -> Tensor:
+            if not self.training:
+                raise NotImplementedError("cuDNN has no engine for batch norm and ReLU in evaluation")
+            out: Tensor = _NormReLU.apply(y, self.weight, self.bias, residual, self, cudnn)
+            return out
 
-    return run
+        @classmethod
+        def adopt(cls, bn: nn.BatchNorm2d) -> nn.Module:
+            """The batch norm itself, with this forward."""
+            bn.__class__ = cls
+            return bn
+
+    return NormReLU
 
 
-class _NormRelu(torch.autograd.Function):
+class _NormReLU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -148,7 +155,7 @@ class _NormRelu(torch.autograd.Function):
         y = _channels_last(y)
         out, mean, invstd = torch.empty_like(y), torch.empty_like(weight), torch.empty_like(weight)
         given = {"y": y, "weight": weight, "bias": bias, "out": out, "mean": mean, "invstd": invstd}
-        # Running statistics are updated where they lie.
+        # Running statistics are updated in place.
         given |= {"running_mean": norm.running_mean, "next_mean": norm.running_mean}
         given |= {"running_var": norm.running_var, "next_var": norm.running_var}
         given |= {"eps": _scalar(norm.eps), "momentum": _scalar(norm.momentum)}
@@ -181,7 +188,7 @@ Build = Callable[[Graph, bool], Graph]
 
 
 def _run(build: Build, cudnn: ModuleType, with_residual: bool, given: dict[str, Tensor]) -> None:
-    """Runs a graph on the current stream, on what is ``given`` for each name, "y" among them."""
+    """Runs a graph on the current stream, with a tensor ``given`` for each name, "y" among them."""
     y = given["y"]
     handle = _handle(cudnn, y.device)
     graph = _compiled(build, cudnn, y.device, y.dtype, tuple(y.shape), with_residual)

@@ -1,9 +1,8 @@
 """Training steps of ours beside PyTorch's, checked and timed in turns: ``python -m benchmarks.record --json FILE``.
 
 Every provider is held to the accuracy rule against float64 first. A round is ``STEPS`` steps of each, one after the
-other as in training. The file is rewritten after every round, so that little is lost when the run is ended; ours and
-eager PyTorch's are timed once before a compiler starts, which takes longest. What other runs have put into the file
-stays.
+other as in training. The file is rewritten after every round, so that little is lost when the run is stopped; ours and
+eager PyTorch are timed once before torch.compile starts, which takes longest. Other runs in the file stay.
 """
 
 from __future__ import annotations
@@ -11,13 +10,10 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,192 +21,166 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_stages import compilations
-from benchmarks.harness import Case, Contest, Entrant, failure
-from benchmarks.implementations import begin
-from benchmarks.kernel_times import read_ceilings
-from benchmarks.roofline import limit, step
-from resnet_fused.cli.bench import CHECKED_PIXELS, MOST_DRAWS
+from benchmarks.roofline import limit, read_ceilings, step
 from resnet_fused.cli.files import write_text
-from resnet_fused.cli.learner import AUTOCAST
-from resnet_fused.cli.steps import COMPILED, EAGER, OURS, exactly, objection, outcome, relative_errors
-from resnet_fused.cli.steps import Case as Training
-from resnet_fused.cli.timing import header, milliseconds, quantile
+from resnet_fused.cli.steps import COMPILED, TrainingStep, begin_step
+from resnet_fused.cli.text import shown
+from resnet_fused.measure import (
+    EAGER,
+    EXACT,
+    OURS,
+    SEEDS,
+    Comparison,
+    Provider,
+    Results,
+    check_accuracy,
+    failure,
+    header,
+    quantiles,
+)
 
-AUTOTUNED = "compile_max_autotune"
-PROVIDERS = (OURS, EAGER, COMPILED, AUTOTUNED)
-#: Of a round and provider: the processor runs ahead of the GPU as it does in training.
+PROVIDERS = (OURS, EAGER, *COMPILED)
+#: Per round and provider: the processor runs ahead of the GPU as it does in training.
 STEPS = 5
-#: Losses of each image and the gradient.
-Outcome = tuple[Tensor, Tensor]
 
 
-class Rounds(Contest):
-    """A contest whose runs are training steps: ``STEPS`` of them are timed together, the time is one step's."""
-
-    def _run(self, entrant: Entrant) -> float:
-        assert entrant.run
-        run = entrant.run
-        return milliseconds(lambda: [run() for _ in range(STEPS)], self.device) / STEPS
-
-
-@dataclass
 class Record:
     """What is measured of a training step.
 
     Args:
-        save: is called with all that is known after every round.
+        save: called with all results so far after every round.
     """
 
-    training: Training
-    rounds: int
-    roofline_ms: float | None
-    save: Callable[[dict[str, Any]], None]
-    clocks: list[Any] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.device = torch.device(self.training.device)
+    def __init__(
+        self,
+        training: TrainingStep,
+        rounds: int,
+        roofline_ms: float | None,
+        save: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.training, self.rounds, self.roofline_ms, self.save = training, rounds, roofline_ms, save
+        self.device = torch.device(training.device)
         self.begun = time.monotonic()
-        pixels = self.training.batch * self.training.image_size**2
-        self.draws = min(MOST_DRAWS, math.ceil(CHECKED_PIXELS / pixels))
-        self.errors: dict[str, list[tuple[float, float]]] = {}
-        self.before: list[dict[str, Any]] = []
-        self.shown = "no round was finished"
+        self.clocks: list[Any] = []
+        self.before_compiling: list[dict[str, Any]] = []
+        self.summary = "no round was finished"
 
-    def run(self, providers: Sequence[str]) -> Rounds:
-        """Checks and times; the last contest."""
-        exact = self._exact()
-        first = [self._entrant(impl, exact) for impl in (EAGER, OURS)]
-        others = [impl for impl in providers if impl not in (OURS, EAGER)]
-        contest = self._timed(first, max(1, self.rounds // 4) if others else self.rounds)
+    def run(self, names: Sequence[str]) -> Comparison:
+        """Checks and times; the last comparison."""
+        results = self.exact_results()
+        first = self.providers((OURS, EAGER), results)
+        others = [name for name in names if name not in (OURS, EAGER)]
+        comparison = self.timed(first, max(1, self.rounds // 4) if others else self.rounds)
         if others:
-            self.before = contest.rows()
-            # Times anew: rounds are those in which everybody takes turns.
-            again = [Entrant(e.impl, e.run, e.note) for e in first]
-            contest = self._timed([*again, *(self._entrant(impl, exact) for impl in others)], self.rounds)
-        return contest
+            self.before_compiling = comparison.rows()
+            # Only rounds in which all providers take turns count.
+            again = [Provider(provider.name, provider.run, provider.note) for provider in first]
+            comparison = self.timed([*again, *self.providers(others, results)], self.rounds)
+        return comparison
 
-    def _exact(self) -> list[Outcome]:
-        """Of each draw, in float64, whose convolutions are too slow to try several algorithms of each."""
-        model = exactly(self.training.model(EAGER))
-        found = []
+    def exact_results(self) -> dict[int, list[Tensor]]:
+        """By seed. Float64 convolutions are too slow to try several algorithms of each."""
+        draw = self.training.draw({EXACT: self.training.model(EXACT)})
         with torch.backends.cudnn.flags(enabled=True, benchmark=False):
-            for draw in range(self.draws):
-                images, labels = self.training.data(draw)
-                found.append(outcome(self.training, model, images.double(), labels))
-        del model, images
+            results = {seed: list(draw(seed)(EXACT)) for seed in SEEDS}
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return found
+        return results
 
-    def _entrant(self, impl: str, exact: list[Outcome]) -> Entrant:
-        """A provider with what is wrong with it; one that breaks does not run, but ours and eager PyTorch have to."""
-        begun = time.monotonic()
-        try:
-            model = make_model(self.training, impl)
-            for draw, truth in enumerate(exact):
-                begin(impl)
-                found = outcome(self.training, model, *self.training.data(draw))
-                self.errors.setdefault(impl, []).append(relative_errors(found, truth))
-        except Exception as error:  # whatever a compiler raises
-            if impl in (OURS, EAGER):
-                raise
-            return Entrant(impl, None, failure(error))
-        eps = torch.finfo(AUTOCAST.get(self.training.precision, torch.float32)).eps
-        note = objection(self.errors[impl], self.errors[EAGER], eps)
-        seconds = time.monotonic() - begun
-        print(f"{impl}: errors {self.errors[impl]} {note or 'accepted'}, {seconds:.1f} s", flush=True)
-        train = functools.partial(self.training.step(model), *self.training.data(0))
+    def providers(self, names: Sequence[str], exact: dict[int, list[Tensor]]) -> list[Provider]:
+        """Those of the names, with what is wrong with each."""
+        models: dict[str, nn.Module] = {}
+        providers: list[Provider] = []
+        for name in dict.fromkeys((EAGER, *names)):
+            try:
+                models[name] = self.training.model(name)
+            except Exception as error:  # whatever a compiler raises
+                providers.append(Provider(name, note=failure(name, error)))
+        draw = self.training.draw(models)
 
-        def one() -> None:
-            begin(impl)
+        def drawn(seed: int) -> Results:
+            results = draw(seed)
+            return lambda name: exact[seed] if name == EXACT else results(name)
+
+        notes = check_accuracy(drawn, models, self.training.eps)
+        for name, model in models.items():
+            print(f"{name}: {notes[name] or 'accepted'}", flush=True)
+            providers.append(Provider(name, self.one_step(name, model), notes[name]))
+        return [provider for provider in providers if provider.name in names]
+
+    def one_step(self, name: str, model: nn.Module) -> Callable[[], None]:
+        train = functools.partial(self.training.train(model), *self.training.data(0))
+
+        def run() -> None:
+            begin_step(name)
             train()
 
-        return Entrant(impl, one, note)
+        return run
 
-    def _timed(self, entrants: list[Entrant], rounds: int) -> Rounds:
-        training = self.training
-        shape = f"{training.batch}x3x{training.image_size}x{training.image_size}"
-        case = Case("model", training.arch, "train", training.dtype, training.batch, shape, self.roofline_ms)
-        contest = Rounds(case, entrants, self.device)
-        contest.warm_up()
-        if self.device.type == "cuda":
-            for entrant in filter(lambda entrant: entrant.run, entrants):
-                entrant.peak_mb = contest._peak_mb(entrant)
-        self._clocks()
-        for _ in range(rounds):
-            contest.others()
-            contest.our_turn()
-            self.save(self.found(contest))
-            self.shown = line(contest)
-        self._clocks()
-        self.save(self.found(contest))
-        print(self.shown, flush=True)
-        return contest
-
-    def _clocks(self) -> None:
+    def timed(self, providers: list[Provider], rounds: int) -> Comparison:
+        """The providers' comparison, saved after every round."""
+        comparison = Comparison(self.training.case(self.roofline_ms), providers, self.device, repeats=STEPS)
+        comparison.warm_up(measure_peak=True)
         self.clocks.append(header(self.device, 0.0)["clocks"])
+        for _ in comparison.rounds(rounds):
+            self.save(self.results_so_far(comparison))
+            self.summary = line(comparison)
+        self.clocks.append(header(self.device, 0.0)["clocks"])
+        self.save(self.results_so_far(comparison))
+        print(self.summary, flush=True)
+        return comparison
 
-    def found(self, contest: Contest) -> dict[str, Any]:
-        """As the file has it: rows as results files have them, with img/s and the errors of losses and gradient."""
-        rows = contest.rows()
+    def results_so_far(self, comparison: Comparison) -> dict[str, Any]:
+        """As the file has it: rows of results files, with img/s."""
+        rows = comparison.rows()
         for row in rows:
             row["img_per_s"] = row["median_ms"] and 1e3 * row["batch"] / row["median_ms"]
-            row["errors"] = self.errors.get(row["impl"], [])
         return {
             "seconds": round(time.monotonic() - self.begun, 1),
             "steps_per_round": STEPS,
             "clocks": self.clocks,
             "rows": rows,
-            "rows_before_compiling": self.before,
+            "rows_before_compiling": self.before_compiling,
         }
 
 
-def make_model(training: Training, impl: str) -> nn.Module:
-    """Freshly initialised, with the same weights for all."""
-    if impl != AUTOTUNED:
-        return training.model(impl)
-    model = training.model(EAGER)
-    model.compile(mode="max-autotune", dynamic=False)
-    return model
-
-
-def line(contest: Contest) -> str:
-    """One line: of each its time, img/s, peak memory and how many times as long as ours it takes."""
+def line(comparison: Comparison) -> str:
+    """One line: for each provider its time, img/s, peak memory, and its time / ours."""
     parts = []
-    for entrant in contest.entrants:
-        if not entrant.times:
-            parts.append(f"{entrant.impl}: {entrant.note}")
-            continue
-        times = sorted(entrant.times)
-        ms = statistics.median(times)
-        text = f"{entrant.impl} {ms:.2f} ms ({quantile(times, 0.2):.2f} - {quantile(times, 0.8):.2f})"
-        text += f" {1e3 * contest.case.batch / ms:,.0f} img/s"
-        text += f" {entrant.peak_mb / 1e3:.1f} GB" if entrant.peak_mb else ""
-        if ratios := contest.ratios(entrant):
-            text += f" ours {statistics.median(ratios):.2f}x"
-        parts.append(text + (f" ({entrant.note})" if entrant.note else ""))
+    for provider in comparison.providers:
+        times = quantiles(provider.times, "median", "p20", "p80")
+        ratio = quantiles(comparison.ratios(comparison.ours, provider), "median", "p20", "p80")["median"]
+        speed = times["median"] and 1e3 * comparison.case.batch / times["median"]
+        cells = [
+            provider.name,
+            shown("{:.2f} ms ({:.2f} - {:.2f})", *times.values()),
+            shown("{:,.0f} img/s", speed),
+            shown("{:.1f} GB", provider.peak_mb and provider.peak_mb / 1e3),
+            shown("{:.2f}x ours", ratio),
+            f"({provider.note})" if provider.note else "-",
+        ]
+        parts.append(" ".join(cell for cell in cells if cell != "-"))
     return "; ".join(parts)
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(prog="python -m benchmarks.record", description=__doc__)
-    found.add_argument("--json", type=Path, required=True, help="the file of results")
-    found.add_argument("--name", default="record", help="of this run in the file (default: record)")
-    found.add_argument("--arch", default="resnet50")
-    found.add_argument("--batch", type=int, default=256)
-    found.add_argument("--image-size", type=int, default=224)
-    found.add_argument("--precision", default="bf16", choices=("fp32", "bf16", "fp16"))
-    found.add_argument("--device", default="cuda")
-    found.add_argument("--rounds", type=int, default=20, help=f"of {STEPS} steps each (default: 20)")
-    found.add_argument("--ceilings", type=Path, help="file of the device's ceilings, for the roofline")
-    default = [OURS, EAGER, COMPILED]
-    found.add_argument(
-        "--providers", nargs="+", default=default, choices=PROVIDERS, help="(default: first 3)"
-    )
-    return found
+    options = argparse.ArgumentParser(prog="python -m benchmarks.record", description=__doc__)
+    add = options.add_argument
+    add("--json", type=Path, required=True, help="the file of results")
+    add("--name", default="record", help="of this run in the file (default: record)")
+    add("--arch", default="resnet50")
+    add("--batch", type=int, default=256)
+    add("--image-size", type=int, default=224)
+    add("--precision", default="bf16", choices=("fp32", "bf16", "fp16"))
+    add("--device", default="cuda")
+    add("--rounds", type=int, default=20, help=f"of {STEPS} steps each (default: 20)")
+    add("--ceilings", type=Path, help="file of the device's ceilings, for the roofline")
+    add("--providers", nargs="+", default=PROVIDERS[:3], choices=PROVIDERS, help="(default: first 3)")
+    return options
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code: 1 where ours is wrong, 2 without a GPU, 130 where it was interrupted."""
     options = parser().parse_args(arguments)
     device = torch.device(options.device)
     if device.type == "cuda":
@@ -218,7 +188,7 @@ def main(arguments: Sequence[str]) -> int:
             print("record needs a CUDA device and this machine has none: try --device cpu", file=sys.stderr)
             return 2
         torch.backends.cudnn.benchmark = True
-    training = Training(options.arch, options.batch, options.image_size, options.precision, str(device))
+    training = TrainingStep(options.arch, options.batch, options.image_size, options.precision, str(device))
     ceilings = read_ceilings(options.ceilings, training.dtype)
     roofline_ms = None
     if ceilings:
@@ -226,26 +196,20 @@ def main(arguments: Sequence[str]) -> int:
         roofline_ms = limit(kernels, ceilings) * 1e3
     head = header(device, 0.0)
 
-    def save(found: dict[str, Any]) -> None:
+    def save(results: dict[str, Any]) -> None:
         known = json.loads(options.json.read_text()) if options.json.exists() else {}
-        write_text(
-            options.json, json.dumps(known | {options.name: {"header": head, **found}}, indent=1) + "\n"
-        )
+        known[options.name] = {"header": head, **results}
+        write_text(options.json, json.dumps(known, indent=1) + "\n")
 
     record = Record(training, options.rounds, roofline_ms, save)
     with compilations() if device.type == "cuda" else nullcontext(str) as compiled:
-        status = _status(record, options.providers)
-        # The last line is what a runner shows.
-        print("; ".join(part for part in (record.shown, compiled()) if part), flush=True)
+        try:
+            status = int(not record.run(options.providers).ours.checked)
+        except KeyboardInterrupt:
+            status = 130
+        # A runner shows the last line.
+        print("; ".join(part for part in (record.summary, compiled()) if part), flush=True)
     return status
-
-
-def _status(record: Record, providers: Sequence[str]) -> int:
-    """Of the process: 1 where ours is wrong, 130 where it was interrupted."""
-    try:
-        return int(not record.run(providers).ours.checked)
-    except KeyboardInterrupt:
-        return 130
 
 
 if __name__ == "__main__":

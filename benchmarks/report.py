@@ -1,365 +1,378 @@
-"""Figures of benchmarks/results/*.json as tables and charts: ``python -m benchmarks.report [--check] [--root DIR]``.
+"""Results in benchmarks/results/*.json as tables and charts: ``python -m benchmarks.report [--write]``.
 
-Writes benchmarks/RESULTS.md, benchmarks/results/charts/*.svg and README.md's tables between its markers, from the
-newest file of each device and layer; no number is typed by hand. ``--check`` only compares: 1 where one differs.
+Writes the tables of benchmarks/RESULTS.md and README.md and benchmarks/results/charts/*.svg, from the newest file of
+each device and layer. A result that was not checked has a time at most: no ratio, no rate and no bar.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
+import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import geometric_mean
+from typing import Any
 
-from benchmarks.page import with_tables
-from benchmarks.report_charts import rounded
-from benchmarks.report_files import (
-    CHARTS,
-    DTYPES,
-    LAYERS,
-    MODES,
-    OURS,
-    Case,
-    Device,
-    Key,
-    Spread,
-    grouped,
-    newest,
-    read,
-)
+import numpy as np
+import pandas as pd
 
-ROOT = Path(__file__).parent.parent
-README, RESULTS = Path("README.md"), Path("benchmarks/RESULTS.md")
-EAGER = "eager_channels_last"
-#: What README compares with, and its head there.
+from benchmarks.page import COLOURS, ROOT, Chart, Page, markdown
+
+RESULTS = ROOT / "benchmarks" / "results"
+OURS, EAGER = "resnet_fused", "eager_channels_last"
+LAYERS = {"model": "Models", "block": "Blocks", "op": "Ops"}
+MODES = {"train": "training step", "eval": "evaluation", "fwd_bwd": "forward and backward"}
+DTYPES = ("fp32", "tf32", "bf16", "fp16")
+CASE = ["layer", "name", "mode", "dtype", "batch", "shape"]
+TIME, RATIO = ["median_ms", "p20_ms", "p80_ms"], ["ratio", "ratio_p20", "ratio_p80"]
+NUMBERS = [*TIME, *RATIO, "peak_mb", "first_step_ms", "roofline_ms"]
+#: What the rows and the header of a results file have to hold.
+ROW = {*CASE, *NUMBERS, "impl", "checked", "note"}
+HEADER = {"device", "device_type", "threads", "torch", "commit", "clean", "date", "seconds", "ceilings"}
+#: What README compares with, and its column.
 BASELINES = {
     EAGER: "eager / fused",
     "compile_default": "`torch.compile` / fused",
     "compile_max_autotune": "`torch.compile` max-autotune / fused",
 }
-#: What the project wants of a training step: times as fast as these, and at most this share of eager's memory.
-AIMS, MEMORY_AIM = {EAGER: 2.0, "compile_max_autotune": 1.5}, 0.55
-#: NVIDIA's MLPerf v4.0 figure, images per second on one H100.
-MLPERF, MLPERF_SOURCE = 7158, "NVIDIA's MLPerf v4.0 figure per H100 (fp16, batch 400, closed MXNet)"
+
+
+def read(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Header and rows of a results file; figures that do not count are NaN, and ``why`` says why.
+
+    Raises:
+        ValueError: it is no results file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        header, rows = content["header"], pd.DataFrame(content["rows"])
+        if missing := (ROW - {*rows.columns}) | (HEADER - header.keys()):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        if rows.duplicated([*CASE, "impl"]).any():
+            raise ValueError("it has two rows of one implementation and case")
+        for name, known in (("layer", LAYERS), ("mode", MODES), ("dtype", DTYPES)):
+            if unknown := {*rows[name]} - {*known}:
+                raise ValueError(f"{name} {', '.join(map(str, unknown))} is unknown")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a results file ({error}): measure again, or remove it") from error
+    rows[NUMBERS] = rows[NUMBERS].astype(float)
+    measured, accepted = rows.median_ms.notna(), rows.checked & rows.median_ms.notna()
+    ours = rows[accepted & (rows.impl == OURS)].set_index(CASE).peak_mb
+    cases = pd.MultiIndex.from_frame(rows[CASE])
+    rows.loc[~(accepted & cases.isin(ours.index)), RATIO] = np.nan
+    rows.loc[~accepted, ["peak_mb", "first_step_ms", "roofline_ms"]] = np.nan
+    rows["rate"] = (1e3 * rows.batch / rows.median_ms).where(accepted)
+    rows["memory"] = ours.reindex(cases).to_numpy() / rows.peak_mb
+    rows["of_limit"] = rows.roofline_ms / rows.median_ms
+    rows["why"] = np.select([accepted, measured], ["", "not checked"], "not measured")
+    rows["family"] = rows.name.str.partition(" ")[0]
+    for name, order in (("layer", LAYERS), ("mode", MODES), ("dtype", DTYPES)):
+        rows[name] = pd.Categorical(rows[name], list(order))
+    return header, rows.sort_values(["layer", "mode", "dtype"], kind="stable").reset_index(drop=True)
+
+
+@dataclass(frozen=True)
+class Device:
+    """The rows of the newest file of each layer, of one device with so many threads."""
+
+    title: str
+    rows: pd.DataFrame
+    #: (file, header, layers)
+    sources: list[tuple[Path, dict[str, Any], list[str]]]
+
+    @property
+    def impls(self) -> list[str]:
+        """Ours first."""
+        return list(dict.fromkeys([OURS, *self.rows.impl]))
+
+    def layer(self, name: str) -> pd.DataFrame:
+        return self.rows[self.rows.layer == name]
+
+    def chart_path(self, layer: str) -> Path:
+        return RESULTS / "charts" / f"{re.sub('[^a-z0-9]+', '-', self.title.lower())}-{layer}s.svg"
+
+
+def devices(folder: Path = RESULTS) -> list[Device]:
+    """GPUs first.
+
+    Raises:
+        ValueError: there are no results, or a file has none.
+    """
+    files = [(path, *read(path)) for path in sorted(folder.glob("*.json"))]
+    if not files:
+        raise ValueError(f"{folder} is empty: run `make bench RESULTS=benchmarks/results/NAME.json`")
+    newest: dict[tuple[bool, str], dict[str, tuple[Path, dict[str, Any], pd.DataFrame]]] = {}
+    for path, header, rows in sorted(files, key=lambda file: pd.Timestamp(file[1]["date"])):
+        title = f"{header['device']}, {header['threads']} threads"
+        own = newest.setdefault((header["device_type"] == "cpu", title), {})
+        own |= {layer: (path, header, rows[rows.layer == layer]) for layer in rows.layer.unique()}
+    found = []
+    for (_, title), by_layer in sorted(newest.items()):
+        sources: dict[Path, tuple[Path, dict[str, Any], list[str]]] = {}
+        for layer in (layer for layer in LAYERS if layer in by_layer):
+            path, header, _ = by_layer[layer]
+            sources.setdefault(path, (path, header, []))[2].append(layer)
+        rows = pd.concat(by_layer[layer][2] for layer in LAYERS if layer in by_layer)
+        found.append(Device(title, rows, list(sources.values())))
+    return found
+
+
+# Cells
 
 
 def ms(value: float) -> str:
-    return f"{value:,.1f}" if value >= 1 else f"{value:.3f}"
+    return "" if np.isnan(value) else f"{value:,.1f}" if value >= 1 else f"{value:.3f}"
 
 
 def times(value: float) -> str:
-    return f"{value:.2f}x"
+    return "" if np.isnan(value) else f"{value:.2f}x"
 
 
-def spread(found: Spread | None, written: Callable[[float], str]) -> str:
+def amount(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def of_limit(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.0%}{'*' if value < 0.5 else ''}"
+
+
+def spread(row: Any, keys: list[str], written: Callable[[float], str]) -> str:
     """The median, and the 20th and 80th percentile; empty for nothing."""
-    if not found:
+    middle, low, high = (written(row[key]) for key in keys)
+    return f"{middle} [{low.removesuffix('x')}-{high.removesuffix('x')}]" if middle else ""
+
+
+def missing(row: Any) -> str:
+    """Why there are no figures, in words that a table can hold."""
+    note = " ".join(row.note.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    return f"{row.why}: {note}" if row.why and note else row.why
+
+
+def geometric_mean(cases: pd.DataFrame) -> str:
+    """Of the ratios, the least of them, and how many cases have one; of a single case its ratio."""
+    ratios = cases.ratio.dropna()
+    if cases.empty:
         return ""
-    middle, low, high = map(written, found)
-    return f"{middle} [{low.rstrip('x')}-{high.rstrip('x')}]"
-
-
-def mean_and_worst(cases: list[Case], impl: str) -> str:
-    """The geometric mean of the ratios and the least of them, how many have one; of a single case its ratio."""
-    ratios = [found[0] for case in cases if (found := case.ratio(impl))]
-    if not ratios:
-        return next((word for case in cases if (word := case.why_not(impl))), "")
+    if ratios.empty:
+        return next(filter(None, cases.why), "not checked")  # else ours was not
     if len(cases) == 1:
-        return spread(cases[0].ratio(impl), times)
+        return spread(cases.iloc[0], RATIO, times)
     some = f", {len(ratios)} of {len(cases)}" if len(ratios) < len(cases) else ""
-    return f"{times(geometric_mean(ratios))} (worst {times(min(ratios))}{some})"
+    return f"{times(np.exp(np.log(ratios).mean()))} (worst {times(ratios.min())}{some})"
 
 
-def missing(case: Case, impl: str) -> str:
-    """That it has no figures, and why, in words that a table can hold; empty where it has some."""
-    word, note = case.why_not(impl), " ".join(case.rows[impl]["note"].split()) if impl in case.rows else ""
-    note = note.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
-    return f"{word}: {note}" if word and note else word
+def groups(frame: pd.DataFrame, by: list[str]) -> Iterator[tuple[tuple[Any, ...], pd.DataFrame]]:
+    """In the order of the rows."""
+    yield from frame.groupby(by, sort=False, observed=True)
 
 
-def share_of_limit(case: Case, impl: str) -> str:
-    row = case.accepted(impl)
-    if row is None or row["roofline_ms"] is None:
-        return ""
-    share = row["roofline_ms"] / row["median_ms"]
-    return f"{share:.0%}{'*' if share < 0.5 else ''}"
+# RESULTS.md
 
 
-def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """Lines of Markdown; a head that ends in a colon is of a right-aligned column. Empty columns are left out."""
-    columns = [column for column in zip(heads, *rows, strict=True) if any(column[1:])]
-    lines = zip(
-        *((head.rstrip(":"), "---:" if head[-1] == ":" else "---", *cells) for head, *cells in columns),
-        strict=True,
-    )
-    return ["", *(f"| {' | '.join(line)} |" for line in lines)] if columns else []
+def results(found: list[Device]) -> str:
+    parts = []
+    for device in found:
+        parts += [f"## {device.title}", "\n".join(provenance(device))]
+        for layer, title in LAYERS.items():
+            rows = device.layer(layer)
+            if rows.empty:
+                continue
+            parts.append(f"### {title}")
+            if chart_data(device, layer) is not None:
+                place = device.chart_path(layer).relative_to(RESULTS.parent).as_posix()
+                parts.append(f"![{title} on {device.title}, as bars]({place})")
+            parts += models(rows) if layer == "model" else comparisons(rows, device.impls, layer)
+    return "\n\n".join(parts)
 
 
-def provenance(device: Device) -> list[str]:
-    """A line per file: what was measured, on what, with what and when."""
-    lines = []
-    for file, layers in device.sources:
-        head, clocks = file.header, file.header["clocks"]
-        versions = {"CUDA": "cuda", "cuDNN": "cudnn", "Python": "python"}
-        ceilings = [
-            f"{dtype} {head['ceilings'][dtype]['bandwidth'] / 1e9:,.0f} GB/s and"
-            f" {head['ceilings'][dtype]['flops'] / 1e9:,.0f} GFLOP/s"
-            for dtype in DTYPES
-            if dtype in head["ceilings"]
-        ]
+def provenance(device: Device) -> Iterator[str]:
+    """A line per file: what was measured, with what and when."""
+    for path, header, layers in device.sources:
+        ceilings = " and ".join(
+            f"{dtype} {found['bandwidth'] / 1e9:,.0f} GB/s, {found['flops'] / 1e9:,.0f} GFLOP/s"
+            for dtype, found in header["ceilings"].items()
+        )
+        names = ("torch", "triton", "cuda", "cudnn", "driver", "python")
         facts = [
-            device.title,
-            head["driver"] and f"driver {head['driver']}",
-            f"clocks {clocks['sm_mhz']} MHz, memory {clocks['memory_mhz']} MHz" if clocks else "",
-            *(f"{name} {head[name]}" for name in ("torch", "triton") if head[name]),
-            *(f"{name} {head[key]}" for name, key in versions.items() if head[key]),
-            f"{file.date:%Y-%m-%d %H:%M} UTC",
-            file.commit,
-            f"ran for {head['seconds']:,.0f} s",
-            f"limits of the device: {', '.join(ceilings)}" if ceilings else "",
+            *(f"{name} {header[name]}" for name in names if header.get(name)),
+            f"{pd.Timestamp(header['date']).tz_convert('UTC'):%Y-%m-%d %H:%M} UTC",
+            commit(header),
+            f"ran for {header['seconds']:,.0f} s",
+            f"ceilings {ceilings}" if ceilings else "",
         ]
-        link = f"[{file.path.name}](results/{file.path.name})"
-        lines.append(
-            f"- {', '.join(LAYERS[layer] for layer in layers)} ({link}): {'; '.join(filter(None, facts))}"
-        )
-    return lines
+        titles = ", ".join(LAYERS[layer] for layer in layers)
+        yield f"- {titles} ([{path.name}](results/{path.name})): {'; '.join(filter(None, facts))}"
 
 
-def models_tables(device: Device) -> list[str]:
+def commit(header: dict[str, Any]) -> str:
+    changes = "" if header["clean"] else " (with uncommitted changes)"
+    return f"commit {header['commit'][:7] or 'unknown'}{changes}"
+
+
+def models(rows: pd.DataFrame) -> Iterator[str]:
     """A table per mode, dtype and input."""
-    heads = [
-        "model",
-        "implementation",
-        "ms:",
-        "img/s:",
-        "its ms / fused ms:",
-        "peak MB:",
-        "fused MB / its MB:",
-    ]
-    heads += ["first step ms:", "of the limit:", "note"]
-    lines: list[str] = []
-    for key, cases in grouped(
-        device.cases("model"), lambda case: (MODES[case.mode], case.dtype, case.shape)
-    ).items():
-        rows = []
-        for case in cases:
-            for impl in (impl for impl in device.impls if impl in case.rows):
-                row, rate, memory = case.rows[impl], case.rate(impl), case.memory(impl)
-                cells = (
-                    spread(case.time(impl), ms),
-                    rounded(rate[0]) if rate else "",
-                    spread(case.ratio(impl), times),
-                    rounded(row["peak_mb"]) if row["peak_mb"] else "",
-                    times(memory) if memory and impl != OURS else "",
-                    ms(row["first_step_ms"]) if row["first_step_ms"] else "",
-                    share_of_limit(case, impl),
-                    missing(case, impl),
-                )
-                rows.append((case.name, impl, *cells))
-        lines += ["", f"#### {', '.join(key)}", *table(heads, rows)]
-    return lines
-
-
-def aims(device: Device) -> list[str]:
-    """What the project wants of training steps on a GPU, and on an H100 the fastest published figure."""
-    if device.newest["model"].header["device_type"] == "cpu":
-        return []
-    rows, rates = [], []
-    for case in device.cases("model", "train"):
-        found = {impl: case.ratio(impl) for impl in AIMS}
-        cells = [reached(case, impl, ratio and ratio[0], AIMS[impl]) for impl, ratio in found.items()]
-        rows.append(
-            (case.name, case.dtype, *cells, reached(case, EAGER, case.memory(EAGER), MEMORY_AIM, least=False))
+    for (mode, dtype, shape), cases in groups(rows, ["mode", "dtype", "shape"]):
+        yield f"#### {MODES[mode]}, {dtype}, {shape}"
+        table = pd.DataFrame(
+            {
+                "model": cases.name,
+                "implementation": cases.impl,
+                "ms": [spread(row, TIME, ms) for _, row in cases.iterrows()],
+                "img/s": cases.rate.map(amount),
+                "its ms / fused ms": [spread(row, RATIO, times) for _, row in cases.iterrows()],
+                "peak MB": cases.peak_mb.map(amount),
+                "fused MB / its MB": cases.memory.where(cases.impl != OURS).map(times),
+                "first step ms": cases.first_step_ms.map(ms),
+                "of the limit": cases.of_limit.map(of_limit),
+                "note": [missing(row) for _, row in cases.iterrows()],
+            }
         )
-        if case.name == "resnet50" and (rate := case.rate(OURS)):
-            rates.append(
-                f"{rounded(rate[0])} in {case.dtype} at batch {case.batch} ({times(rate[0] / MLPERF)})"
-            )
-    heads = ["model", "dtype", *(f"at least {aim:.1f}x {impl}" for impl, aim in AIMS.items())]
-    lines = table([*heads, f"at most {times(MEMORY_AIM)} of {EAGER}'s memory"], rows)
-    if rates and "H100" in device.title:
-        lines += ["", f"resnet50's training, img/s: {', '.join(rates)}, beside {MLPERF:,}, {MLPERF_SOURCE}."]
-    return ["", "#### aims of a training step", *lines] if rows else []
+        yield markdown(table.loc[:, (table != "").any()])
 
 
-def reached(case: Case, impl: str, value: float | None, aim: float, least: bool = True) -> str:
-    """Whether an aim is, and by how much; ``least``: more is better."""
-    if value is None:
-        return case.why_not(impl) or case.why_not(OURS) or "not measured"
-    well = value >= aim if least else value <= aim
-    return f"{times(value)}: {'reached' if well else 'missed'} by {times(abs(value - aim))}"
+def comparisons(rows: pd.DataFrame, impls: list[str], layer: str) -> Iterator[str]:
+    """Blocks: a table per architecture and dtype; ops: one per dtype. With a mean for each architecture or op."""
+    for keys, cases in groups(rows, ["mode", "dtype", "batch", *(["family"] if layer == "block" else [])]):
+        mode, dtype, batch, *family = keys
+        yield f"#### {', '.join([*family, MODES[mode], dtype, f'batch {batch}'])}"
+        others = [impl for impl in impls if impl in {*cases.impl} and impl != OURS]
+        lines, notes = [], []
+        for (name,), members in groups(cases, ["family"]):
+            for (case, shape), entries in groups(members, ["name", "shape"]):
+                by_impl = {row.impl: row for _, row in entries.iterrows()}
+                limit = of_limit(by_impl[OURS].of_limit) if OURS in by_impl else ""
+                cells = [comparison(by_impl.get(impl)) for impl in (OURS, *others)]
+                lines.append([case.partition(" ")[2] or case, shape, cells[0], limit, *cells[1:]])
+                notes += [f"{impl}: {missing(row)}" for impl, row in by_impl.items() if row.why]
+            if len(members) > len({*members.impl}):
+                means = [geometric_mean(members[members.impl == impl]) for impl in others]
+                lines.append([f"**{name}, geometric mean**", "", "", "", *means])
+        yield markdown(pd.DataFrame(lines, columns=[layer, "shape", OURS, "of the limit", *others]))
+        yield from dict.fromkeys(notes)
 
 
-def contest_tables(device: Device, layer: str) -> list[str]:
-    """Blocks: a table per architecture and dtype; ops: one per dtype, with a mean for each op."""
-    lines: list[str] = []
-
-    def key(case: Case) -> Key:
-        return (
-            case.family if layer == "block" else "all ops",
-            MODES[case.mode],
-            case.dtype,
-            f"batch {case.batch}",
-        )
-
-    for title, cases in grouped(device.cases(layer), key).items():
-        notes: dict[str, int] = {}
-        first, *others = [
-            impl for impl in device.impls if impl == OURS or any(case.time(impl) for case in cases)
-        ]
-        rows: list[Iterable[str]] = []
-        for (family,), members in grouped(cases, lambda case: (case.family,)).items():
-            for case in members:
-                ours, *theirs = (contest_cell(case, impl, notes) for impl in (first, *others))
-                label = case.name.partition(" ")[2] or case.name
-                rows.append((label, case.shape, ours, share_of_limit(case, OURS), *theirs))
-            if len(members) > 1:
-                means = [mean_and_worst(members, impl) for impl in others]
-                rows.append((f"**{family}, geometric mean**", "", "", "", *means))
-        heads = [layer, "shape", f"{OURS}:", "of the limit:", *(f"{impl}:" for impl in others)]
-        lines += ["", f"#### {', '.join(title)}", *table(heads, rows)]
-        absent = [(impl, case) for case in cases for impl in case.rows if impl not in (OURS, *others)]
-        below = [*(f"<sup>{number}</sup> {text}" for text, number in notes.items())]
-        below += dict.fromkeys(f"{impl} {missing(case, impl)}" for impl, case in absent)
-        lines += [line for text in below for line in ("", text)]
-    return lines
+def comparison(row: Any) -> str:
+    """Milliseconds and ratio of an implementation, or that they are missing."""
+    if row is None:
+        return ""
+    return ", ".join(filter(None, [ms(row.median_ms), spread(row, RATIO, times), row.why]))
 
 
-def contest_cell(case: Case, impl: str, notes: dict[str, int]) -> str:
-    """Time and ratio; without one, a mark whose note is added to the numbered ones."""
-    time, text = case.time(impl), missing(case, impl)
-    cell = ", ".join(filter(None, [ms(time[0]) if time else "", spread(case.ratio(impl), times)]))
-    return f"{cell or '-'} <sup>{notes.setdefault(f'{impl} {text}', len(notes) + 1)}</sup>" if text else cell
+# README.md
 
 
-INTRODUCTION = f"""# Results
-
-Written by `make report`, like the tables in [README](../README.md), from the newest file of each device and layer in
-`results/`. All implementations take turns in one process; times are medians over the rounds, with the 20th and the
-80th percentile in brackets. A ratio is the median of an implementation's time over that of {OURS} in the same
-round: above 1x {OURS} is faster. Only what agreed with the reference in the same run has one. For blocks and ops
-a cell is milliseconds, then the ratio. MB are 1e6 bytes, the most that was held at once. The limit is the least time
-that any implementation needs on the device (`python -m benchmarks.roofline`), here as a share of the measured time;
-`*` is below half."""
-
-
-def results_page(devices: list[Device], charts: Iterable[Path]) -> str:
-    lines = [INTRODUCTION]
-    for device in devices:
-        lines += ["", f"## {device.title}", "", *provenance(device)]
-        for layer in device.newest:
-            lines += ["", f"### {LAYERS[layer]}"]
-            if (chart := device.chart(layer)) in charts:
-                place = chart.relative_to(RESULTS.parent).as_posix()
-                lines += ["", f"![{LAYERS[layer]} on {device.title}, as bars]({place})"]
-            lines += (
-                [*aims(device), *models_tables(device)] if layer == "model" else contest_tables(device, layer)
-            )
-    return "\n".join(lines) + "\n"
-
-
-def readme_tables(devices: list[Device]) -> str:
-    lines = [
-        "Times and ratios are medians, with the 20th and the 80th percentile, or geometric means over as many cases",
-        "as the line says; above 1x fused is faster. Charts, other implementations and how near each is to the",
-        f"limit of the device: [{RESULTS.as_posix()}]({RESULTS.as_posix()}).",
+def readme(found: list[Device]) -> str:
+    parts = [
+        "Times and ratios are medians, with the 20th and the 80th percentile, or geometric means over as many cases\n"
+        "as the line says; above 1x fused is faster. Charts, other implementations and how near each is to the\n"
+        "limit of the device: [benchmarks/RESULTS.md](benchmarks/RESULTS.md)."
     ]
-    for device in devices:
+    for device in found:
         sources = [
-            f"{', '.join(LAYERS[layer].lower() for layer in layers)} {file.date:%Y-%m-%d},"
-            f" torch {file.header['torch']}, {file.commit}"
-            for file, layers in device.sources
+            f"{', '.join(LAYERS[layer].lower() for layer in layers)} {header['date'][:10]},"
+            f" torch {header['torch']}, {commit(header)}"
+            for _, header, layers in device.sources
         ]
-        lines += [
-            "",
-            f"**{device.title}** ({'; '.join(sources)})",
-            *readme_models(device),
-            *readme_families(device),
-        ]
-    return "\n".join(lines)
+        parts.append(f"**{device.title}** ({'; '.join(sources)})")
+        rows = device.rows
+        parts += [table for table in (readme_models(rows), readme_families(rows)) if table]
+    return "\n\n".join(parts)
 
 
-def readme_models(device: Device) -> list[str]:
-    rows = []
-    for case in device.cases("model", "train"):
-        time, rate, memory = case.time(OURS), case.rate(OURS), case.memory(EAGER)
-        ours = (spread(time, ms), rounded(rate[0])) if rate else (case.why_not(OURS), "")
-        ratios = [spread(case.ratio(impl), times) or case.why_not(impl) for impl in BASELINES]
-        rows.append(
-            (f"{case.name}, batch {case.batch}", case.dtype, *ours, *ratios, times(memory) if memory else "")
-        )
-    heads = ["training step", "dtype", "fused ms:", "img/s:", *(f"{head}:" for head in BASELINES.values())]
-    return table([*heads, "memory, fused / eager:"], rows)
+def readme_models(rows: pd.DataFrame) -> str:
+    lines = []
+    training = rows[(rows.layer == "model") & (rows["mode"] == "train")]
+    for (name, dtype, batch), entries in groups(training, ["name", "dtype", "batch"]):
+        by_impl = {row.impl: row for _, row in entries.iterrows()}
+        line = {"training step": f"{name}, batch {batch}", "dtype": dtype}
+        ours = by_impl[OURS]
+        line |= {"fused ms": ours.why or spread(ours, TIME, ms), "img/s": amount(ours.rate)}
+        for impl, head in BASELINES.items():
+            line[head] = (spread(by_impl[impl], RATIO, times) or by_impl[impl].why) if impl in by_impl else ""
+        line["memory, fused / eager"] = times(by_impl[EAGER].memory) if EAGER in by_impl else ""
+        lines.append(line)
+    table = pd.DataFrame(lines)
+    return markdown(table.loc[:, (table != "").any()]) if lines else ""
 
 
-def readme_families(device: Device) -> list[str]:
+def readme_families(rows: pd.DataFrame) -> str:
     """A line for an architecture's blocks in each dtype, and for each op in all."""
-    blocks = grouped(device.cases("block"), lambda case: (f"{case.family} blocks", case.dtype))
-    ops = grouped(device.cases("op"), lambda case: (case.name,))
-    rows = []
-    for (name, *_), cases in (*blocks.items(), *ops.items()):
-        dtypes = dict.fromkeys(case.dtype for case in cases)
-        means = [mean_and_worst(cases, impl) for impl in BASELINES]
-        rows.append((f"{name}, {len(cases)}", ", ".join(dtypes), *means))
-    return table([MODES["fwd_bwd"], "dtype", *(f"{head}:" for head in BASELINES.values())], rows)
+    blocks, ops = rows[rows.layer == "block"], rows[rows.layer == "op"]
+    families = [(f"{family} blocks", cases) for (family, _), cases in groups(blocks, ["family", "dtype"])]
+    families += [(name, cases) for (name,), cases in groups(ops, ["name"])]
+    lines = []
+    for name, cases in families:
+        count = len(cases[CASE].drop_duplicates())
+        line = {MODES["fwd_bwd"]: f"{name}, {count}", "dtype": ", ".join(cases.dtype.unique())}
+        lines.append(
+            line | {head: geometric_mean(cases[cases.impl == impl]) for impl, head in BASELINES.items()}
+        )
+    table = pd.DataFrame(lines)
+    return markdown(table.loc[:, (table != "").any()]) if lines else ""
 
 
-def differences(root: Path, wanted: dict[Path, str]) -> str:
-    """Which files differ from what is wanted, are missing, or are charts of nothing any more; empty for none."""
-    lacking = [path for path in wanted if not (root / path).exists()]
-    stale = [
-        path for path in wanted if path not in lacking and (root / path).read_bytes() != wanted[path].encode()
+# Charts
+
+
+def chart_data(device: Device, layer: str) -> pd.DataFrame | None:
+    """A row per bar: panel, case, impl and value; None where there is none."""
+    rows = device.layer(layer)
+    if layer == "model":
+        rows = rows[rows["mode"] == "train"].assign(case=rows.name + " " + rows.dtype.astype(str))
+        panels = {"images per second": "rate", "peak memory, MB": "peak_mb"}
+        frames = [rows.assign(panel=panel, value=rows[key]) for panel, key in panels.items()]
+    elif layer == "block":
+        frames = [
+            rows.assign(panel=rows.dtype.astype(str) + ", times as fast", case=rows.name, value=rows.ratio)
+        ]
+    else:
+        return None
+    data = pd.concat(frames)[["panel", "case", "impl", "value"]].dropna(subset="value")
+    return None if data.empty else data.reset_index(drop=True)
+
+
+def draw(data: pd.DataFrame) -> Any:
+    """Horizontal bars, a panel beside the other."""
+    from matplotlib.figure import Figure
+
+    panels, cases, impls = (list(data[key].unique()) for key in ("panel", "case", "impl"))
+    colours = dict(zip(dict.fromkeys([OURS, *impls]), COLOURS, strict=False))
+    height = 1.2 + 0.17 * len(cases) * (len(impls) + 0.7)
+    figure = Figure(figsize=(2 + 3.6 * len(panels), height), facecolor="white", layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        values = data[data.panel == panel].pivot(index="case", columns="impl", values="value")
+        values = values.reindex(index=cases, columns=impls)
+        values.plot.barh(ax=axes, color=[colours[impl] for impl in impls], width=0.85, legend=False)
+        is_ratio = "times" in panel
+        for bars, impl in zip(axes.containers, impls, strict=True):
+            labels = values[impl].map(times if is_ratio else amount)
+            axes.bar_label(bars, labels, fontsize=6, padding=2)
+        if is_ratio:
+            axes.axvline(1.0, color="black", linewidth=0.8, zorder=0)
+        axes.invert_yaxis()
+        axes.margins(x=0.15)
+        axes.set(title=panel, ylabel="")
+        if panel != panels[0]:
+            axes.set_yticklabels([])
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False)
+    return figure
+
+
+def charts() -> list[Chart]:
+    found = [
+        (device.chart_path(layer), chart_data(device, layer)) for device in devices() for layer in LAYERS
     ]
-    kinds = {"not what the results say": stale, "missing": lacking, "of no results": abandoned(root, wanted)}
-    text = "; ".join(f"{kind}: {', '.join(map(str, paths))}" for kind, paths in kinds.items() if paths)
-    here = importlib.metadata.version("matplotlib")
-    pinned = re.search(
-        r"^matplotlib==(\S+)", (root / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE
-    )
-    if pinned and pinned[1] != here and any(path.suffix == ".svg" for path in stale):
-        text += f" (charts perhaps only because matplotlib is {here} here and {pinned[1]} in constraints.txt)"
-    return text
+    return [Chart(path, data, draw) for path, data in found if data is not None]
 
 
-def abandoned(root: Path, wanted: dict[Path, str]) -> list[Path]:
-    charts = (CHARTS / file.name for file in (root / CHARTS).glob("*.svg"))
-    return sorted(chart for chart in charts if chart not in wanted)
-
-
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument(
-        "--check", action="store_true", help="only compare; exit status 1 where a file differs"
-    )
-    parser.add_argument("--root", type=Path, default=ROOT, help="the checkout (default: where this file is)")
-    options = parser.parse_args(arguments)
-    root: Path = options.root
-    try:
-        devices = newest(read(path) for path in sorted((root / CHARTS.parent).glob("*.json")))
-        if not devices:
-            raise ValueError(
-                f"{root / CHARTS.parent} is empty: run `make bench RESULTS={CHARTS.parent}/NAME.json`"
-            )
-        readme = with_tables((root / README).read_text(encoding="utf-8"), {"results": readme_tables(devices)})
-    except ValueError as error:
-        parser.error(str(error))
-    drawn = {device.chart(layer): device.drawn(layer) for device in devices for layer in device.newest}
-    charts = {path: svg for path, svg in drawn.items() if svg}
-    wanted = {README: readme, RESULTS: results_page(devices, charts), **charts}
-    if options.check:
-        if found := differences(root, wanted):
-            print(f"{found}: run `make report`", file=sys.stderr)
-        return int(bool(found))
-    for path in abandoned(root, wanted):
-        (root / path).unlink()
-    for path, text in wanted.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(text.encode())
-    return 0
-
+COMMAND = "python -m benchmarks.report --write"
+PAGES = (
+    Page(ROOT / "README.md", COMMAND, lambda: {"results": readme(devices())}),
+    Page(RESULTS.parent / "RESULTS.md", COMMAND, lambda: {"results": results(devices())}, charts),
+)
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(max(page.main(sys.argv[1:], __doc__) for page in PAGES))

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 import resnet_fused
 from benchmarks.conftest import Compare
-from benchmarks.harness import BATCH, Case
-from benchmarks.implementations import EXACT, Attempt, begin, entrants, laid_out, modules, verdicts
-from benchmarks.precision import Precision
+from benchmarks.harness import BATCH
+from benchmarks.providers import make_providers, modules, to_layout
 from benchmarks.roofline import Ceilings, limit, step
 from resnet_fused import reference
+from resnet_fused.cli.precision import PRECISIONS, Precision
+from resnet_fused.cli.steps import begin_step
+from resnet_fused.measure import EXACT, Case, Results, check_accuracy
 
 LAYER = "block"
 SIZE = 224
@@ -35,9 +37,10 @@ def distinct_blocks() -> Iterator[tuple[str, str, tuple[int, int]]]:
                 size //= block.stride
 
 
-def run(block: nn.Module, x: Tensor, grad: Tensor, precision: Precision) -> list[Tensor]:
+def forward_backward(block: nn.Module, x: Tensor, grad: Tensor, precision: Precision) -> list[Tensor]:
     """The output, and the gradients of the input and the parameters."""
-    with precision.cast(x.device.type, x.dtype):
+    x = x.detach().requires_grad_()
+    with precision.autocast(x.device.type):
         out = block(x)
     return [out.detach(), *torch.autograd.grad(out, [x, *block.parameters()], grad.to(out.dtype))]
 
@@ -49,7 +52,7 @@ def test_block(
     shape: tuple[int, int],
     precision: Precision,
     device: torch.device,
-    impls: tuple[str, ...],
+    names: tuple[str, ...],
     ceilings: Ceilings,
     compare: Compare,
 ) -> None:
@@ -59,44 +62,39 @@ def test_block(
         block = getattr(library, arch)().get_submodule(name).train()
         pair.append(block.to(device, memory_format=torch.channels_last))
     eager, fused = pair
-    found = modules(impls, eager, fused, precision, device)
-    present = {impl: module for impl, module in found.items() if isinstance(module, nn.Module)}
+    candidates = modules(names, arch, name, eager, fused, precision)
+    available = {key: module for key, module in candidates.items() if isinstance(module, nn.Module)}
+    exact = copy.deepcopy(eager).double()
     channels, size = shape
     x = torch.zeros(BATCH, channels, size, size, device=device, dtype=precision.dtype)
     x = x.to(memory_format=torch.channels_last)
     with torch.no_grad():
         grad = torch.zeros_like(eager(x.float()), dtype=precision.dtype)
-    exact = copy.deepcopy(eager).double()
 
-    def draw() -> Attempt:
+    def draw(seed: int) -> Results:
+        torch.manual_seed(seed)
         x.normal_().relu_()
         grad.normal_()
 
-        def attempt(impl: str) -> list[Tensor]:
-            if impl == EXACT:
-                return run(exact, x.double().requires_grad_(), grad, precision)
-            return run_of(impl, present.get(impl, eager))()
+        def results(provider: str) -> list[Tensor]:
+            if provider == EXACT:
+                return forward_backward(exact, x.double(), grad, PRECISIONS["fp32"])
+            return run_of(provider, available.get(provider, eager))()
 
-        return attempt
+        return results
 
-    def run_of(impl: str, module: nn.Module) -> Callable[[], list[Tensor]]:
-        given, incoming = laid_out(impl, x).detach().requires_grad_(), laid_out(impl, grad)
+    def run_of(provider: str, module: nn.Module) -> Callable[[], list[Tensor]]:
+        given, incoming = to_layout(provider, x), to_layout(provider, grad)
 
-        def once() -> list[Tensor]:
-            begin(impl)
-            return run(module, given, incoming, precision)
+        def run() -> list[Tensor]:
+            begin_step(provider)
+            return forward_backward(module, given, incoming, precision)
 
-        return once
+        return run
 
-    notes = verdicts(draw, present, precision.eps)
+    notes = check_accuracy(draw, available, precision.eps)
     kernels = [k for k in step(arch, BATCH, SIZE, precision.name) if k.block == name]
-    case = Case(
-        LAYER,
-        f"{arch} {name}",
-        "fwd_bwd",
-        precision.name,
-        BATCH,
-        f"{BATCH}x{channels}x{size}x{size}",
-        limit(kernels, ceilings) * 1e3,
-    )
-    compare(case, entrants(found, notes, run_of), ROUNDS)
+    roofline_ms = limit(kernels, ceilings) * 1e3
+    shape_of_input = f"{BATCH}x{channels}x{size}x{size}"
+    case = Case(LAYER, f"{arch} {name}", "fwd_bwd", precision.name, BATCH, shape_of_input, roofline_ms)
+    compare(case, make_providers(candidates, notes, run_of), ROUNDS)

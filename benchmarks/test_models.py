@@ -2,89 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from functools import cache
-from types import ModuleType
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-import resnet_fused
-from benchmarks.apart import ProcessFailed, two_steps_apart
 from benchmarks.conftest import Compare
-from benchmarks.harness import BATCH, OURS, Case
-from benchmarks.implementations import BASELINE, EXACT, Attempt, begin, entrants, laid_out, modules, verdicts
-from benchmarks.precision import Precision
+from benchmarks.harness import BATCH
+from benchmarks.providers import make_providers, modules, to_layout
 from benchmarks.roofline import Ceilings, limit, step
-from resnet_fused import reference
-from resnet_fused.cli.steps import Case as Training
-from resnet_fused.cli.steps import exactly
+from resnet_fused.cli.precision import Precision
+from resnet_fused.cli.probe import probe
+from resnet_fused.cli.steps import TrainingStep, begin_step
+from resnet_fused.measure import EAGER, EXACT, OURS, SEEDS, Results, check_accuracy
 
 LAYER = "model"
 SIZE = 224
-SHAPE = f"{BATCH}x3x{SIZE}x{SIZE}"
 ROUNDS = 6
-#: Whose first step and memory are measured in processes of their own.
-FRESHLY = (OURS, BASELINE, "compile_default")
+#: Providers whose first step and peak memory are measured in fresh processes.
+PROBED = (OURS, EAGER, "compile_default")
 
 
-def make_model(library: ModuleType, arch: str, device: torch.device) -> nn.Module:
-    """The model with the same weights from either library."""
-    torch.manual_seed(0)
-    model: nn.Module = getattr(library, arch)()
-    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-@cache
-def batch(device: torch.device) -> tuple[Tensor, Tensor]:
-    torch.manual_seed(1)
-    images = torch.randn(BATCH, 3, SIZE, SIZE, device=device).to(memory_format=torch.channels_last)
-    return images, torch.randint(1000, (BATCH,), device=device)
-
-
-def loss_of(model: nn.Module, images: Tensor, labels: Tensor, precision: Precision) -> Tensor:
-    with precision.cast(images.device.type, images.dtype):
-        return F.cross_entropy(model(images), labels)
-
-
-def learnt(model: nn.Module, images: Tensor, labels: Tensor, precision: Precision) -> list[Tensor]:
-    """The loss, and the gradient of all parameters as one float64 vector."""
-    loss = loss_of(model, images, labels, precision)
-    grads = torch.autograd.grad(loss, list(model.parameters()))
-    return [loss.detach(), torch.cat([grad.flatten().double() for grad in grads])]
-
-
-def seen(model: nn.Module, images: Tensor, precision: Precision) -> list[Tensor]:
-    with torch.no_grad(), precision.cast(images.device.type, images.dtype):
-        return [model(images)]
-
-
-@cache
-def exact_results(arch: str, mode: str, device: torch.device) -> list[Tensor]:
-    images, labels = batch(device)
-    model, precision = (
-        make_model(reference, arch, device).train(mode == "train"),
-        Precision("fp64", torch.float64),
-    )
-    if mode == "eval":
-        return seen(model.double(), images.double(), precision)
-    return learnt(exactly(model), images.double(), labels, precision)
-
-
-def fresh_process(
-    impl: str, arch: str, precision: Precision, device: torch.device
-) -> tuple[float | None, float | None]:
-    """Milliseconds of the first training step, and the peak of the second in 1e6 bytes; None of what fails."""
-    tf32 = precision.name == "tf32"
-    case = Training(arch, BATCH, SIZE, "fp32" if tf32 else precision.name, str(device))
-    try:
-        return two_steps_apart(case, impl, allow_tf32=tf32)
-    except ProcessFailed:
-        if impl == OURS:
-            raise
-        return None, None
+@functools.lru_cache(maxsize=len(SEEDS))
+def exact_results(train: TrainingStep, training: bool, seed: int) -> list[Tensor]:
+    """In float64, which takes longest and is the same for every precision."""
+    model = train.model(EXACT).train(training)
+    images, labels = train.data(seed)
+    if training:
+        return train.loss_and_gradient(model, images.double(), labels)
+    with torch.no_grad():
+        return [model(images.double())]
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -94,60 +44,57 @@ def test_model(
     mode: str,
     precision: Precision,
     device: torch.device,
-    impls: tuple[str, ...],
+    names: tuple[str, ...],
     ceilings: Ceilings,
     compare: Compare,
 ) -> None:
-    images, labels = batch(device)
-    # Before the compiler has kept anything of this model.
-    fresh = {
-        impl: fresh_process(impl, arch, precision, device)
-        for impl in FRESHLY
-        if impl in impls and mode == "train"
-    }
-    eager, fused = (
-        make_model(library, arch, device).train(mode == "train") for library in (reference, resnet_fused)
+    tf32, training = precision.name == "tf32", mode == "train"
+    train = TrainingStep(arch, BATCH, SIZE, "fp32" if tf32 else precision.name, str(device))
+    # Before torch.compile has cached anything of this model.
+    probed = {key: probe(train, key, allow_tf32=tf32) for key in PROBED if key in names and training}
+    eager, fused = (train.model(key).train(training) for key in (EAGER, OURS))
+    candidates = modules(names, arch, "", eager, fused, precision)
+    available = {key: module for key, module in candidates.items() if isinstance(module, nn.Module)}
+
+    def evaluate(provider: str, module: nn.Module, images: Tensor) -> list[Tensor]:
+        begin_step(provider)
+        with torch.no_grad(), precision.autocast(device.type):
+            return [module(images)]
+
+    def draw(seed: int) -> Results:
+        images, labels = train.data(seed)
+
+        def results(provider: str) -> list[Tensor]:
+            if provider == EXACT:
+                return exact_results(dataclasses.replace(train, precision="fp32"), training, seed)
+            module, given = available.get(provider, eager), to_layout(provider, images)
+            if not training:
+                return evaluate(provider, module, given)
+            begin_step(provider)
+            return train.loss_and_gradient(module, given, labels)
+
+        return results
+
+    def run_of(provider: str, module: nn.Module) -> Callable[[], object]:
+        images, labels = train.data(0)
+        images = to_layout(provider, images)
+        if not training:
+            return functools.partial(evaluate, provider, module, images)
+        one_step = train.train(module)
+
+        def run() -> None:
+            begin_step(provider)
+            one_step(images, labels)
+
+        return run
+
+    notes = check_accuracy(draw, available, precision.eps)
+    roofline_ms = (
+        limit(step(arch, BATCH, SIZE, precision.name, whole=True), ceilings) * 1e3 if training else None
     )
-    found = modules(impls, eager, fused, precision, device)
-    present = {impl: module for impl, module in found.items() if isinstance(module, nn.Module)}
-
-    def draw() -> Attempt:
-        def attempt(impl: str) -> list[Tensor]:
-            if impl == EXACT:
-                return exact_results(arch, mode, device)
-            begin(impl)
-            module, given = present.get(impl, eager), laid_out(impl, images)
-            return (
-                learnt(module, given, labels, precision)
-                if mode == "train"
-                else seen(module, given, precision)
-            )
-
-        return attempt
-
-    def run_of(impl: str, module: nn.Module) -> Callable[[], object]:
-        given = laid_out(impl, images)
-
-        def evaluate() -> list[Tensor]:
-            begin(impl)
-            return seen(module, given, precision)
-
-        optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9)
-
-        def train() -> None:
-            begin(impl)
-            optimizer.zero_grad(set_to_none=True)
-            loss_of(module, given, labels, precision).backward()
-            optimizer.step()
-
-        return train if mode == "train" else evaluate
-
-    notes = verdicts(draw, present, precision.eps, draws=1)
-    roofline_ms = None
-    if mode == "train":
-        roofline_ms = limit(step(arch, BATCH, SIZE, precision.name, whole=True), ceilings) * 1e3
-    case = Case(LAYER, arch, mode, precision.name, BATCH, SHAPE, roofline_ms)
-    all_entrants = entrants(found, notes, run_of)
-    for entrant in all_entrants:
-        entrant.first_step_ms, entrant.peak_mb = fresh.get(entrant.impl, (None, None))
-    compare(case, all_entrants, ROUNDS)
+    providers = make_providers(candidates, notes, run_of)
+    for provider in providers:
+        measured = probed.get(provider.name, {})
+        provider.first_step_ms, provider.peak_mb = measured.get("first_step_ms"), measured.get("peak_mb")
+    case = train.case(roofline_ms)
+    compare(dataclasses.replace(case, mode=mode, dtype=precision.name), providers, ROUNDS)

@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.conftest import Compare
-from benchmarks.harness import BATCH, OURS, Case
-from benchmarks.implementations import COMPILED, EXACT, Attempt, begin, entrants, laid_out, verdicts
+from benchmarks.harness import BATCH
 from benchmarks.peers import PEERS, Missing, peer_op
-from benchmarks.precision import Precision
+from benchmarks.providers import make_providers, to_layout
 from benchmarks.roofline import Ceilings, op_bytes
 from resnet_fused import functional as fused
+from resnet_fused.cli.precision import Precision
+from resnet_fused.cli.steps import COMPILED, begin_step
+from resnet_fused.measure import EXACT, OURS, Case, Results, check_accuracy
 from resnet_fused.types import BatchNorm
 
 LAYER = "op"
@@ -86,14 +88,14 @@ def make_inputs(
 
 
 def function_of(
-    impl: str, name: str, channels: int, dtype: torch.dtype, device: torch.device
+    provider: str, name: str, channels: int, dtype: torch.dtype, device: torch.device
 ) -> Function | Missing:
     eager, ours, *_ = OPS[name]
-    if impl in COMPILED:
-        return torch.compile(eager, mode=COMPILED[impl], dynamic=False)
-    if impl in PEERS:
-        return peer_op(impl, name, dtype, channels, device)
-    return ours if impl == OURS else eager
+    if provider in COMPILED:
+        return torch.compile(eager, mode=COMPILED[provider], dynamic=False)
+    if provider in PEERS:
+        return peer_op(provider, name, dtype, channels, device)
+    return ours if provider == OURS else eager
 
 
 @pytest.mark.parametrize(("name", "channels", "size"), CASES)
@@ -103,52 +105,52 @@ def test_op(
     size: int,
     precision: Precision,
     device: torch.device,
-    impls: tuple[str, ...],
+    names: tuple[str, ...],
     ceilings: Ceilings,
     compare: Compare,
 ) -> None:
     torch.compiler.reset()
     eager, *_, kinds = OPS[name]
-    found = {impl: function_of(impl, name, channels, precision.dtype, device) for impl in impls}
-    present = {impl: op for impl, op in found.items() if not isinstance(op, Missing)}
+    candidates = {key: function_of(key, name, channels, precision.dtype, device) for key in names}
+    available = {key: op for key, op in candidates.items() if not isinstance(op, Missing)}
     inputs: list[Tensor] = []
     grad = torch.empty(0)
 
-    def results(op: Function, impl: str, dtype: torch.dtype | None = None) -> list[Tensor]:
-        begin(impl)
-        given = [_leaf(impl, x, dtype) for x in inputs]
-        out = op(*given)
-        return [out.detach(), *torch.autograd.grad(out, given, grad.to(out.dtype))]
-
-    def draw() -> Attempt:
+    def draw(seed: int) -> Results:
         nonlocal inputs, grad
+        torch.manual_seed(seed)
         inputs = make_inputs(kinds, channels, size, precision.dtype, device)
         grad = torch.randn_like(eager(*inputs)).masked_fill(undecided(eager, inputs), 0.0)
-        return lambda impl: (
-            results(eager, impl, torch.float64) if impl == EXACT else results(present.get(impl, eager), impl)
-        )
 
-    notes = verdicts(draw, present, precision.eps)
+        def results(provider: str) -> list[Tensor]:
+            begin_step(provider)
+            given = [_leaf(provider, x, torch.float64 if provider == EXACT else x.dtype) for x in inputs]
+            out = available.get(provider, eager)(*given)
+            return [out.detach(), *torch.autograd.grad(out, given, grad.to(out.dtype))]
 
-    def run_of(impl: str, op: Function) -> Callable[[], object]:
-        given = [_leaf(impl, x) for x in inputs]
-        incoming = laid_out(impl, grad)
+        return results
 
-        def once() -> object:
-            begin(impl)
+    notes = check_accuracy(draw, available, precision.eps)
+
+    def run_of(provider: str, op: Function) -> Callable[[], object]:
+        given = [_leaf(provider, x, x.dtype) for x in inputs]
+        incoming = to_layout(provider, grad)
+
+        def run() -> object:
+            begin_step(provider)
             return torch.autograd.grad(op(*given), given, incoming)
 
-        return once
+        return run
 
     shape = (BATCH, channels, size, size)
-    roofline_ms = op_bytes(name, "fwd_bwd", shape, precision.name) / ceilings.bandwidth * 1e3
+    roofline_ms = op_bytes(name, shape, precision.name) / ceilings.bandwidth * 1e3
     case = Case(LAYER, name, "fwd_bwd", precision.name, BATCH, "x".join(map(str, shape)), roofline_ms)
-    compare(case, entrants(found, notes, run_of), 12 if size > 28 else 24)
+    compare(case, make_providers(candidates, notes, run_of), 12 if size > 28 else 24)
 
 
-def _leaf(impl: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    x = x.detach().to(dtype or x.dtype)
-    return (laid_out(impl, x) if x.dim() == 4 else x).requires_grad_()
+def _leaf(provider: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    x = x.detach().to(dtype)
+    return (to_layout(provider, x) if x.dim() == 4 else x).requires_grad_()
 
 
 def undecided(eager: Function, inputs: list[Tensor]) -> Tensor:

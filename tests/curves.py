@@ -26,7 +26,7 @@ from torch import Tensor
 from resnet_fused.cli.data import Batch, Batches, Source, open_source
 from resnet_fused.cli.distributed import World
 from resnet_fused.cli.learner import Learner
-from resnet_fused.cli.settings import Settings, settle
+from resnet_fused.cli.settings import Settings, make_settings
 
 #: How many times further from a reference the fused run may be than the references are from each other.
 FACTOR = 2.0
@@ -111,7 +111,7 @@ def run(variant: Variant, settings: Settings, data: Data) -> Curve:
                     images = images.flip(0).contiguous(memory_format=learner.memory_format)
                     labels = labels.flip(0)
                 learner.step(images, labels)
-            learner.settle()
+            learner.count_steps()
             learner.progress.finish_epoch(0.0, *learner.evaluate(data.held_out))
     history = learner.progress.history
     return Curve(
@@ -152,7 +152,7 @@ def spread(curves: dict[str, Curve], of: Callable[[Curve], list[float]]) -> Spre
 def recipe(arch: str, epochs: int, seed: int, image_size: int = 32, batch_size: int = 64) -> Settings:
     """The demo's, but for these."""
     given = {"arch": arch, "epochs": epochs, "seed": seed, "image_size": image_size, "batch_size": batch_size}
-    return settle(given, {})
+    return make_settings(given, {})
 
 
 def weights(learner: Learner) -> Tensor:

@@ -1,4 +1,4 @@
-"""docs/architecture.md names the files between a model and its first kernel: a traced call goes through the same ones."""
+"""docs/architecture.md names the files between a model and its first kernel: a traced call goes through the same."""
 
 from __future__ import annotations
 

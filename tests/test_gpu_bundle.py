@@ -58,7 +58,7 @@ def test_a_bundle_in_another_folder(tmp_path: Path, bundle: Path) -> None:
 
 def test_stages_import_what_was_carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    module, file = f"{gpu_bundle.TOOLS_FOLDER}/carried.py", tmp_path / "bundle.tar.xz"
+    module, file = f"{gpu.TOOLS_FOLDER}/carried.py", tmp_path / "bundle.tar.xz"
     (tmp_path / "here.py").touch()
     gpu_bundle.pack(file, tmp_path / "no cache", [], {module: tmp_path / "here.py"}, {})
     gpu_bundle.extract(file, tmp_path / "cache", tmp_path)
@@ -74,7 +74,7 @@ def test_triton_reads_it(tmp_path: Path, bundle: Path, monkeypatch: pytest.Monke
     assert cache.FileCacheManager("OLD").get_group("add.json") is None
 
 
-def test_a_machine_that_differs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     here = {"python": "3.12", "triton": "3.6.0"}
     monkeypatch.setattr(gpu_bundle, "identity", lambda: here)
     assert gpu_bundle.differences({"identity": dict(here)}) == []
@@ -84,9 +84,10 @@ def test_a_machine_that_differs_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_what_tuning_may_try_is_in_it() -> None:
-    """More than one launch of each problem, and as many kernels as there are to compile."""
+    """Several configurations of each launch, and those that run without tuning."""
     pytest.importorskip("triton")
     from resnet_fused import plan
+    from resnet_fused.kernels.autotune import search
 
     launched = plan.launches("resnet18", 64, "bf16")
     tried = gpu_bundle.candidates([("resnet18", 64)])
@@ -94,7 +95,10 @@ def test_what_tuning_may_try_is_in_it() -> None:
     for launch in tried:
         configs[launch.name].add(str(launch.config))
     assert len(tried) > 2 * len(launched)
-    assert all(len(configs[name]) >= tuning.MOST for name in ("conv", "dgrad", "wgrad", "expand"))
+    assert all(
+        len(configs[name]) >= search.MOST
+        for name in ("conv_bn_stats", "dgrad", "wgrad", "conv1x1_bn_add_relu")
+    )
     assert {(x.name, str(x.config), x.grid) for x in launched} <= {
         (x.name, str(x.config), x.grid) for x in tried
     }

@@ -17,9 +17,8 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_bundle, gpu_stages
-from benchmarks.gpu import CALLS, Stage
-from benchmarks.kernel_times import read_ceilings
-from benchmarks.roofline import Ceilings
+from benchmarks.gpu import STAGES, Stage
+from benchmarks.roofline import Ceilings, read_ceilings
 from resnet_fused.backend import why_not_native
 from resnet_fused.cli.main import make_parser
 from resnet_fused.kernels.launch import Config, Launch, launch
@@ -36,26 +35,27 @@ match sys.argv[1]:
     case "child":
         print(subprocess.Popen(["sleep", "60"]).pid)
     case "fail":
-        sys.exit("no such luck")
+        sys.exit("a failure")
     case "write":
         pathlib.Path(sys.argv[2]).write_text("result")
 print("done")
 """
+Run = Callable[..., tuple[int, list[list[str]]]]
 
 
 def toy(name: str, seconds: int, *what: str, least: int = 1) -> Stage:
-    return Stage(name, seconds, tuple(f"toy {each}" for each in what), least)
+    return Stage("first", name, seconds, least, tuple(f"toy {each}" for each in what))
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, list[list[str]]]]:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs stages of toys; the exit status, and the words of each line of the summary."""
     (tmp_path / "toy.py").write_text(TOY)
     for name, value in (("ROOT", tmp_path), ("GRACE", 2.0), ("has_gpu", lambda: True)):
         monkeypatch.setattr(gpu, name, value)
 
     def run(*stages: Stage, seconds: float = 60) -> tuple[int, list[list[str]]]:
-        monkeypatch.setattr(gpu, "CALLS", {"first": stages})
+        monkeypatch.setattr(gpu, "STAGES", stages)
         status = gpu.main([str(tmp_path / "out"), "--seconds", str(seconds)])
         return status, [line.split() for line in (tmp_path / "out" / "summary.txt").read_text().splitlines()]
 
@@ -69,15 +69,15 @@ def logs_of(out: Path) -> dict[str, str]:
         return {name.removeprefix("logs/"): file.read().decode() for name, file in files if file}
 
 
-def test_a_failing_stage_does_not_keep_others_from_running(
-    run: Callable[..., tuple[int, list[list[str]]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_stages_run_after_one_that_fails(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, lines = run(
         toy("bad", 9, "fail", "write {out}/found.json"), toy("good", 9, "write {logs}/more.json")
     )
     assert status == 1
     assert [line[:2] for line in lines] == [["bad", "failed"], ["good", "passed"]]
-    assert "no such luck; done" in " ".join(lines[0]) and capsys.readouterr().out.count("\n") == 2
+    assert "a failure; done" in " ".join(lines[0]) and capsys.readouterr().out.count("\n") == 2
     out = tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == ["found.json", "logs.tar.gz", "summary.txt"]
     logs = logs_of(out)
@@ -85,25 +85,27 @@ def test_a_failing_stage_does_not_keep_others_from_running(
     assert run(toy("good", 9, "nothing"))[0] == 0
 
 
-def test_limits_and_the_deadline(run: Callable[..., tuple[int, list[list[str]]]], tmp_path: Path) -> None:
-    begin = time.monotonic()
+def test_limits_and_the_deadline(run: Run, tmp_path: Path) -> None:
     status, lines = run(
         toy("limited", 1, "sleep", "fail"),
         toy("ended", 60, "sleep"),
         toy("late", 60, "nothing", least=30),
         seconds=5,
     )
-    assert status == 1 and time.monotonic() - begin < 15
+    assert status == 1
     assert [line[:2] for line in lines] == [["limited", "timeout"], ["ended", "timeout"], ["late", "skipped"]]
-    assert lines[2][2:4] == ["0.0", "s"] and " ".join(lines[2]).endswith("it needs 30")
-    assert float(lines[0][2]) < 3.5 and "KeyboardInterrupt" in logs_of(tmp_path / "out")["limited.log"]
+    assert all(float(line[2]) < 30 for line in lines) and " ".join(lines[2]).endswith("it needs 30")
+    assert "KeyboardInterrupt" in logs_of(tmp_path / "out")["limited.log"]
 
 
-def test_nothing_is_left_of_a_stage(run: Callable[..., tuple[int, list[list[str]]]], tmp_path: Path) -> None:
+def test_processes_of_a_stage_are_ended(run: Run, tmp_path: Path) -> None:
     assert run(toy("family", 20, "child"))[0] == 0
     process = Path("/proc", logs_of(tmp_path / "out")["family.log"].split()[-2])
-    time.sleep(0.2)
-    assert not process.exists() or process.joinpath("stat").read_text().split()[2] == "Z"
+    for _ in range(100):  # until it is gone, or a zombie that nobody waits for here
+        if not process.exists() or process.joinpath("stat").read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("the child of a stage still runs")
 
 
 def test_a_signal_leaves_results_and_logs(tmp_path: Path) -> None:
@@ -113,19 +115,19 @@ def test_a_signal_leaves_results_and_logs(tmp_path: Path) -> None:
 from pathlib import Path
 from benchmarks import gpu
 gpu.ROOT, gpu.has_gpu, gpu.GRACE = Path({str(tmp_path)!r}), lambda: True, 2.0
-stages = [gpu.Stage("result", 60, ("toy write {{out}}/found.json",)), gpu.Stage("slow", 60, ("toy sleep",))]
-gpu.CALLS = {{"first": (*stages, gpu.Stage("never", 60, ("toy nothing",)))}}
+toys = (("result", "write {{out}}/found.json"), ("slow", "sleep"), ("never", "nothing"))
+gpu.STAGES = tuple(gpu.Stage("first", name, 60, 1, (f"toy {{what}}",)) for name, what in toys)
 raise SystemExit(gpu.main([{str(out)!r}]))
 """
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     try:
         current = out / "current.log"
-        for _ in range(300):
-            if (out / "logs.tar.gz").exists() and current.exists() and "begun" in current.read_text():
-                break
+        while process.poll() is None and not ((out / "logs.tar.gz").exists() and current.exists()):
+            time.sleep(0.1)
+        while process.poll() is None and "begun" not in current.read_text():
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 128 + signal.SIGTERM, process.stderr and process.stderr.read()
+        assert process.wait(60) == 128 + signal.SIGTERM
     finally:
         process.kill()
     lines = [line.split() for line in (out / "summary.txt").read_text().splitlines()]
@@ -135,23 +137,21 @@ raise SystemExit(gpu.main([{str(out)!r}]))
 
 
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main([str(tmp_path / "out"), *CALLS, "--dry-run"]) == 0
-    stages = [stage for stages in CALLS.values() for stage in stages]
+    assert gpu.main([str(tmp_path / "out"), "first", "second", "third", "--dry-run"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[:2] for line in lines] == [[stage.name, "passed"] for stage in stages]
-    assert len(list((tmp_path / "out").iterdir())) <= 8
+    assert [line[:2] for line in lines] == [[stage.name, "passed"] for stage in STAGES]
     logs = logs_of(tmp_path / "out")
-    assert all(logs[f"{s.name}.log"].count("would run -m") == len(s.commands) for s in stages)
+    assert all(logs[f"{s.name}.log"].count("would run -m") == len(s.commands) for s in STAGES)
     assert str(tmp_path / "out" / "record.json") in logs["record.log"]
     assert "RESNET_FUSED_BACKEND" in logs["tests.log"] and "'captured or graphed'" in logs["capture.log"]
     assert gpu.main([str(tmp_path / "one"), "kernels", "--dry-run"]) == 0
     assert list(logs_of(tmp_path / "one")) == ["kernels.log"]
 
 
-@pytest.mark.parametrize("stage", [s for stages in CALLS.values() for s in stages], ids=lambda s: s.name)
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
 def test_commands_are_understood(stage: Stage) -> None:
     for _, (module, *arguments) in stage.runs(out=Path("out"), logs=Path("logs")):
-        if module.startswith("benchmarks."):
+        if module.startswith(("benchmarks.", "tools.")):
             importlib.import_module(module).parser().parse_args(arguments)
         elif module == "pytest":
             assert all((ROOT / word).exists() for word in arguments if word.startswith("tests/"))
@@ -159,18 +159,14 @@ def test_commands_are_understood(stage: Stage) -> None:
             assert module == "resnet_fused" and make_parser().parse_args(arguments)
 
 
-def test_plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "BUNDLE", ROOT / "setup.py")
     assert gpu.main(["--plan"]) == 0
-    sums: dict[str, list[int]] = {}
-    for line in capsys.readouterr().out.splitlines():
-        name, seconds, _ = line.split()
-        if not line.startswith(" "):
-            call = sums[name] = [int(seconds)]
-        else:
-            call.append(int(seconds))
-    assert list(sums) == list(CALLS) and all(whole == sum(parts) for whole, *parts in sums.values())
-    assert sums["first"][0] <= gpu.SECONDS and sums["second"][0] <= 180
+    words = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert len(words) == len(STAGES) + 3
+    sums = {name: int(seconds) for name, seconds, _ in words if name in ("first", "second", "third")}
+    assert sum(sums.values()) == sum(stage.seconds for stage in STAGES)
+    assert sums["first"] <= gpu.SECONDS and sums["second"] <= 180
     monkeypatch.setattr(gpu, "BUNDLE", ROOT / "nothing.tar.xz")
     assert gpu.main(["--plan"]) == 0
     shown = capsys.readouterr().out
@@ -178,55 +174,52 @@ def test_plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 
 
 def test_misuse(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for arguments, said in (
+    for arguments, message in (
         (["out", "kernels", "nonsense"], "unknown stage nonsense: choose some of environment, load"),
         ([], "OUT is missing"),
     ):
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit, match="2"):
             gpu.main(arguments)
-        assert ended.value.code == 2 and said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     monkeypatch.setattr(gpu, "has_gpu", lambda: False)
-    assert gpu.main([str(tmp_path / "out")]) == 3 and "needs an NVIDIA GPU" in capsys.readouterr().err
+    assert gpu.main([str(tmp_path / "out")]) == 3 and "no NVIDIA GPU" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 # Stages
 
 
-def test_what_the_environment_is(
+def test_environment(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("benchmarks.roofline.measure", lambda dtype, device: Ceilings(2e12, 1e14))
-    monkeypatch.setattr("benchmarks.roofline._seconds", lambda run, device: run() is None or 1e-12)
-    monkeypatch.setattr(gpu_stages, "SIDE", 8)
+    monkeypatch.setattr("benchmarks.roofline.fastest_seconds", lambda run, device: run() is None or 1e-12)
+    monkeypatch.setattr(gpu_stages, "SIZE", 8)
     assert gpu_stages.environment(tmp_path, "cpu") == 0
     assert read_ceilings(tmp_path / "environment.json", "bf16") == Ceilings(2e12, 2 * 8**3 / 1e-12)
-    assert "copy 2.00 TB/s, bf16 product 1024 TFLOP/s" in capsys.readouterr().out.splitlines()[-1]
+    assert "copy 2.00 TB/s, bf16 matmul 1024 TFLOP/s" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_what_is_loaded(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_load(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     cache, extension, built = tmp_path / "cache", tmp_path / "_C.so", tmp_path / "built.so"
     (cache / "A").mkdir(parents=True)
     (cache / "A" / "conv.cubin").write_bytes(b"")
     extension.write_bytes(b"from the bundle")
     built.write_bytes(b"compiled here")
-    bundle, there = tmp_path / "bundle.tar.xz", tmp_path / "resnet_fused" / "_C.abi3.so"
+    bundle, installed = tmp_path / "bundle.tar.xz", tmp_path / "resnet_fused" / "_C.abi3.so"
     gpu_bundle.pack(bundle, cache, ["A"], {gpu_bundle.EXTENSION: extension}, {})
     for name, value in (("BUNDLE", bundle), ("ROOT", tmp_path)):
         monkeypatch.setattr(gpu_stages, name, value)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "found"))
     monkeypatch.setattr(gpu_bundle, "differences", lambda manifest: ["ptxas differs"])
     monkeypatch.setattr(gpu_bundle, "build_extension", lambda folder: built)
-    answers = [(0, "")]
+    answers = [(0, ""), (1, "no libcudart"), (1, "still none")]
     monkeypatch.setattr(gpu_stages, "_info", lambda: answers.pop(0))
-    assert gpu_stages.main(["load", str(tmp_path)]) == 0 and there.read_bytes() == extension.read_bytes()
+    assert gpu_stages.main(["load", str(tmp_path)]) == 0 and installed.read_bytes() == extension.read_bytes()
     said = capsys.readouterr().out.splitlines()[-1]
     assert said == "1 kernels, 0 launchers; ptxas differs; extension loads, with CUDA"
-    answers += [(1, "no libcudart"), (1, "no luck")]
-    assert gpu_stages.main(["load", str(tmp_path)]) == 1 and there.read_bytes() == built.read_bytes()
-    assert capsys.readouterr().out.endswith("extension compiled here; no luck\n")
+    assert gpu_stages.main(["load", str(tmp_path)]) == 1 and installed.read_bytes() == built.read_bytes()
+    assert capsys.readouterr().out.endswith("extension compiled here; still none\n")
 
 
 def test_why_the_package_does_not_load() -> None:
@@ -234,35 +227,26 @@ def test_why_the_package_does_not_load() -> None:
     assert gpu_stages._info() == (int(why is not None), why or "")
 
 
-def test_only_six_launches_are_profiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_launches_that_are_profiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ran: list[tuple[str, int, bool]] = []
-    profiling = False
-
-    def profile(on: bool) -> None:
-        nonlocal profiling
-        profiling = on
+    profiling = [False]
 
     def step() -> None:
         for name, flops in (("conv", 1), ("sum", 9), ("conv", 2), ("dgrad", 3)):
             launch(SimpleNamespace(__name__=f"{name}_kernel"), (1,), {"x": x}, {}, Config(), flops=flops)
 
     x = torch.empty(1, device="meta")
-    monkeypatch.setattr(Launch, "run", lambda self: ran.append((self.name, self.flops, profiling)))
-    monkeypatch.setattr("benchmarks.kernel_times.make_step", lambda *_: step)
+    monkeypatch.setattr(Launch, "run", lambda self: ran.append((self.name, self.flops, profiling[-1])))
+    monkeypatch.setattr("tools.kernel_times.make_step", lambda *_: step)
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
-    monkeypatch.setattr("torch.cuda.profiler.start", lambda: profile(True))
-    monkeypatch.setattr("torch.cuda.profiler.stop", lambda: profile(False))
-    assert gpu_stages.main(["launch_six", str(tmp_path)]) == 0
+    monkeypatch.setattr("torch.cuda.profiler.start", lambda: profiling.append(True))
+    monkeypatch.setattr("torch.cuda.profiler.stop", lambda: profiling.append(False))
+    assert gpu_stages.main(["launch_profiled", str(tmp_path)]) == 0
     assert ran == [("conv", 2, True), ("dgrad", 3, True)]
+    assert gpu_stages.most_operations([("conv", 7), ("conv", 7), ("sum", 9)]) == {"conv": 0}
 
 
-def test_the_launches_that_are_profiled() -> None:
-    seen = [("sum", 9), ("conv", 1), ("dgrad", 5), ("conv", 7), ("conv", 7), ("dgrad", 2)]
-    assert gpu_stages.most_operations(seen) == {"conv": 3, "dgrad": 2}
-    assert gpu_stages.most_operations([]) == {}
-
-
-def test_what_nsight_compute_says() -> None:
+def test_what_nsight_compute_reports() -> None:
     table = """==PROF== Connected
 "ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
 "0","7","conv_kernel (1, 2)x(3)","GPU Speed Of Light Throughput","Memory Throughput","%","61.20"
@@ -280,28 +264,19 @@ def test_what_nsight_compute_says() -> None:
 def test_a_missing_tool_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert set(gpu_stages.SANITIZED) <= set(BLOCKS)
     monkeypatch.setattr(gpu_stages, "find_tool", lambda name: None)
     for name, tool in (("profile", "ncu"), ("sanitize", "compute-sanitizer")):
         assert gpu_stages.main([name, str(tmp_path)]) == 1
         assert capsys.readouterr().out == f"{tool} is not installed\n"
 
 
-def test_the_blocks_under_the_memory_checker_are_there() -> None:
-    assert set(gpu_stages.SANITIZED) <= set(BLOCKS)
-
-
-def test_hits_are_counted() -> None:
+def test_hits_of_the_cache_are_counted() -> None:
     knobs = pytest.importorskip("triton").knobs
     ours, theirs = (SimpleNamespace(fn=SimpleNamespace(module=m)) for m in ("resnet_fused.kernels.conv", "x"))
     with gpu_stages.compilations() as said:
         for source, hit in ((ours, True), (ours, False), (theirs, False)):
-            knobs.compilation.listener(
-                src=source,
-                cache_hit=hit,
-                times=SimpleNamespace(total=2_000_000),
-                metadata={},
-                metadata_group={},
-            )
+            knobs.compilation.listener(src=source, cache_hit=hit, times=SimpleNamespace(total=2_000_000))
         assert said() == "cache hits 1 of 2, 2 s compiling"
     assert knobs.compilation.listener is None
 
@@ -311,17 +286,14 @@ def test_an_interrupted_search_leaves_its_table(
 ) -> None:
     pytest.importorskip("triton")
     tuning = SimpleNamespace(
-        write_table=lambda path: path.write_text("{}"),
-        entries=list,
-        summary=lambda: {"problems": 3, "wrong": 1},
+        write_table=lambda path: path.write_text("{}"), entries=list, summary=lambda: {"problems": 3}
     )
 
     def interrupted() -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("resnet_fused.ops.passes.kernels", lambda family: tuning)
-    monkeypatch.setattr("benchmarks.kernel_times.make_step", lambda *_: interrupted)
+    monkeypatch.setattr("tools.kernel_times.make_step", lambda *_: interrupted)
     assert gpu_stages.main(["tune", str(tmp_path)]) == 130
-    assert (tmp_path / "tuned.json").read_text() == "{}"
-    assert "problems 3, wrong 1; cache hits 0 of 0" in capsys.readouterr().out
     assert os.listdir(tmp_path) == ["tuned.json"]
+    assert "problems 3; cache hits 0 of 0" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Counting instructions: loops are found in a listing, and programs go through them as often as their kernel says."""
+"""Counting instructions: loops are found in a listing, and programs run through them as often as their kernel says."""
 
 from __future__ import annotations
 
@@ -6,20 +6,10 @@ import math
 
 import pytest
 
-from benchmarks.kernel_instructions import (
-    PAGE,
-    Bound,
-    Code,
-    bound,
-    code_of,
-    counted,
-    excess_table,
-    kernel_table,
-    main,
-    resource_table,
-    steps_of,
-)
 from resnet_fused.plan import PASSES, launches
+from tools.kernel_instructions import Bound, Code, bound, code_of, frame_of, iterations, tables_of
+
+pytest.importorskip("triton")
 
 LISTING = """
 .text.some_kernel:
@@ -44,35 +34,40 @@ LISTING = """
 
 
 def test_loops_that_multiply_are_found() -> None:
-    """The innermost of them, in their order; others and jumps ahead are none."""
+    """The innermost of them, in their order; other loops and jumps ahead are none."""
     assert code_of(LISTING) == Code((3, 2), 7)
 
 
-def test_steps_cover_the_work() -> None:
-    """What a step multiplies, times the steps and programs, is what the launch multiplies, or little more."""
-    pytest.importorskip("triton")
-    seen = set()
+def test_iterations_cover_the_work() -> None:
+    """The operations of an iteration, times iterations and programs, are those of the launch, or little more."""
+    checked = set()
     for launch in launches("resnet50", 64, "bf16"):
-        if launch.name not in PASSES or launch.name in ("folded_wgrad", "folded_dgrad", "expand", "gram"):
-            continue  # which have programs of several kinds
+        if launch.name not in (
+            "conv_bn_stats",
+            "dgrad",
+            "wgrad",
+        ):  # the programs of the others are of several kinds
+            continue
         config = launch.config
         each = 2 * config.block_m * config.block_n * config.block_k
-        done = sum(steps_of(launch)) * math.prod(launch.grid) * each
+        done = sum(iterations(launch)) * math.prod(launch.grid) * each
         assert 1 <= done / launch.flops < 1.5, (launch.name, str(config), done / launch.flops)
-        seen.add(launch.name)
-    assert seen == {"conv", "dgrad", "wgrad"}
+        checked.add(launch.name)
+    assert checked == {"conv_bn_stats", "dgrad", "wgrad"}
 
 
-def test_bounds_are_summed_by_kernel() -> None:
-    pytest.importorskip("triton")
-    passes = [launch for launch in launches("resnet18", 32, "bf16") if launch.name in PASSES]
+def test_tables() -> None:
     code = Code((100, 50), 1000, registers=130, shared=60 << 10)
-    found = [(launch, code, bound(launch, code)) for launch in passes]
-    assert all(b.issue > 0 and b.expected > b.limit == max(b.memory, b.products) for *_, b in found)
-    rows = [row.split(" | ") for row in kernel_table(found).splitlines()[2:]]
-    assert sum(int(row[1]) for row in rows[:-1]) == int(rows[-1][1]) == len(passes)
-    assert len(excess_table(found, 3).splitlines()) == 5
-    assert all("| 130 | 60 | " in row for row in resource_table(found).splitlines()[2:])
+    found = [(launch, code) for launch in launches("resnet18", 32, "bf16") if launch.name in PASSES]
+    bounds = [bound(*pair) for pair in found]
+    assert all(
+        b.instructions > 0 and b.expected > b.roofline == max(b.memory, b.tensor_cores) for b in bounds
+    )
+    tables = tables_of(frame_of(found))
+    *rows, total = [row.split(" | ") for row in tables["kernels"].splitlines()[2:]]
+    assert sum(int(row[1]) for row in rows) == int(total[1]) == len(found)
+    assert all("| 130 | 60 | " in row for row in tables["resources"].splitlines()[2:])
+    assert sum(int(row.split(" | ")[3]) for row in tables["excess"].splitlines()[2:]) <= len(found)
 
 
 def test_excess_is_what_goes_beyond_the_roofline() -> None:
@@ -86,20 +81,3 @@ def test_excess_is_what_goes_beyond_the_roofline() -> None:
 )
 def test_programs_of_a_multiprocessor(registers: int, shared: int, warps: int, programs: int) -> None:
     assert Code((), 0, registers, shared).programs(warps) == programs
-
-
-def test_the_page_shows_what_is_counted() -> None:
-    version = pytest.importorskip("triton").__version__
-    page = PAGE.read_text()
-    if f"Triton {version}:" not in page:
-        pytest.skip(f"the page is of another Triton than {version}")
-    found = counted("resnet50", 256)
-    for table in (kernel_table(found), resource_table(found), excess_table(found, 12)):
-        assert table in page, "python -m benchmarks.kernel_instructions --write"
-
-
-def test_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--batch", "1"], ["--most", "0"], ["--write", "--arch", "resnet18"]):
-        with pytest.raises(SystemExit):
-            main(arguments)
-    assert "leave out --arch and --batch" in capsys.readouterr().err

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import kernel_times
-from benchmarks.kernel_times import Row, grouped, read_ceilings, split, table, timed
 from benchmarks.roofline import Ceilings
 from resnet_fused.kernels.launch import Config, Launch
 from tests import gpu_small
+from tools import kernel_times
+from tools.kernel_times import grouped, split, table, timed
 
 
 def test_needs_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert kernel_times.main([]) == 2 and "needs a CUDA device" in capsys.readouterr().err
     assert gpu_small.main() == 2 and "needs a CUDA device" in capsys.readouterr().err
-
-
-def test_ceilings_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "environment.json"
-    assert read_ceilings(None, "bf16") is None and not capsys.readouterr().err
-    assert read_ceilings(file, "bf16") is None and "has no ceilings for bf16" in capsys.readouterr().err
-    file.write_text('{"ceilings": {"bf16": {"bandwidth": 2e12, "flops": 7e14}}}')
-    assert read_ceilings(file, "bf16") == Ceilings(2e12, 7e14)
-    assert read_ceilings(file, "fp32") is None and "has no ceilings for fp32" in capsys.readouterr().err
 
 
 def launch(size: int, flops: int) -> Launch:
@@ -43,7 +33,6 @@ def test_rows_are_grouped_and_sorted_by_what_they_lose() -> None:
     ceilings = Ceilings(bandwidth=1e6, flops=1e9)
     memory_bound = timed(launch(1000, 10), ceilings, lambda run: 2.0)
     assert (memory_bound.kernel, memory_bound.grid, memory_bound.limit_ms) == ("some", "3x2", 1.0)
-    assert memory_bound.share == 0.5
     compute_bound = timed(launch(10, 10**6), ceilings, lambda run: 5.0)
     assert compute_bound.limit_ms == pytest.approx(1.0)
     slower = timed(launch(1000, 10), ceilings, lambda run: 4.0)
@@ -51,7 +40,7 @@ def test_rows_are_grouped_and_sorted_by_what_they_lose() -> None:
     assert [(row.count, row.ms) for row in rows] == [(3, 4.0), (1, 5.0)]
     lines = table(rows).splitlines()
     assert "25%*" in lines[1] and "20%*" in lines[2] and lines[-1].startswith("all")
-    assert isinstance(rows[0], Row) and rows[0].lost_ms == 9.0
+    assert rows[0].lost_ms == 9.0
     assert table([]).splitlines()[-1].startswith("all")  # nothing launched: no division by zero
 
 

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resnet_fused
-from benchmarks.saved import saving
 from resnet_fused import models, native, reference
+from resnet_fused.measure import saved_storages
 from resnet_fused.ops import vendor_gemm
 
 IMPLEMENTATIONS: dict[str, Any] = {"fused": resnet_fused, "reference": reference}
@@ -45,7 +45,7 @@ def images(count: int, size: int) -> Tensor:
 
 
 def saved_bytes(model: nn.Module, x: Tensor, dtype: str) -> int:
-    with saving(x, *model.parameters(), *model.buffers()) as found, precision(dtype):
+    with saved_storages(x, *model.parameters(), *model.buffers()) as found, precision(dtype):
         out = model(x)
     assert out.grad_fn is not None
     return sum(found.values())
@@ -108,7 +108,7 @@ def measure(arch: str, impl: str, dtype: str) -> dict[str, int]:
         model.zero_grad(set_to_none=True)
     native.release_buffers()
     before = resident()
-    with saving(x, *model.parameters(), *model.buffers()) as kept:
+    with saved_storages(x, *model.parameters(), *model.buffers()) as kept:
         loss = forward(x)
     held = resident() - before
     assert loss.grad_fn is not None
@@ -279,7 +279,7 @@ def test_large_tensors_of_a_block(name: str, dtype: torch.dtype) -> None:
     x = torch.randn(shape.batch, shape.inplanes, 56, 56).to(dtype).to(memory_format=torch.channels_last)
     x.requires_grad_()
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-    with saving(*block.parameters()) as kept, autocast, allocations() as by_forward:
+    with saved_storages(*block.parameters()) as kept, autocast, allocations() as by_forward:
         out = block(x)
     size = out.numel() * dtype.itemsize
     # Else a piece, or a buffer that is used again and that PyTorch does not know of, would go uncounted.

@@ -1,53 +1,49 @@
-"""`python -m resnet_fused bench`: training steps beside plain PyTorch's on this machine, checked, timed and weighed."""
+"""`python -m resnet_fused bench`: speed and memory of a training step beside plain PyTorch's, on this machine."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import json
-import math
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from resnet_fused.backend import summary, why_plain
-from resnet_fused.cli import timing
 from resnet_fused.cli.distributed import from_environment, pick_device
 from resnet_fused.cli.errors import UserError, require
 from resnet_fused.cli.files import make_folder, write_text
-from resnet_fused.cli.learner import AUTOCAST, check_precision
 from resnet_fused.cli.plots import Bar, plot_bench
+from resnet_fused.cli.precision import check_precision
+from resnet_fused.cli.probe import ProcessFailed, probe
 from resnet_fused.cli.settings import SMALLEST_IMAGE
 from resnet_fused.cli.signals import Stopped
-from resnet_fused.cli.steps import (
-    COMPILED,
+from resnet_fused.cli.steps import TrainingStep
+from resnet_fused.cli.text import shown, table
+from resnet_fused.measure import (
     EAGER,
+    EXACT,
     OURS,
-    Case,
-    exactly,
-    excuse,
-    objection,
-    outcome,
-    relative_errors,
+    Comparison,
+    Provider,
+    check_accuracy,
+    device_name,
+    header,
+    quantiles,
 )
-from resnet_fused.cli.timing import device_name, header, milliseconds, quantile
 
-SHOWN = {OURS: "resnet_fused", EAGER: "eager", COMPILED: "torch.compile"}
+COMPILE = "compile_default"
+LABELS = {OURS: "resnet_fused", EAGER: "eager", COMPILE: "torch.compile"}
 DEFAULT_BATCH = {"cpu": 16, "cuda": 64}
-FEWEST_ROUNDS, MOST_ROUNDS = 3, 50
-TOO_WIDE = 0.25  # of a spread of ratios that holds 1, between its percentiles
-#: Pixels of all batches that are checked together, and the most batches: see `check`.
-CHECKED_PIXELS, MOST_DRAWS = 16 * 224 * 224, 5
+MIN_ROUNDS, MAX_ROUNDS = 3, 50
+TOO_WIDE = 0.25  # of p80 - p20 of the ratios, where 1 lies between them
 
 
 @dataclass(frozen=True)
@@ -65,50 +61,21 @@ class Options:
     compile: bool = True
 
 
-@dataclass
-class Entrant:
-    """One implementation. A `note` says why it is not measured, or why what it computes was not accepted.
-
-    `peak_mb` of 1e6 bytes, `first_step_ms` and `largest_batch` are of a fresh process, None where not measured.
-    """
-
-    impl: str
-    model: nn.Module | None = None
-    note: str = ""
-    checked: bool = False
-    times: list[float] = field(default_factory=list)
-    peak_mb: float | None = None
-    first_step_ms: float | None = None
-    largest_batch: int | None = None
-
-    def leave(self, error: Exception) -> None:
-        """Takes part no longer. An error without an excuse is raised again."""
-        self.model, self.note, self.checked = None, excuse(self.impl, error), False
-
-
 class Stages:
-    """A bar on stderr, where that is a terminal, that goes through stages."""
+    """A progress bar in per cent on stderr, where that is a terminal."""
 
     def __init__(self) -> None:
         look = "{desc:<36} {percentage:3.0f}%|{bar}| {elapsed}"
-        self._bar = require("tqdm").tqdm(total=100, disable=None, dynamic_ncols=True, bar_format=look)
-        self._begun = 0.0
+        self.bar = require("tqdm").tqdm(total=100, disable=None, dynamic_ncols=True, bar_format=look)
 
-    @contextlib.contextmanager
-    def stage(self, name: str, share: float) -> Iterator[Callable[[float, str], None]]:
-        """So many per cent of the whole. What it gives is told how much of them is done, from 0 to 1, and of what."""
+    def stage(self, title: str, start: float, end: float) -> Callable[[float, str], None]:
+        """A function that moves the bar between two percentages, given a fraction and what is being done."""
 
-        def show(done: float, what: str = "") -> None:
-            self._bar.n = min(100.0, self._begun + share * min(done, 1.0))
-            self._bar.set_description_str(f"{name}{what and ': '}{what}")
+        def show(fraction: float, what: str) -> None:
+            self.bar.n = start + (end - start) * min(fraction, 1.0)
+            self.bar.set_description_str(f"{title}: {LABELS.get(what, what)}")
 
-        show(0.0)
-        yield show
-        self._begun += share
-        show(0.0)
-
-    def close(self) -> None:
-        self._bar.close()
+        return show
 
 
 def bench(given: dict[str, Any]) -> None:
@@ -123,36 +90,37 @@ def bench(given: dict[str, Any]) -> None:
     """
     begin = time.monotonic()
     options = Options(**given)
-    case, device = settle(options)
-    impls = [OURS, EAGER, *([COMPILED] if options.compile else [])]
-    entrants = [Entrant(impl) for impl in impls]
-    print(headline(case, device))
+    step, device = resolve(options)
+    names = [OURS, EAGER, *([COMPILE] if options.compile else [])]
+    comparison = Comparison(step.case(), [Provider(name) for name in names], device)
+    title = headline(step, device)
+    print(title)
     print(f"resnet_fused {summary(device.type)}", flush=True)
     stages = Stages()
     try:
         with empty_caches():
-            probe_all(entrants, case, stages)
-            check(entrants, case, stages)
-            time_in_turns(entrants, case, device, options.seconds, stages)
+            largest = probe_all(comparison, step, stages.stage("first step and memory", 0, 35))
+            check(comparison, step, stages.stage("check", 35, 60))
+            time_rounds(comparison, options.seconds, stages.stage("time", 60, 100))
     except KeyboardInterrupt:
         raise Stopped(signal.SIGINT) from None
     finally:
-        stages.close()
+        stages.bar.close()
     unfused = why_plain(device.type)
     if unfused is not None:
-        ours = entrants[0]
-        ours.note = f"{ours.note and f'{ours.note}; '}plain PyTorch, nothing fused: {unfused}"
-    rows = make_rows(entrants, case)
-    print(f"{table(entrants, case)}\n{verdict(entrants, case, unfused)}")
-    head = header(device, time.monotonic() - begin, {})
+        notes = (comparison.ours.note, f"plain PyTorch, nothing fused: {unfused}")
+        comparison.ours.note = "; ".join(filter(None, notes))
+    print(f"{report(comparison, largest)}\n{verdict(comparison, unfused)}")
+    rows = [row | {"largest_batch": largest.get(row["impl"])} for row in comparison.rows()]
     results = options.json or options.out / "bench.json"
-    write_text(results, json.dumps({"header": head, "rows": rows}, indent=1) + "\n")
+    payload = {"header": header(device, time.monotonic() - begin), "rows": rows}
+    write_text(results, json.dumps(payload, indent=1) + "\n")
     chart = options.out / "bench.png"
-    plot_bench(chart, [bar(entrants, entrant, case) for entrant in entrants], headline(case, device))
+    plot_bench(chart, [bar(comparison, provider) for provider in comparison.providers], title)
     print(f"chart: {chart}, results: {results}", flush=True)
 
 
-def settle(options: Options) -> tuple[Case, torch.device]:
+def resolve(options: Options) -> tuple[TrainingStep, torch.device]:
     """What is measured and where.
 
     Raises:
@@ -170,17 +138,17 @@ def settle(options: Options) -> tuple[Case, torch.device]:
     check_precision(options.precision, device)
     file = options.json
     if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK)):
-        raise UserError(f"--json {file} cannot be written: name a file in a folder that is there")
+        raise UserError(f"--json {file} cannot be written: name a file in an existing folder")
     make_folder(options.out)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     batch = options.batch or DEFAULT_BATCH[device.type]
-    return Case(options.arch, batch, options.image_size, options.precision, str(device)), device
+    return TrainingStep(options.arch, batch, options.image_size, options.precision, str(device)), device
 
 
 @contextlib.contextmanager
 def empty_caches() -> Iterator[None]:
-    """Of compilers and of what was tuned: a first step costs what it costs a user, and what it leaves serves later."""
+    """For compilers and autotuners: a first step takes as long as a user's, and the later ones reuse its results."""
     names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
     before = {name: os.environ[name] for name in names if name in os.environ}
     with tempfile.TemporaryDirectory(prefix="resnet_fused_bench_", ignore_cleanup_errors=True) as folder:
@@ -193,225 +161,145 @@ def empty_caches() -> Iterator[None]:
             os.environ.update(before)
 
 
-def probe_all(entrants: list[Entrant], case: Case, stages: Stages) -> None:
-    """Fills in first step, peak memory and largest batch, each of a fresh process. Finds out what cannot run.
+def probe_all(
+    comparison: Comparison, step: TrainingStep, progress: Callable[[float, str], None]
+) -> dict[str, int | None]:
+    """Fills in first step and peak memory from fresh processes; returns the largest batches.
 
     Raises:
         UserError: a process was killed.
     """
-    with stages.stage("first step and memory", 35) as show:
-        for index, entrant in enumerate(entrants):
-            show(index / len(entrants), SHOWN[entrant.impl])
-            request = {"impl": entrant.impl, "case": asdict(case), "threads": torch.get_num_threads()}
-            command = [sys.executable, "-m", "resnet_fused.cli.probe", json.dumps(request)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode == 0:
-                for name, value in json.loads(done.stdout.splitlines()[-1]).items():
-                    setattr(entrant, name, value)
-            elif entrant.impl == COMPILED:
-                entrant.note = f"its process ended with exit code {done.returncode}"
-            elif done.returncode < 0:
+    largest: dict[str, int | None] = {}
+    for index, provider in enumerate(comparison.providers):
+        progress(index / len(comparison.providers), provider.name)
+        try:
+            cudnn = {"benchmark": True} if step.device != "cpu" else {}
+            measured = probe(step, provider.name, largest_batch=True, **cudnn)
+        except ProcessFailed as failed:
+            if provider.name == COMPILE:
+                provider.note = f"its process ended with exit code {failed.code}"
+            elif failed.code < 0:
                 raise UserError(
-                    f"{SHOWN[entrant.impl]} was killed by signal {-done.returncode}, as a process is where memory runs "
-                    f"out: give a --batch below {case.batch}"
-                )
+                    f"{LABELS[provider.name]} was killed by signal {-failed.code}, as a process is where memory runs "
+                    f"out: give a --batch below {step.batch}"
+                ) from failed
             else:
-                raise RuntimeError(f"{SHOWN[entrant.impl]} in a process of its own:\n{done.stderr}")
+                raise
+        else:
+            provider.note = measured.get("note", "")
+            provider.first_step_ms, provider.peak_mb = measured.get("first_step_ms"), measured.get("peak_mb")
+            largest[provider.name] = measured.get("largest_batch")
+    return largest
 
 
-def check(entrants: list[Entrant], case: Case, stages: Stages) -> None:
-    """Makes the models and holds losses and gradient to the accuracy rule: error <= 1.5 * eager's + 4 * eps.
-
-    Errors are relative to eager in float64. In a small batch a single ReLU whose input rounds to the other side of zero
-    decides the error of the gradient, eager's as well: then several batches are drawn, and the median of an
-    implementation is held against the largest of eager's.
-    """
-    draws = min(MOST_DRAWS, math.ceil(CHECKED_PIXELS / (case.batch * case.image_size**2)))
-    errors: dict[str, list[tuple[float, float]]] = {entrant.impl: [] for entrant in entrants}
-    running = [entrant for entrant in entrants if not entrant.note]
-    for entrant in running:
-        entrant.model = case.model(entrant.impl)
-    in_float64 = exactly(case.model(EAGER))
-    with stages.stage("check", 20) as show:
-        for draw in range(draws):
-            show(draw / draws, "float64")
-            images, labels = case.data(draw)
-            try:
-                exact = outcome(case, in_float64, images.double(), labels)
-            except torch.OutOfMemoryError:
-                for entrant in running:
-                    entrant.note = "not checked: there is no memory for float64, try a smaller --batch"
-                return
-            for place, entrant in enumerate(running, 1):
-                show((draw + place / (1 + len(running))) / draws, SHOWN[entrant.impl])
-                if entrant.model is not None:
-                    try:
-                        found = outcome(case, entrant.model, images, labels)
-                    except Exception as error:
-                        entrant.leave(error)
-                    else:
-                        errors[entrant.impl].append(relative_errors(found, exact))
-    eps = torch.finfo(AUTOCAST.get(case.precision, torch.float32)).eps
-    for entrant in running:
-        if entrant.model is not None:
-            entrant.note = objection(errors[entrant.impl], errors[EAGER], eps)
-            entrant.checked = not entrant.note
+def check(comparison: Comparison, step: TrainingStep, progress: Callable[[float, str], None]) -> None:
+    """Makes the models of the providers that can run, and holds losses and gradient to the accuracy rule."""
+    running = [provider for provider in comparison.providers if not provider.note]
+    models = {name: step.model(name) for name in (EXACT, *(provider.name for provider in running))}
+    if EAGER not in models:  # eager PyTorch has no memory for this batch
+        for provider in running:
+            provider.note = "not checked: eager PyTorch failed"
+    else:
+        wrong = check_accuracy(
+            step.draw(models), [provider.name for provider in running], step.eps, progress=progress
+        )
+        for provider in running:
+            provider.note = wrong[provider.name]
+    data = step.data(0)
+    for provider in running:
+        provider.run = functools.partial(step.train(models[provider.name]), *data)
 
 
-def time_in_turns(
-    entrants: list[Entrant], case: Case, device: torch.device, seconds: float, stages: Stages
-) -> None:
-    """Rounds of one step each, on one batch; who begins changes from round to round."""
-    data = case.data(0)
-    steps: dict[str, Callable[[], None]] = {}
-    with stages.stage("warm up", 10) as show:
-        for index, entrant in enumerate(entrants):
-            if entrant.model is None:
-                continue
-            show(index / len(entrants), SHOWN[entrant.impl])
-            step = functools.partial(case.step(entrant.model), *data)
-            try:
-                step()
-            except Exception as error:
-                entrant.leave(error)
-            else:
-                steps[entrant.impl] = step
-    running = [entrant for entrant in entrants if entrant.impl in steps]
-    begin, rounds, spent = time.monotonic(), 0, 0.0
-    with stages.stage("time", 35) as show:
-        while running and (rounds < FEWEST_ROUNDS or (spent < seconds and rounds < MOST_ROUNDS)):
-            start = rounds % len(running)
-            for entrant in running[start:] + running[:start]:
-                entrant.times.append(milliseconds(steps[entrant.impl], device))
-            rounds, spent = rounds + 1, time.monotonic() - begin
-            share = min(spent / seconds, rounds / FEWEST_ROUNDS)
-            show(max(rounds / MOST_ROUNDS, share), f"round {rounds}")
+def time_rounds(comparison: Comparison, seconds: float, progress: Callable[[float, str], None]) -> None:
+    """One step of each provider per round, on one batch."""
+    comparison.warm_up()
+    begin = time.monotonic()
+    for done in comparison.rounds(MAX_ROUNDS):
+        spent = time.monotonic() - begin
+        progress(max(done / MAX_ROUNDS, min(spent / seconds, done / MIN_ROUNDS)), f"round {done}")
+        if done >= MIN_ROUNDS and spent >= seconds:
+            break
 
 
 # What is written.
 
 
-def ratios(entrants: list[Entrant], impl: str, to: str) -> dict[str, float | None]:
-    """Over the rounds, the time of `to` / that of `impl`: `quantiles`, of nothing unless both are checked."""
-    found = {entrant.impl: entrant.times for entrant in entrants if entrant.checked}
-    pairs = zip(found.get(impl, []), found.get(to, []), strict=False)
-    return quantiles([of / own for own, of in pairs] if impl != to else [])
+def speedup(comparison: Comparison, provider: Provider) -> dict[str, float | None]:
+    """How many times as fast as eager, over the rounds: median, p20 and p80."""
+    return quantiles(comparison.ratios(provider, comparison[EAGER]), "median", "p20", "p80")
 
 
-def quantiles(values: list[float]) -> dict[str, float | None]:
-    """Median, 20th and 80th percentile."""
-    return timing.quantiles(sorted(values), "median", "p20", "p80")
+def relative_memory(comparison: Comparison, provider: Provider) -> float | None:
+    """Peak memory / eager's; None unless both are measured."""
+    eager = comparison[EAGER].peak_mb
+    return provider.peak_mb / eager if provider.peak_mb and eager else None
 
 
-def make_rows(entrants: list[Entrant], case: Case) -> list[dict[str, Any]]:
-    """A row per implementation: as results files of the benchmark suite have them, and `largest_batch`."""
-    rows = []
-    for entrant in entrants:
-        times, against = quantiles(entrant.times), ratios(entrants, OURS, entrant.impl)
-        rows.append(
-            {
-                "layer": "model",
-                "name": case.arch,
-                "mode": "train",
-                "dtype": case.dtype,
-                "batch": case.batch,
-                "shape": f"{case.batch}x3x{case.image_size}x{case.image_size}",
-                "impl": entrant.impl,
-                **{f"{name}_ms": value for name, value in times.items()},
-                "rounds": len(entrant.times),
-                "peak_mb": entrant.peak_mb,
-                "first_step_ms": entrant.first_step_ms,
-                "roofline_ms": None,
-                "checked": entrant.checked and bool(entrant.times),
-                "ratio": against["median"],
-                "ratio_p20": against["p20"],
-                "ratio_p80": against["p80"],
-                "note": entrant.note,
-                "largest_batch": entrant.largest_batch,
-            }
-        )
-    return rows
-
-
-def bar(entrants: list[Entrant], entrant: Entrant, case: Case) -> Bar:
-    """What the chart shows of it; no speed where its outputs were not accepted."""
-    times = sorted(entrant.times) if entrant.checked else []
-    median, slow, fast = (1e3 * case.batch / quantile(times, q) if times else 0.0 for q in (0.5, 0.8, 0.2))
-    speed = (median, slow, fast) if times else None
-    share = share_of_memory(entrants, entrant) if entrant.impl != EAGER else None
-    return Bar(
-        SHOWN[entrant.impl], speed, ratios(entrants, entrant.impl, EAGER)["median"], entrant.peak_mb, share
-    )
-
-
-def headline(case: Case, device: torch.device) -> str:
+def headline(step: TrainingStep, device: torch.device) -> str:
     """What is measured, in one line."""
-    tf32 = " (TF32 convolutions)" if case.dtype == "tf32" else ""
+    tf32 = " (TF32 convolutions)" if step.dtype == "tf32" else ""
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     return (
-        f"{case.arch} in training, batch {case.batch} at {case.image_size}x{case.image_size}, {case.precision}{tf32}, "
+        f"{step.arch} in training, batch {step.batch} at {step.image_size}x{step.image_size}, {step.precision}{tf32}, "
         f"channels_last, {device_name(device)}{threads}"
     )
 
 
-def table(entrants: list[Entrant], case: Case) -> str:
-    """The measurements as aligned text, and a line for each note."""
-    speed = ("ms a step", "p20 - p80", "img/s", "times eager", "p20 - p80")
-    columns = ["", *speed, "peak MB", "of eager's", "first step"]
-    on_gpu = case.device != "cpu"
-    lines = [[*columns, "largest batch"] if on_gpu else columns]
-    for entrant in entrants:
-        times, ratio = quantiles(entrant.times), ratios(entrants, entrant.impl, EAGER)
+def report(comparison: Comparison, largest: dict[str, int | None]) -> str:
+    """The measurements as a table, and a line for each note."""
+    columns = ["", "ms a step", "p20 - p80", "img/s", "times eager", "p20 - p80", "peak MB", "of eager's"]
+    rows = [[*columns, "first step", *(["largest batch"] if comparison.device.type == "cuda" else [])]]
+    for provider in comparison.providers:
+        times, ratio = quantiles(provider.times, "median", "p20", "p80"), speedup(comparison, provider)
+        median, first = times["median"], provider.first_step_ms
         cells = [
-            SHOWN[entrant.impl],
-            shown("{:.1f}", times["median"]),
+            LABELS[provider.name],
+            shown("{:.1f}", median),
             shown("{:.1f} - {:.1f}", times["p20"], times["p80"]),
-            shown("{:.1f}", times["median"] and 1e3 * case.batch / times["median"]),
+            shown("{:.1f}", median and 1e3 * comparison.case.batch / median),
             shown("{:.2f}x", ratio["median"]),
             shown("{:.2f} - {:.2f}", ratio["p20"], ratio["p80"]),
-            shown("{:.0f}", entrant.peak_mb),
-            shown("{:.2f}x", share_of_memory(entrants, entrant)),
-            shown("{:.1f} s", entrant.first_step_ms and entrant.first_step_ms / 1e3),
+            shown("{:.0f}", provider.peak_mb),
+            shown("{:.2f}x", relative_memory(comparison, provider)),
+            shown("{:.1f} s", first and first / 1e3),
+            shown("{}", largest.get(provider.name)),
         ]
-        lines.append([*cells, shown("{}", entrant.largest_batch)] if on_gpu else cells)
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    body = [
-        "  ".join(
-            [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
-        )
-        for line in lines
+        rows.append(cells[: len(rows[0])])
+    notes = [
+        f"{LABELS[provider.name]}: {provider.note}" for provider in comparison.providers if provider.note
     ]
-    rule = "-" * len(body[0])
-    notes = [f"{SHOWN[entrant.impl]}: {entrant.note}" for entrant in entrants if entrant.note]
-    return "\n".join([rule, body[0], rule, *body[1:], rule, *notes])
+    return "\n".join([table(rows), *notes])
 
 
-def share_of_memory(entrants: list[Entrant], entrant: Entrant) -> float | None:
-    """Peak memory / eager's; None unless both are measured."""
-    eager = next(found for found in entrants if found.impl == EAGER)
-    return entrant.peak_mb / eager.peak_mb if entrant.peak_mb and eager.peak_mb else None
+def bar(comparison: Comparison, provider: Provider) -> Bar:
+    """What the chart shows; no speed where the results were rejected."""
+    speeds = [1e3 * comparison.case.batch / ms for ms in provider.times] if provider.checked else []
+    memory = relative_memory(comparison, provider) if provider.name != EAGER else None
+    return Bar(
+        LABELS[provider.name],
+        quantiles(speeds, "median", "p20", "p80"),
+        speedup(comparison, provider)["median"],
+        provider.peak_mb,
+        memory,
+    )
 
 
-def shown(form: str, *values: float | None) -> str:
-    """The values in that form, or a dash where one is missing."""
-    return "-" if None in values else form.format(*values)
-
-
-def verdict(entrants: list[Entrant], case: Case, unfused: str | None = None) -> str:
+def verdict(comparison: Comparison, unfused: str | None = None) -> str:
     """The result in one sentence. `unfused`: why nothing of resnet_fused could run fused."""
     if unfused is not None:
         return f"No speed-up is claimed: nothing ran fused, because {unfused}."
-    speed, share = ratios(entrants, OURS, EAGER), share_of_memory(entrants, entrants[0])
-    memory = "" if share is None else f" in {share:.2f}x its memory"
-    if speed["median"] is None or speed["p20"] is None or speed["p80"] is None:
+    arch, speed = comparison.case.name, speedup(comparison, comparison.ours)
+    memory = shown("in {:.2f}x its memory", relative_memory(comparison, comparison.ours))
+    memory = "" if memory == "-" else f" {memory}"
+    median, p20, p80 = speed["median"], speed["p20"], speed["p80"]
+    if median is None or p20 is None or p80 is None:
         return "No speed-up is claimed: not both could be run and checked, see above."
-    where = "on this machine"
-    if speed["p20"] > 1:
-        return f"resnet_fused trains {case.arch} {speed['median']:.2f}x as fast as eager{memory} {where}."
-    if speed["p80"] < 1:
-        how = f"{speed['median']:.2f}x as fast{memory and ','}{memory}"
-        return f"resnet_fused trains {case.arch} slower than eager {where}: {how}."
-    spread = f"{speed['median']:.2f}x, {speed['p20']:.2f} to {speed['p80']:.2f}"
-    if speed["p80"] - speed["p20"] > TOO_WIDE:
+    if p20 > 1:
+        return f"resnet_fused trains {arch} {median:.2f}x as fast as eager{memory} on this machine."
+    if p80 < 1:
+        how = f"{median:.2f}x as fast{memory and ','}{memory}"
+        return f"resnet_fused trains {arch} slower than eager on this machine: {how}."
+    spread = f"{median:.2f}x, {p20:.2f} to {p80:.2f}"
+    if p80 - p20 > TOO_WIDE:
         return f"Times vary too much to say which is faster ({spread}): run it while the machine does nothing else."
-    return f"resnet_fused trains {case.arch} about as fast as eager ({spread}){memory} {where}."
+    return f"resnet_fused trains {arch} about as fast as eager ({spread}){memory} on this machine."

@@ -1,8 +1,8 @@
 """Checkpoints: plain dictionaries that load with `weights_only=True`, the model under `model`."""
 
+from __future__ import annotations
+
 import pickle
-import random
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ import torch
 from resnet_fused.cli.errors import UserError
 from resnet_fused.cli.files import write_atomically
 
-FORMAT = "resnet_fused training 1"
-KEYS = (
+FORMAT = "resnet_fused training 2"
+KEYS = {
     "format",
     "model",
     "optimizer",
@@ -24,15 +24,15 @@ KEYS = (
     "arch",
     "classes",
     "steps_per_epoch",
-)
+}
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes a checkpoint atomically.
 
     Args:
-        path: where to; an old file there is replaced only by a whole new one.
-        state: tensors, numbers, strings, and lists and dictionaries of them, with `KEYS` except `format`.
+        path: a file there is replaced only by a whole new one.
+        state: `KEYS` except `format`: tensors, numbers, strings, and lists and dictionaries of them.
 
     Raises:
         UserError: the file cannot be written.
@@ -68,7 +68,7 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is no checkpoint, or a damaged one ({reason}): use another, such as best.pt"
         ) from error
-    missing = [key for key in KEYS if key not in state] if isinstance(state, dict) else list(KEYS)
+    missing = sorted(KEYS - state.keys() if isinstance(state, dict) else KEYS)
     if missing:
         raise UserError(
             f"{path} is not a checkpoint of `python -m resnet_fused train`: it lacks {', '.join(missing)}. "
@@ -82,26 +82,12 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every random generator that a model could draw from, as tensors and integers."""
-    version, internal, gauss = random.getstate()
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": [version, list(internal), gauss],
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    if "numpy" in sys.modules:
-        name, keys, *rest = sys.modules["numpy"].random.get_state()
-        state["numpy"] = [name, keys.tolist(), *rest]
-    return state
+    """The state of PyTorch's random generators: nothing else in training draws from a global generator."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Puts back what `random_state` returned; a GPU's only where there are as many GPUs as there were."""
-    torch.set_rng_state(state["torch"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    if len(state.get("cuda", ())) == torch.cuda.device_count() > 0:
+    """Restores what `random_state` returned; a GPU's only where there are as many GPUs as there were."""
+    torch.set_rng_state(state["cpu"])
+    if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
-    if "numpy" in state and "numpy" in sys.modules:
-        sys.modules["numpy"].random.set_state(tuple(state["numpy"]))

@@ -1,8 +1,11 @@
 """Images: scikit-learn's digits or a folder, and the order and augmentation of every epoch.
 
-Order is a function of (seed, epoch), augmentation of (seed, epoch, index): no state is kept between images,
-so neither the number of workers nor an interruption can change what the model sees.
+Order is a function of (seed, epoch), augmentation of (seed, epoch, index): no state is carried between images,
+so neither the number of workers nor an interruption can change what the model sees. A resumed epoch starts its order
+at the next step, which needs no state of a DataLoader and lets the number of workers change.
 """
+
+from __future__ import annotations
 
 import math
 import os
@@ -10,12 +13,12 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from resnet_fused.cli.distributed import World
 from resnet_fused.cli.errors import UserError, require
@@ -38,15 +41,7 @@ class BadImage:
 Sample = tuple[Tensor, int] | BadImage  # uint8 [S, S, 3], label
 
 
-class Images(Protocol):
-    """What both sources look like to a DataLoader."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, key: Key) -> Sample: ...
-
-
-class Digits:
+class Digits(Dataset[Sample]):
     """The digits, upsampled; each training image turned, scaled and shifted a little.
 
     By up to 12 degrees, 12 % and an eighth of the side: a digit stays what it is.
@@ -81,7 +76,7 @@ class Digits:
         return image[..., None].expand(-1, -1, 3), self.labels[index]
 
 
-class Folder:
+class Folder(Dataset[Sample]):
     """The images of a folder with one folder a class.
 
     Training images: random resized crop (8 to 100 % of the area, sides 3:4 to 4:3) and flip. Held-out images:
@@ -149,8 +144,8 @@ class Source:
     """A training set, a held-out set, and what to do to their bytes before the model sees them."""
 
     classes: list[str]
-    train: Images
-    held_out: Images
+    train: Digits | Folder
+    held_out: Digits | Folder
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -230,15 +225,15 @@ def _classes(part: Path) -> list[str]:
 def _files(part: Path, classes: list[str]) -> list[tuple[str, int]]:
     files: list[tuple[str, int]] = []
     for label, name in enumerate(classes):
-        found = [
+        paths = [
             os.path.join(folder, file)
             for folder, _, inside in os.walk(part / name, followlinks=True)
             for file in inside
             if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
         ]
-        if not found:
+        if not paths:
             raise UserError(f"{part / name} holds no images: {', '.join(IMAGE_SUFFIXES)} are read")
-        files += [(path, label) for path in sorted(found)]
+        files += [(path, label) for path in sorted(paths)]
     return files
 
 
@@ -326,9 +321,8 @@ class Batches:
             "generator": torch.Generator().manual_seed(seed),
         }
         held_out = HeldOutOrder(len(source.held_out), batch_size, world)
-        # torch types a DataLoader by its dataset class; `Images` is what it really needs.
-        self._train = DataLoader[Any](cast(Any, source.train), batch_sampler=self.order, **shared)
-        self._held_out = DataLoader[Any](cast(Any, source.held_out), batch_sampler=held_out, **shared)
+        self._train = DataLoader[Any](source.train, batch_sampler=self.order, **shared)
+        self._held_out = DataLoader[Any](source.held_out, batch_sampler=held_out, **shared)
 
     def training(self, epoch: int, start: int) -> Iterator[Batch]:
         """The batches of `epoch` from step `start` on.

@@ -48,11 +48,11 @@ class World:
 
     def digests(self, model: nn.Module) -> list[str]:
         """`digest` of every rank's model, in the order of the ranks."""
-        found: list[str] = [digest(model)]
+        digests: list[str] = [digest(model)]
         if self.size > 1:
-            found = [""] * self.size
-            dist.all_gather_object(found, digest(model))
-        return found
+            digests = [""] * self.size
+            dist.all_gather_object(digests, digest(model))
+        return digests
 
 
 def from_environment() -> World:

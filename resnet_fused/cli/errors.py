@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake, and the door to optional packages."""
+"""The exception for a user's mistake, and the import of optional packages."""
 
 import importlib
 from typing import Any

@@ -3,20 +3,22 @@
 import importlib
 import importlib.util
 import platform
-from collections.abc import Sequence
 
 import torch
 
+from resnet_fused import __version__, native
 from resnet_fused.cli.errors import UserError
+from resnet_fused.cli.text import columns
+from resnet_fused.ops.dispatch import status
 
 
 def info() -> None:
-    """Prints versions, devices, and the rows of `resnet_fused.backend.status()`."""
-    print(layout([*versions(), *devices()]))
-    rows = importlib.import_module("resnet_fused.backend").status()
+    """Prints versions, devices, and which implementation serves each op."""
+    print("\n".join(columns([*versions(), *devices()])))
+    rows = status()
     head = ("op", "device", "implementation", "reason")
     print()
-    print(layout([head, *([str(row[key] or "") for key in head] for row in rows)]))
+    print("\n".join(columns([head, *([str(row[key] or "") for key in head] for row in rows)])))
 
 
 def plan(arch: str, batch: int = 256, image_size: int = 224, precision: str = "bf16") -> None:
@@ -27,15 +29,16 @@ def plan(arch: str, batch: int = 256, image_size: int = 224, precision: str = "b
     """
     if importlib.util.find_spec("triton") is None:
         raise UserError("--plan runs the launchers of the Triton kernels: run pip install triton")
-    module = importlib.import_module("resnet_fused.plan")
+    from resnet_fused import plan as planning
+
     try:
-        planned = module.plan(arch, batch, precision, image_size)
+        planned = planning.plan(arch, batch, precision, image_size)
     except ValueError as error:
         raise UserError(str(error)) from error
     print(
         f"{arch}, batch {batch}, {image_size}x{image_size}, {precision}: stem and blocks, forward and backward"
     )
-    print(module.table(planned, batch))
+    print(planning.table(planned, batch))
 
 
 def versions() -> list[tuple[str, str]]:
@@ -43,20 +46,19 @@ def versions() -> list[tuple[str, str]]:
     triton = "missing"
     if importlib.util.find_spec("triton"):
         triton = importlib.import_module("triton").__version__
-    package = importlib.import_module("resnet_fused")
     return [
-        ("resnet_fused", package.__version__),
+        ("resnet_fused", __version__),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
         ("triton", triton),
         ("CUDA of torch", torch.version.cuda or "none"),
-        ("extension", importlib.import_module("resnet_fused.native").summary()),
+        ("extension", native.summary()),
     ]
 
 
 def devices() -> list[tuple[str, str]]:
     """The CPU and every GPU."""
-    found = [
+    rows = [
         ("system", f"{platform.system()} {platform.machine()}"),
         ("CPU capability", torch.backends.cpu.get_cpu_capability()),
         ("CPU threads", str(torch.get_num_threads())),
@@ -64,13 +66,7 @@ def devices() -> list[tuple[str, str]]:
     ]
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        found.append(
+        rows.append(
             (f"GPU {index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
         )
-    return found if torch.cuda.device_count() else [*found, ("GPU", "none that torch sees")]
-
-
-def layout(rows: Sequence[Sequence[str]]) -> str:
-    """Rows with their columns aligned."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return rows if torch.cuda.device_count() else [*rows, ("GPU", "none that torch sees")]

@@ -1,8 +1,9 @@
 """One model with its optimizer: a training step, an evaluation, and the state of both."""
 
-import contextlib
-import importlib
+from __future__ import annotations
+
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,55 +12,20 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from resnet_fused import GraphedStep
+import resnet_fused
+from resnet_fused import GraphedStep, reference
 from resnet_fused.backend import why_plain
 from resnet_fused.cli import checkpoint
 from resnet_fused.cli.data import Batch, Source
 from resnet_fused.cli.distributed import World
 from resnet_fused.cli.errors import UserError
 from resnet_fused.cli.metrics import Progress
-from resnet_fused.cli.settings import Settings, remembered
+from resnet_fused.cli.precision import PRECISIONS
+from resnet_fused.cli.settings import Settings
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def build_model(arch: str, impl: str, num_classes: int) -> nn.Module:
-    """A freshly initialised model; `impl` is `fused` or `reference`."""
-    module = importlib.import_module("resnet_fused" if impl == "fused" else "resnet_fused.reference")
-    model: nn.Module = getattr(module, arch)(num_classes=num_classes)
-    return model
-
-
-def learning_rate(step: int, total: int, settings: Settings) -> float:
-    """Linear warm-up over the first `warmup` of the steps, then a half cosine to zero."""
-    warm = max(1, round(settings.warmup * total))
-    if step < warm:
-        return settings.lr * (step + 1) / warm
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
-
-
-def check_precision(precision: str, device: torch.device) -> None:
-    """Tries a convolution, forward and backward.
-
-    Raises:
-        UserError: this device cannot train in that precision.
-    """
-    if precision == "fp32":
-        return
-    supported = True
-    if device.type == "cuda" and precision == "bf16":
-        supported = torch.cuda.is_bf16_supported(including_emulation=False)
-    if supported:
-        dtype = AUTOCAST[precision]
-        image = torch.ones(2, 8, 8, 8, dtype=dtype, device=device, requires_grad=True)
-        weight = torch.ones(8, 8, 3, 3, dtype=dtype, device=device, requires_grad=True)
-        try:
-            F.conv2d(image, weight, padding=1).sum().backward()
-        except RuntimeError:  # what torch raises for a dtype without a kernel
-            supported = False
-    if not supported:
-        raise UserError(f"--precision {precision} is not supported on {device}: use --precision fp32")
+LIBRARIES = {"fused": resnet_fused, "reference": reference}
 
 
 def why_no_cuda_graph(device: torch.device, world: World) -> str | None:
@@ -76,6 +42,28 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels)
 
 
+def make_optimizer(model: nn.Module, settings: Settings, fused: bool | None) -> torch.optim.SGD:
+    """SGD without weight decay for norms and biases."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=fused)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, settings: Settings, steps: int) -> SequentialLR:
+    """Linear warm-up over the first `warmup` of the steps, then a half cosine to zero."""
+    for group in optimizer.param_groups:  # a checkpoint's optimizer has the rates of its own schedule
+        group.pop("initial_lr", None)
+        group["lr"] = settings.lr
+    warm = max(1, round(settings.warmup * steps))
+    linear = LinearLR(optimizer, start_factor=1 / warm, total_iters=warm - 1)
+    cosine = CosineAnnealingLR(optimizer, T_max=max(1, steps - warm))
+    return SequentialLR(optimizer, [linear, cosine], milestones=[warm])
+
+
 class Learner:
     """A model in training.
 
@@ -83,7 +71,7 @@ class Learner:
         name: `fused` or `reference`.
         label: the name to show: `unfused` where nothing of `fused` can run fused.
         model: the bare model; its `state_dict` is what checkpoints hold.
-        progress: where it stands.
+        progress: counts of steps, epochs and results so far.
         captures: whether steps are replayed as a CUDA graph.
     """
 
@@ -100,7 +88,7 @@ class Learner:
         self.progress = Progress()
         torch.manual_seed(settings.seed)
         self.memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
-        model = build_model(settings.arch, name, len(source.classes))
+        model: nn.Module = getattr(LIBRARIES[name], settings.arch)(num_classes=len(source.classes))
         self.model = model.to(device=device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self._parallel: nn.Module = self.model
         if world.size > 1:
@@ -109,56 +97,47 @@ class Learner:
                 device_ids=[device.index] if device.type == "cuda" else None,
                 process_group=dist.new_group(),  # see `process_group`
             )
-        decayed = [p for p in self.model.parameters() if p.ndim > 1]
-        plain = [p for p in self.model.parameters() if p.ndim <= 1]  # norms and biases
-        groups = [
-            {"params": decayed, "weight_decay": settings.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
         self.captures = settings.cuda_graph and why_no_cuda_graph(device, world) is None
         # Only a fused optimizer can be captured; None leaves the choice to PyTorch.
-        fused = True if self.captures else None
-        self.optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=fused)
+        self.optimizer = make_optimizer(self.model, settings, fused=True if self.captures else None)
+        self._schedule = make_schedule(self.optimizer, settings, settings.epochs * steps)
+        self.precision = PRECISIONS[settings.precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self._graphed: GraphedStep | None = None
         if self.captures:
-            dtype = AUTOCAST.get(settings.precision)
+            dtype = None if settings.precision == "fp32" else self.precision.dtype
             self._graphed = GraphedStep(
                 self.model, self.optimizer, cross_entropy, autocast=dtype, scaler=self.scaler
             )
         self._mean = torch.tensor(source.mean, device=device).view(1, 3, 1, 1) * 255
         self._std = torch.tensor(source.std, device=device).view(1, 3, 1, 1) * 255
-        self._pending: list[Tensor] = []  # of each step not yet counted: [loss, correct answers]
+        self._pending: list[Tensor] = []  # [loss, correct] of each step that `count_steps` has not read yet
 
-    def leave(self) -> None:
-        """Lets go of the process group, which can then end; no step can follow."""
+    @property
+    def steps_done(self) -> int:
+        """Since the start of the run."""
+        return self.progress.epoch * self.steps_per_epoch + self.progress.step
+
+    def release_process_group(self) -> None:
+        """Releases the process group, which can then be destroyed; no step can follow."""
         self._parallel = self.model
 
     def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Images normalised and in the model's layout, and labels, both on the device."""
-        images = batch[0].to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
-        images = (images - self._mean) / self._std
-        return images.contiguous(memory_format=self.memory_format), batch[1].to(
-            self.device, non_blocking=True
-        )
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The context that a forward runs in."""
-        if self.settings.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, AUTOCAST[self.settings.precision])
+        pixels, labels = (x.to(self.device, non_blocking=True) for x in batch)
+        images = (pixels.permute(0, 3, 1, 2).float() - self._mean) / self._std
+        return images.contiguous(memory_format=self.memory_format), labels
 
     def step(self, images: Tensor, labels: Tensor) -> None:
-        """One step of SGD. Its loss is counted by the next `settle`."""
-        done = self.progress.epoch * self.steps_per_epoch + self.progress.step
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(done, self.settings.epochs * self.steps_per_epoch, self.settings)
+        """One step of SGD. Its loss is read by the next `count_steps`."""
+        if self.steps_done:
+            self._advance_schedule(1)
         self._parallel.train()
         if self._graphed is not None:
             loss, logits = self._graphed(images, labels)
         else:
             self.optimizer.zero_grad(set_to_none=True)
-            with self.autocast():
+            with self.precision.autocast(self.device.type):
                 logits = self._parallel(images)
             loss = cross_entropy(logits, labels)
             self.scaler.scale(loss).backward()
@@ -168,8 +147,15 @@ class Learner:
         self._pending.append(torch.stack([loss.detach().double(), correct.double()]))
         self.progress.step += 1
 
-    def settle(self) -> None:
-        """Counts the steps since the last call, over all ranks. Waits for the device.
+    def _advance_schedule(self, steps: int) -> None:
+        with warnings.catch_warnings():
+            # GradScaler skips steps whose gradients overflow, and a resumed run has not made its own yet.
+            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step")
+            for _ in range(steps):
+                self._schedule.step()
+
+    def count_steps(self) -> None:
+        """Adds the steps since the last call to the progress, over all ranks. Waits for the device.
 
         Raises:
             UserError: a loss was not finite, on any rank.
@@ -179,7 +165,7 @@ class Learner:
         counts = self.world.sum(torch.stack(self._pending).cpu())  # [steps, 2]
         self._pending.clear()
         losses = (counts[:, 0] / self.world.size).tolist()
-        bad = next((place for place, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        bad = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), None)
         if bad is not None:
             step = self.progress.step - len(losses) + 1 + bad
             instead = "" if self.settings.precision == "fp32" else " or --precision fp32"
@@ -200,18 +186,16 @@ class Learner:
             if batch is None:
                 continue
             images, labels = self.prepare(batch)
-            with self.autocast():
+            with self.precision.autocast(self.device.type):
                 logits = self.model(images)
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-            correct = (logits.argmax(1) == labels).sum()
-            total += torch.stack(
-                [loss.double(), correct.double(), loss.new_tensor(len(labels)).double()]
-            ).cpu()
-        loss_sum, correct_sum, seen = self.world.sum(total).tolist()
-        return loss_sum / seen, correct_sum / seen
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum").double()
+            correct = (logits.argmax(1) == labels).sum().double()
+            total += torch.stack([loss, correct, torch.full_like(loss, len(labels))]).cpu()
+        loss_sum, correct_sum, count = self.world.sum(total).tolist()
+        return loss_sum / count, correct_sum / count
 
     def state(self) -> dict[str, Any]:
-        """All that a checkpoint holds. Call `settle` first, on every rank."""
+        """All that a checkpoint holds. Call `count_steps` first, on every rank."""
         self.world.share_buffers(self.model)
         return {
             "model": self.model.state_dict(),
@@ -219,14 +203,14 @@ class Learner:
             "scaler": self.scaler.state_dict(),
             "progress": self.progress.state(),
             "random": checkpoint.random_state(),
-            "settings": remembered(self.settings),
+            "settings": vars(self.settings),
             "arch": self.settings.arch,
             "classes": self.source.classes,
             "steps_per_epoch": self.steps_per_epoch,
         }
 
     def restore(self, state: dict[str, Any], path: str) -> None:
-        """Goes on where `state` was taken.
+        """Continues from a checkpoint; the schedule is that of the present settings.
 
         Raises:
             UserError: it is of another architecture, other classes, or another division into steps.
@@ -237,8 +221,8 @@ class Learner:
             )
         if state["classes"] != self.source.classes:
             raise UserError(
-                f"{path} was trained on {_few(state['classes'])}, "
-                f"but --data has {_few(self.source.classes)}: give the data it was trained on"
+                f"{path} was trained on {_abbreviate(state['classes'])}, "
+                f"but --data has {_abbreviate(self.source.classes)}: give the data it was trained on"
             )
         progress = Progress.from_state(state["progress"])
         before = (state["steps_per_epoch"], state["settings"]["seed"])
@@ -248,13 +232,10 @@ class Learner:
                 f"now there are {self.steps_per_epoch} steps, seed {self.settings.seed}: "
                 "go on with the same data, --batch-size, --seed and number of processes"
             )
+        fused = self.optimizer.defaults["fused"]
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            for (
-                group
-            ) in self.optimizer.param_groups:  # it may have been fused when the checkpoint was written
-                group["fused"] = self.optimizer.defaults["fused"]
             if state["scaler"]:  # empty where the checkpoint was not trained in fp16
                 self.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, ValueError, KeyError) as error:
@@ -262,9 +243,14 @@ class Learner:
             raise UserError(
                 f"{path} does not fit a {self.settings.arch} ({reason}): use another checkpoint"
             ) from error
+        for group in self.optimizer.param_groups:
+            group["fused"] = fused
         checkpoint.set_random_state(state["random"])
         self.progress = progress
+        total = self.settings.epochs * self.steps_per_epoch
+        self._schedule = make_schedule(self.optimizer, self.settings, total)
+        self._advance_schedule(max(0, self.steps_done - 1))
 
 
-def _few(names: list[str]) -> str:
+def _abbreviate(names: list[str]) -> str:
     return f"{len(names)} classes ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"

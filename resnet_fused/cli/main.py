@@ -1,24 +1,20 @@
 """Arguments, and the one place where errors become messages and exit codes."""
 
+from __future__ import annotations
+
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from resnet_fused.cli.distributed import from_environment
 from resnet_fused.cli.errors import UserError
-from resnet_fused.cli.settings import (
-    ARCHITECTURES,
-    BY_DATA,
-    IMPLEMENTATIONS,
-    PRECISIONS,
-    Invocation,
-    Settings,
-)
+from resnet_fused.cli.settings import BY_DATA, IMPLEMENTATIONS, PRECISION_CHOICES, Invocation, Settings
 from resnet_fused.cli.signals import Stopped
+from resnet_fused.reference.resnet import ARCHITECTURES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,16 +61,14 @@ def make_parser() -> Parser:
     """The parser of all commands; each sets `command` to the function that runs it."""
     parser = Parser(prog="python -m resnet_fused", description="ResNets that train fused.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    info = commands.add_parser("info", help="versions, devices, and which backend serves which op")
-    info.set_defaults(command=_info)
-    add = info.add_argument_group(
-        "what a training step would launch on a GPU, found out without one"
-    ).add_argument
-    add("--plan", metavar="ARCH", help="of this model: passes over activations, and small kernels")
-    add("--batch", type=_count, metavar="N", help="images of the step (256)")
-    add("--image-size", type=_count, metavar="N", help="pixels of a side (224)")
-    add("--precision", metavar="P", help="bf16, fp16, tf32 or fp32 (bf16)")
     # An option that is not given stays away: a checkpoint that is resumed may have it.
+    info = commands.add_parser(
+        "info",
+        help="versions, devices, and which backend serves which op",
+        argument_default=argparse.SUPPRESS,
+    )
+    info.set_defaults(command=_info)
+    _add_info_options(info)
     train = commands.add_parser(
         "train",
         help="train a model, or two side by side",
@@ -87,8 +81,8 @@ def make_parser() -> Parser:
         "bench",
         help="how fast this machine trains, and in how much memory, beside plain PyTorch",
         description="Trains on random images, fused and in plain PyTorch, eager and compiled, with the same weights: "
-        "checks what they compute against float64, times their steps in turns, and takes the peak memory of each in a "
-        "process of its own. Takes two to three minutes on two cores, of which torch.compile takes one.",
+        "checks losses and gradients against float64, times steps in turns, and measures the peak memory of each in a "
+        "process of its own. Takes about three minutes on two cores, of which torch.compile takes one.",
         argument_default=argparse.SUPPRESS,
     )
     bench.set_defaults(command=_bench)
@@ -96,53 +90,50 @@ def make_parser() -> Parser:
     return parser
 
 
+def _add_info_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "what a training step would launch on a GPU, computed without one"
+    ).add_argument
+    add("--plan", metavar="ARCH", help="of this model: passes over activations, and small kernels")
+    add("--batch", type=_count, metavar="N", help="images per step (256)")
+    add("--image-size", type=_count, metavar="PIXELS", help="of square images (224)")
+    add("--precision", metavar="P", help="bf16, fp16, tf32 or fp32 (bf16)")
+
+
+def _add_common_options(add: Callable[..., Any], arch: str) -> None:
+    add("--arch", choices=ARCHITECTURES, metavar="NAME", help=f"one of {', '.join(ARCHITECTURES)} ({arch})")
+    add("--precision", choices=PRECISION_CHOICES, help="autocast dtype; fp16 scales its gradients (fp32)")
+    add("--device", help="auto, cpu, cuda or cuda:N (auto)")
+
+
 def _add_train_options(parser: argparse.ArgumentParser) -> None:
-    def by_data(name: str) -> str:
-        return "{} for the digits, {} for a folder".format(*BY_DATA[name])
+    default = {name: "{} for the digits, {} for a folder".format(*values) for name, values in BY_DATA.items()}
+    switch = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("what").add_argument
-    add("--arch", choices=ARCHITECTURES, metavar="NAME", help=f"one of {', '.join(ARCHITECTURES)} (resnet18)")
+    _add_common_options(add, Settings.arch)
     add(
         "--impl",
         choices=IMPLEMENTATIONS,
         help="fused, reference (plain PyTorch), or both side by side (fused)",
     )
-    add(
-        "--data",
-        metavar="DATA",
-        help="'digits', or a folder with train/ and val/, each with a folder per class (digits)",
-    )
-    add(
-        "--image-size",
-        type=_count,
-        metavar="PIXELS",
-        help=f"side of the square images ({by_data('image_size')})",
-    )
-    add("--precision", choices=PRECISIONS, help="autocast dtype; fp16 scales its gradients (fp32)")
-    add("--device", help="auto, cpu, cuda or cuda:N (auto)")
-    help_layout = "memory layout of images and weights (channels_last)"
-    add("--channels-last", action=argparse.BooleanOptionalAction, help=help_layout)
+    help_data = "'digits', or a folder with train/ and val/, each with a folder per class (digits)"
+    add("--data", metavar="DATA", help=help_data)
+    add("--image-size", type=_count, metavar="PIXELS", help=f"of square images ({default['image_size']})")
+    add("--channels-last", action=switch, help="memory layout of images and weights (channels_last)")
     help_graph = (
         "replay steps as a CUDA graph, on one GPU: for batches that take longer to launch than to run (no)"
     )
-    add("--cuda-graph", action=argparse.BooleanOptionalAction, help=help_graph)
+    add("--cuda-graph", action=switch, help=help_graph)
 
     add = parser.add_argument_group("how").add_argument
-    add("--epochs", type=_count, metavar="N", help=f"({by_data('epochs')})")
+    add("--epochs", type=_count, metavar="N", help=f"({default['epochs']})")
     add("--batch-size", type=_count, metavar="N", help=f"images per step and process ({Settings.batch_size})")
-    add(
-        "--lr",
-        type=_positive,
-        metavar="RATE",
-        help=f"highest learning rate; warm-up, then cosine to 0 ({Settings.lr})",
-    )
+    help_lr = f"highest learning rate; warm-up, then cosine to 0 ({Settings.lr})"
+    add("--lr", type=_positive, metavar="RATE", help=help_lr)
     add("--momentum", type=_fraction, metavar="M", help=f"of SGD ({Settings.momentum})")
-    add(
-        "--weight-decay",
-        type=_not_negative,
-        metavar="D",
-        help=f"not on norms and biases ({Settings.weight_decay})",
-    )
+    help_decay = f"not for norms and biases ({Settings.weight_decay})"
+    add("--weight-decay", type=_not_negative, metavar="D", help=help_decay)
     add(
         "--warmup",
         type=_fraction,
@@ -150,46 +141,26 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
         help=f"part of the steps that warms up ({Settings.warmup})",
     )
     add("--seed", type=_whole, metavar="N", help=f"of weights, order and augmentation ({Settings.seed})")
-    add("--workers", type=_whole, metavar="N", help=f"processes that load images ({by_data('workers')})")
-    add(
-        "--max-steps",
-        type=_count,
-        metavar="N",
-        help="stop after this many steps in all, saved, as if interrupted",
-    )
+    add("--workers", type=_whole, metavar="N", help=f"processes that load images ({default['workers']})")
+    help_steps = "stop after this many steps in all, saved, as if interrupted"
+    add("--max-steps", type=_count, metavar="N", help=help_steps)
 
     add = parser.add_argument_group("where").add_argument
-    add(
-        "--out",
-        type=Path,
-        metavar="FOLDER",
-        help=f"for checkpoints, metrics and curves ({Invocation.DEFAULT_OUT})",
-    )
-    add(
-        "--resume",
-        type=Path,
-        nargs="?",
-        const=None,
-        metavar="PATH",
-        help="go on from a checkpoint (OUT/last.pt)",
-    )
+    help_out = f"for checkpoints, metrics and curves ({Invocation.DEFAULT_OUT})"
+    add("--out", type=Path, metavar="FOLDER", help=help_out)
+    help_resume = "go on from a checkpoint (OUT/last.pt)"
+    add("--resume", type=Path, nargs="?", const=None, metavar="PATH", help=help_resume)
     add("--overwrite", action="store_true", help="replace the run that --out holds")
 
 
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--arch", choices=ARCHITECTURES, metavar="NAME", help=f"one of {', '.join(ARCHITECTURES)} (resnet50)")
-    add("--batch", type=_count, metavar="N", help="images of a step (16 on a CPU, 64 on a GPU)")
-    add("--image-size", type=_count, metavar="PIXELS", help="side of the square images (224)")
-    add("--precision", choices=PRECISIONS, help="autocast dtype; fp16 scales its gradients (fp32)")
-    add("--device", help="auto, cpu, cuda or cuda:N (auto)")
+    _add_common_options(add, "resnet50")
+    add("--batch", type=_count, metavar="N", help="images per step (16 on a CPU, 64 on a GPU)")
+    add("--image-size", type=_count, metavar="PIXELS", help="of square images (224)")
     add("--seconds", type=_positive, metavar="S", help="of timing, which is but a part; 3 to 50 rounds (30)")
-    add(
-        "--no-compile",
-        dest="compile",
-        action="store_false",
-        help="leave torch.compile out, which takes a minute",
-    )
+    help_compile = "leave torch.compile out, which takes a minute"
+    add("--no-compile", dest="compile", action="store_false", help=help_compile)
     add("--out", type=Path, metavar="FOLDER", help="for bench.json and bench.png (runs/bench)")
     add("--json", type=Path, metavar="FILE", help="for the results, instead of bench.json in OUT")
 
@@ -213,13 +184,11 @@ def _train(arguments: dict[str, Any]) -> None:
 def _info(arguments: dict[str, Any]) -> None:
     from resnet_fused.cli.info import info, plan
 
-    given = {name: value for name, value in arguments.items() if value is not None}
-    if "plan" in given:
-        plan(given.pop("plan"), **given)
-    elif given:
-        raise UserError(
-            f"--{next(iter(given)).replace('_', '-')} belongs to --plan: add --plan resnet50, say"
-        )
+    if "plan" in arguments:
+        plan(arguments.pop("plan"), **arguments)
+    elif arguments:
+        name = next(iter(arguments)).replace("_", "-")
+        raise UserError(f"--{name} belongs to --plan: add --plan resnet50, say")
     else:
         info()
 
@@ -244,7 +213,7 @@ def _fraction(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
-def _number(text: str, kind: Any, good: Any, wanted: str) -> Any:
+def _number(text: str, kind: Callable[[str], Any], good: Callable[[Any], bool], wanted: str) -> Any:
     try:
         value = kind(text)
     except ValueError:

@@ -1,4 +1,6 @@
-"""What is counted while training, and the file that keeps it."""
+"""What is counted while training, and the file with a line per epoch."""
+
+from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
@@ -14,37 +16,36 @@ Record = dict[str, float]  # one epoch
 
 @dataclass
 class Progress:
-    """Where a run stands. Part of every checkpoint; equal on all ranks.
+    """How far a run has come. Part of every checkpoint; equal on all ranks.
 
     Attributes:
-        epoch: epochs finished, held-out images included.
+        epoch: epochs finished, evaluation included.
         step: steps done in the epoch after those.
-        loss: sum over the images seen in that epoch.
-        correct, seen, seconds: of that epoch, over all ranks.
+        loss: sum over the images of that epoch so far.
+        correct, images, seconds: of that epoch so far, over all ranks.
         best: highest held-out accuracy so far.
         history: one record per finished epoch.
         losses: mean loss of every step since the first.
-        step_seconds: duration of the steps that were timed (by `compare` only).
+        step_seconds: duration of the steps that were timed (with --impl compare only).
     """
 
     epoch: int = 0
     step: int = 0
     loss: float = 0.0
     correct: int = 0
-    seen: int = 0
+    images: int = 0
     seconds: float = 0.0
     best: float = -1.0
     history: list[Record] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
 
-    def count(self, losses: list[float], correct: int, images: int) -> None:
-        """Adds steps of `images` images each: their mean losses, and the correct answers of all together."""
-        for loss in losses:
-            self.loss += loss * images
-            self.losses.append(loss)
+    def count(self, losses: list[float], correct: int, batch: int) -> None:
+        """Adds steps of `batch` images each: their mean losses, and the correct predictions of all together."""
+        self.loss += batch * sum(losses)
+        self.losses += losses
         self.correct += correct
-        self.seen += images * len(losses)
+        self.images += batch * len(losses)
 
     def finish_epoch(self, learning_rate: float, held_out_loss: float, held_out_accuracy: float) -> bool:
         """Closes the epoch with its record; returns whether it is the best so far."""
@@ -53,39 +54,37 @@ class Progress:
                 "epoch": self.epoch + 1,
                 "step": len(self.losses),
                 "learning_rate": learning_rate,
-                "train_loss": self.loss / self.seen,
-                "train_accuracy": self.correct / self.seen,
+                "train_loss": self.loss / self.images,
+                "train_accuracy": self.correct / self.images,
                 "val_loss": held_out_loss,
                 "val_accuracy": held_out_accuracy,
-                "images_per_second": self.seen / self.seconds if self.seconds else 0.0,
+                "images_per_second": self.images / self.seconds if self.seconds else 0.0,
                 "seconds": self.seconds,
             }
         )
         better = held_out_accuracy > self.best
         self.best = max(self.best, held_out_accuracy)
         self.epoch += 1
-        self.step = self.correct = self.seen = 0
+        self.step = self.correct = self.images = 0
         self.loss = self.seconds = 0.0
         return better
 
     def state(self) -> dict[str, Any]:
         """As a plain dictionary; the long lists as float64 tensors."""
-        long = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
-        long["step_seconds"] = torch.tensor(self.step_seconds, dtype=torch.float64)
+        long = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in _LONG}
         return vars(self) | {"history": [dict(record) for record in self.history]} | long
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "Progress":
-        """What `state` was taken of."""
-        long = {name: state[name].tolist() for name in ("losses", "step_seconds")}
-        return cls(**(state | {"history": [dict(record) for record in state["history"]]} | long))
+    def from_state(cls, state: dict[str, Any]) -> Progress:
+        """The inverse of `state`."""
+        return cls(**(state | {name: state[name].tolist() for name in _LONG}))
+
+
+_LONG = ("losses", "step_seconds")
 
 
 def write_metrics(path: Path, history: list[Record]) -> None:
-    """Writes one JSON line per epoch.
-
-    The whole file each time, so it agrees with the checkpoint beside it, also after resuming an older one.
-    """
+    """Writes one JSON line per epoch: the whole file each time, so that it agrees with the checkpoint beside it."""
     write_text(path, "".join(json.dumps(record) + "\n" for record in history))
 
 

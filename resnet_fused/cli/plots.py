@@ -1,5 +1,7 @@
 """Learning curves, and the bars of a benchmark, as PNG files."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,40 +32,16 @@ def plot_curves(path: Path, runs: Mapping[str, Progress], title: str) -> None:
     for (name, run), colour, style in zip(runs.items(), _COLOURS, _STYLES, strict=False):
         prefix = f"{name}, " if len(runs) > 1 else ""
         steps = range(1, len(run.losses) + 1)
-        loss.plot(
-            steps,
-            run.losses,
-            color=colour,
-            linestyle=style,
-            linewidth=1,
-            alpha=0.8,
-            label=f"{prefix}training",
-        )
+        line: dict[str, Any] = {"color": colour, "linestyle": style}
+        loss.plot(steps, run.losses, **line, linewidth=1, alpha=0.8, label=f"{prefix}training")
         if run.history:
-            epochs = [record["epoch"] for record in run.history]
-            ends = [record["step"] for record in run.history]
-            held_out = [record["val_loss"] for record in run.history]
-            loss.plot(
-                ends,
-                held_out,
-                color=colour,
-                marker="o",
-                markersize=4,
-                linestyle="none",
-                label=f"{prefix}held out",
-            )
+            records = {key: [record[key] for record in run.history] for key in run.history[0]}
+            dots: dict[str, Any] = {"color": colour, "linestyle": "none", "marker": "o", "markersize": 4}
+            loss.plot(records["step"], records["val_loss"], **dots, label=f"{prefix}held out")
+            line |= {"marker": "o", "markersize": 3}
             for key, label, alpha in (("train_accuracy", "training", 0.4), ("val_accuracy", "held out", 1.0)):
-                values = [100 * record[key] for record in run.history]
-                accuracy.plot(
-                    epochs,
-                    values,
-                    color=colour,
-                    alpha=alpha,
-                    linestyle=style,
-                    marker="o",
-                    markersize=3,
-                    label=prefix + label,
-                )
+                percent = [100 * value for value in records[key]]
+                accuracy.plot(records["epoch"], percent, **line, alpha=alpha, label=prefix + label)
     loss.set(xlabel="step", ylabel="cross entropy", yscale="log")
     accuracy.set(xlabel="epoch", ylabel="accuracy, %")
     for axes in (loss, accuracy):
@@ -79,14 +57,14 @@ class Bar:
     """One implementation in `plot_bench`; None for what is not measured or not to be shown.
 
     Attributes:
-        speed: images a second: median, 20th and 80th percentile.
+        speed: images a second: `median`, `p20` and `p80`.
         gain: how many times as fast as eager it is.
-        peak_mb: the most memory held at once, in 1e6 bytes.
+        peak_mb: peak memory, in 1e6 bytes.
         share: that of eager's.
     """
 
     name: str
-    speed: tuple[float, float, float] | None
+    speed: dict[str, float | None]
     gain: float | None
     peak_mb: float | None
     share: float | None
@@ -101,8 +79,8 @@ def plot_bench(path: Path, bars: Sequence[Bar], title: str) -> None:
     figure = _figure(11, 1.6 + 0.6 * len(bars))
     speed, memory = figure.subplots(1, 2, sharey=True)
     for row, (bar, colour) in enumerate(zip(bars, _COLOURS, strict=False)):
-        if bar.speed:
-            median, low, high = bar.speed
+        median, low, high = (bar.speed[name] for name in ("median", "p20", "p80"))
+        if median is not None:
             gain = "" if bar.gain is None else f", {bar.gain:.2f}x eager"
             speed.barh(row, median, color=colour, height=0.6)
             speed.plot((low, high), (row, row), color="black", linewidth=1.5)

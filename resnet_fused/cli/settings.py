@@ -1,28 +1,18 @@
-"""Everything that decides a run: the options, their defaults, and what a checkpoint remembers of them."""
+"""Everything that decides a run: the options and their defaults."""
+
+from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from resnet_fused.cli.distributed import World
 from resnet_fused.cli.errors import UserError
 
-ARCHITECTURES = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-)
 IMPLEMENTATIONS = ("fused", "reference", "compare")
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISION_CHOICES = ("fp32", "bf16", "fp16")
 SMALLEST_IMAGE = 16
 
 # Option: (for the digits, for a folder). None on the command line and in `Settings` stands for these.
@@ -72,14 +62,14 @@ class Invocation:
         return self.out or self.DEFAULT_OUT
 
 
-def settle(given: dict[str, Any], remembered: dict[str, Any]) -> Settings:
+def make_settings(given: dict[str, Any], saved: dict[str, Any]) -> Settings:
     """Settings from the options given on the command line, else those of the checkpoint, else the defaults.
 
     Raises:
         UserError: options that cannot be, alone or together.
     """
     known = {field.name for field in fields(Settings)}
-    chosen = {name: value for name, value in (remembered | given).items() if name in known}
+    chosen = {name: value for name, value in (saved | given).items() if name in known}
     data = chosen.get("data", Settings.data)
     for name, (for_digits, for_folder) in BY_DATA.items():
         chosen.setdefault(name, for_digits if data == "digits" else for_folder)
@@ -91,11 +81,6 @@ def settle(given: dict[str, Any], remembered: dict[str, Any]) -> Settings:
     if settings.image_size < SMALLEST_IMAGE:
         raise UserError(f"--image-size {settings.image_size} is too small: use at least {SMALLEST_IMAGE}")
     return settings
-
-
-def remembered(settings: Settings) -> dict[str, Any]:
-    """The settings as a checkpoint keeps them."""
-    return asdict(settings)
 
 
 def command_to_resume(out: Path, world: World) -> str:

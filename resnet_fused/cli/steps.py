@@ -1,30 +1,31 @@
-"""What `bench` runs: the implementations of a training step, and what decides whether they compute the right thing."""
+"""The training step that `bench` and the benchmark suite measure, with the providers that run it."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import math
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from resnet_fused.cli.learner import AUTOCAST, build_model
+import resnet_fused
+from resnet_fused import reference
+from resnet_fused.cli.precision import PRECISIONS
+from resnet_fused.measure import EXACT, OURS, Case, Results
 
-OURS, EAGER, COMPILED = "resnet_fused", "eager_channels_last", "compile_default"
+#: Providers that torch.compile makes of eager PyTorch, with its modes.
+COMPILED = {"compile_default": "default", "compile_max_autotune": "max-autotune"}
 CLASSES = 1000
 LOSS_SCALE = 2.0**10  # keeps the gradients of fp16 above its smallest number
 
 
 @dataclass(frozen=True)
-class Case:
-    """What is trained. `device`: as torch names it."""
+class TrainingStep:
+    """Forward, cross entropy, backward and SGD with momentum, on random images. `device`: as torch names it."""
 
     arch: str
     batch: int
@@ -38,6 +39,16 @@ class Case:
         tf32 = self.device != "cpu" and self.precision == "fp32" and torch.backends.cudnn.allow_tf32
         return "tf32" if tf32 else self.precision
 
+    @property
+    def eps(self) -> float:
+        """Of the precision. In TF32 float32's: eager's error covers the rest."""
+        return PRECISIONS[self.precision].eps
+
+    def case(self, roofline_ms: float | None = None) -> Case:
+        """The columns of a results file."""
+        shape = f"{self.batch}x3x{self.image_size}x{self.image_size}"
+        return Case("model", self.arch, "train", self.dtype, self.batch, shape, roofline_ms)
+
     def data(self, seed: int, batch: int | None = None) -> tuple[Tensor, Tensor]:
         """Random images (N, 3, H, W), channels_last, and labels (N,)."""
         generator = torch.Generator().manual_seed(seed)
@@ -45,27 +56,25 @@ class Case:
         images = torch.randn(shape, generator=generator).to(self.device, memory_format=torch.channels_last)
         return images, torch.randint(CLASSES, shape[:1], generator=generator).to(self.device)
 
-    def model(self, impl: str) -> nn.Module:
-        """Freshly initialised, with the same weights whatever `impl` is."""
+    def model(self, provider: str) -> nn.Module:
+        """A new model in training mode. All have the same weights; EXACT is eager PyTorch in float64."""
         torch.manual_seed(0)
-        model = build_model(self.arch, "fused" if impl == OURS else "reference", CLASSES)
+        library = resnet_fused if provider == OURS else reference
+        model: nn.Module = getattr(library, self.arch)(num_classes=CLASSES)
         model = model.to(self.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-        if impl == COMPILED:
-            model.compile()
-        return model
+        if provider in COMPILED:
+            model.compile(mode=COMPILED[provider], dynamic=False)
+        return in_float64(model) if provider == EXACT else model
 
     def losses(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """The cross entropy of each image, (N,); without autocast where the images are float64."""
-        cast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if self.precision in AUTOCAST and images.dtype != torch.float64:
-            cast = torch.autocast(images.device.type, AUTOCAST[self.precision])
-        with cast:
+        exact = images.dtype == torch.float64
+        with contextlib.nullcontext() if exact else PRECISIONS[self.precision].autocast(images.device.type):
             logits = model(images)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return F.cross_entropy(logits, labels, reduction="none")
+        return F.cross_entropy(logits if exact else logits.float(), labels, reduction="none")
 
-    def step(self, model: nn.Module) -> Callable[[Tensor, Tensor], None]:
-        """A training step: forward, cross entropy, backward, SGD with momentum."""
+    def train(self, model: nn.Module) -> Callable[[Tensor, Tensor], None]:
+        """A function that trains the model by one step, given images and labels."""
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
         kind = torch.device(self.device).type
         scaler = torch.amp.GradScaler(kind, init_scale=LOSS_SCALE, enabled=self.precision == "fp16")
@@ -78,49 +87,38 @@ class Case:
 
         return step
 
+    def loss_and_gradient(self, model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
+        """The loss of each image, and the gradient of all parameters as one vector, in float64."""
+        losses = self.losses(model, images, labels)
+        scale = LOSS_SCALE if self.precision == "fp16" else 1.0
+        grads = torch.autograd.grad(losses.mean() * scale, list(model.parameters()))
+        return [losses.detach().double(), torch.cat([grad.flatten().double() for grad in grads]) / scale]
 
-def outcome(case: Case, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each image, and the gradient of all parameters as one vector, in float64."""
-    losses = case.losses(model, images, labels)
-    scale = LOSS_SCALE if case.precision == "fp16" else 1.0
-    grads = torch.autograd.grad(losses.mean() * scale, list(model.parameters()))
-    return losses.detach().double(), torch.cat([grad.flatten().double() for grad in grads]) / scale
+    def draw(self, models: dict[str, nn.Module]) -> Callable[[int], Results]:
+        """What `check_accuracy` asks for: losses and gradient of models by provider, EXACT among them."""
+
+        def draw(seed: int) -> Results:
+            images, labels = self.data(seed)
+
+            def results(provider: str) -> list[Tensor]:
+                begin_step(provider)
+                given = images.double() if provider == EXACT else images
+                return self.loss_and_gradient(models[provider], given, labels)
+
+            return results
+
+        return draw
 
 
-def exactly(model: nn.Module) -> nn.Module:
-    """The model in float64. Blocks run forward again in backward: else a GPU would hold twice what eager holds."""
+def in_float64(model: nn.Module) -> nn.Module:
+    """The ResNet in float64, with activation checkpointing: else it would need twice eager's memory."""
     for layer in (model.layer1, model.layer2, model.layer3, model.layer4):
         for block in layer:  # type: ignore[union-attr]
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     return model.double()
 
 
-def objection(errors: list[tuple[float, float]], eager: list[tuple[float, float]], eps: float) -> str:
-    """What is wrong with an implementation, or nothing. Errors are of losses and of gradient, a pair for each draw."""
-    if not eager:
-        return "not checked: there is no eager result to hold it against"
-    for place, what in enumerate(("losses", "gradient")):
-        error = statistics.median(pair[place] for pair in errors)
-        limit = 1.5 * max(pair[place] for pair in eager) + 4 * eps
-        if not (math.isfinite(limit) and error <= limit):
-            return f"wrong {what}: the relative error is {error:.2g}, and {limit:.2g} is allowed"
-    return ""
-
-
-def relative_errors(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """|x - exact| / |exact| of losses and of gradient, Euclidean norms."""
-    of_losses, of_gradient = (((x - y).norm() / y.norm()).item() for x, y in zip(found, exact, strict=True))
-    return of_losses, of_gradient
-
-
-def excuse(impl: str, error: Exception) -> str:
-    """Why an implementation is left out, in one line: memory has run out, or the compiler does not work here.
-
-    Any other error is raised again.
-    """
-    if impl != COMPILED and not isinstance(error, torch.OutOfMemoryError):
-        raise error
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # What the compiler's front raises says in its first line only that its back has raised the next.
-    first = next((line for line in lines if not line.endswith("raised:")), "")
-    return f"{type(error).__name__}: {first}"[:200]
+def begin_step(provider: str) -> None:
+    """Marks a new step where torch.compile replays CUDA graphs, whose outputs the next step may overwrite."""
+    if provider in COMPILED:
+        torch.compiler.cudagraph_mark_step_begin()

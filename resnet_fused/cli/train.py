@@ -1,7 +1,10 @@
-"""`python -m resnet_fused train`: sets a run up, goes through its epochs, leaves it so that it can go on."""
+"""`python -m resnet_fused train`: sets a run up, trains its epochs, and saves it so that it can be resumed."""
+
+from __future__ import annotations
 
 import json
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,16 +19,17 @@ from resnet_fused.cli import checkpoint, compare
 from resnet_fused.cli.data import Batch, Batches, open_source
 from resnet_fused.cli.distributed import World, from_environment, pick_device, process_group
 from resnet_fused.cli.errors import UserError, require
-from resnet_fused.cli.files import make_folder, share, write_text
-from resnet_fused.cli.learner import Learner, check_precision, why_no_cuda_graph
+from resnet_fused.cli.files import make_folder, write_atomically, write_text
+from resnet_fused.cli.learner import Learner, why_no_cuda_graph
 from resnet_fused.cli.metrics import describe, write_metrics
 from resnet_fused.cli.plots import plot_curves
-from resnet_fused.cli.settings import Invocation, Settings, command_to_resume, remembered, settle
+from resnet_fused.cli.precision import check_precision
+from resnet_fused.cli.settings import Invocation, Settings, command_to_resume, make_settings
 from resnet_fused.cli.signals import Stopped, StopRequest
 
-NAMES = {"fused": ("fused",), "reference": ("reference",), "compare": ("fused", "reference")}
-SECONDS_BETWEEN_DRAWINGS = 30  # drawing takes most of a second
-GPU_STEPS_BETWEEN_LOOKS = 10  # reading a loss waits for the GPU
+LEARNERS = {"fused": ("fused",), "reference": ("reference",), "compare": ("fused", "reference")}
+SECONDS_BETWEEN_PLOTS = 30  # plotting takes most of a second
+GPU_STEPS_BETWEEN_READS = 10  # reading a loss waits for the GPU
 
 
 def train(given: dict[str, Any], invocation: Invocation) -> None:
@@ -43,27 +47,25 @@ def train(given: dict[str, Any], invocation: Invocation) -> None:
     with StopRequest() as stop:
         states: dict[str, dict[str, Any]] = {}
         if invocation.resume is not None:
-            invocation, states = find_states(invocation, given.get("impl"))
-        settings = settle(given, next(iter(states.values()))["settings"] if states else {})
+            invocation, states = load_states(invocation, given.get("impl"))
+        settings = make_settings(given, next(iter(states.values()))["settings"] if states else {})
         for package in ("numpy", "tqdm", "matplotlib"):
             require(package)  # now, not after an hour
         device = pick_device(settings.device, world)
         check_precision(settings.precision, device)
         source = open_source(settings.data, settings.image_size, settings.seed)
-        batches = Batches(
-            source, settings.batch_size, settings.seed, settings.workers, world, device.type == "cuda"
-        )
+        on_gpu = device.type == "cuda"
+        batches = Batches(source, settings.batch_size, settings.seed, settings.workers, world, pin=on_gpu)
         if world.main:
             prepare_out(invocation, settings, world)
             reason = why_no_cuda_graph(device, world) if settings.cuda_graph else None
             if reason is not None:
                 print(f"resnet_fused: trains without --cuda-graph: {reason}", file=sys.stderr, flush=True)
-        if device.type == "cuda":
+        if on_gpu:
             torch.backends.cudnn.benchmark = True
         with process_group(world, device):
-            learners = [
-                Learner(name, settings, source, batches.steps, device, world) for name in NAMES[settings.impl]
-            ]
+            names = LEARNERS[settings.impl]
+            learners = [Learner(name, settings, source, batches.steps, device, world) for name in names]
             try:
                 for learner in learners:
                     if learner.name in states:
@@ -71,11 +73,11 @@ def train(given: dict[str, Any], invocation: Invocation) -> None:
                 Run(settings, invocation, world, device, batches, learners, stop).start()
             finally:
                 for learner in learners:
-                    learner.leave()
+                    learner.release_process_group()
 
 
-def find_states(invocation: Invocation, impl: str | None) -> tuple[Invocation, dict[str, dict[str, Any]]]:
-    """The checkpoints to go on from, by the name of the implementation, and where the run's files go.
+def load_states(invocation: Invocation, impl: str | None) -> tuple[Invocation, dict[str, dict[str, Any]]]:
+    """The checkpoints to resume from, by implementation, and where the run's files go.
 
     Raises:
         UserError: there is none, it cannot be read, or two that belong together stand at different steps.
@@ -83,7 +85,7 @@ def find_states(invocation: Invocation, impl: str | None) -> tuple[Invocation, d
     path = invocation.resume
     assert path is not None
     if path.is_dir():
-        compared = impl if impl in NAMES["compare"] else "fused"
+        compared = impl if impl in LEARNERS["compare"] else "fused"
         candidates = (path / "last.pt", path / str(compared) / "last.pt")
         path = next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
     state = checkpoint.load(path)
@@ -96,11 +98,11 @@ def find_states(invocation: Invocation, impl: str | None) -> tuple[Invocation, d
     if was != "compare" or impl not in (None, "compare"):
         out, states = path.parent, {impl or was: state}
     else:
-        states = {name: checkpoint.load(out / name / path.name) for name in NAMES["compare"]}
-        stand = {name: (s["progress"]["epoch"], s["progress"]["step"]) for name, s in states.items()}
-        if len(set(stand.values())) > 1:
+        states = {name: checkpoint.load(out / name / path.name) for name in LEARNERS["compare"]}
+        steps = {name: (s["progress"]["epoch"], s["progress"]["step"]) for name, s in states.items()}
+        if len(set(steps.values())) > 1:
             raise UserError(
-                f"the two checkpoints in {out} stand at different steps ({stand}): start afresh with "
+                f"the two checkpoints in {out} stand at different steps ({steps}): start afresh with "
                 "--overwrite, or go on with one of them by --impl fused or --impl reference"
             )
     return replace(invocation, resume=path, out=invocation.out or out), states
@@ -114,7 +116,7 @@ def prepare_out(invocation: Invocation, settings: Settings, world: World) -> Non
     """
     out = invocation.folder
     make_folder(out)
-    for old in (out / part / file for part in ("", *NAMES["compare"]) for file in ("last.pt", "best.pt")):
+    for old in (out / part / file for part in ("", *LEARNERS["compare"]) for file in ("last.pt", "best.pt")):
         if invocation.resume is None and old.exists():
             if not invocation.overwrite:
                 raise UserError(
@@ -123,15 +125,13 @@ def prepare_out(invocation: Invocation, settings: Settings, world: World) -> Non
                 )
             old.unlink()
     versions = {"torch": torch.__version__, "python": platform.python_version(), "processes": world.size}
-    write_text(
-        out / "config.json",
-        json.dumps({"settings": remembered(settings), "versions": versions}, indent=2) + "\n",
-    )
+    config = {"settings": vars(settings), "versions": versions}
+    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 @dataclass
 class Run:
-    """One or two learners on their way through the epochs, step by step with the same batches."""
+    """One or two learners that train through the epochs, step by step with the same batches."""
 
     settings: Settings
     invocation: Invocation
@@ -145,23 +145,21 @@ class Run:
         self.comparing = len(self.learners) > 1
         self.total = self.settings.epochs * self.batches.steps
         self.warm_up = compare.WARM_UP
-        self.drawn = time.monotonic()
-        self.look_every = 1 if self.comparing or self.device.type == "cpu" else GPU_STEPS_BETWEEN_LOOKS
-        limit = self.invocation.max_steps
-        self.limit = limit if limit is not None and limit < self.total else None
-        if self.limit is not None and self.limit <= self.steps_done:
+        self.plotted = time.monotonic()
+        self.read_every = 1 if self.comparing or self.device.type == "cpu" else GPU_STEPS_BETWEEN_READS
+        self.limit = self.invocation.max_steps or self.total
+        if self.limit < self.total and self.limit <= self.steps_done:
             raise UserError(
-                f"--max-steps {limit}: the run already stands at step {self.steps_done}; give a larger number"
+                f"--max-steps {self.limit}: the run already stands at step {self.steps_done}; give a larger number"
             )
 
     @property
     def steps_done(self) -> int:
-        """Steps since the very first."""
-        progress = self.learners[0].progress
-        return progress.epoch * self.batches.steps + progress.step
+        """Since the start of the run."""
+        return self.learners[0].steps_done
 
     def folder(self, learner: Learner) -> Path:
-        """Where the checkpoints of a learner are."""
+        """Of a learner's checkpoints."""
         return self.invocation.folder / learner.name if self.comparing else self.invocation.folder
 
     def start(self) -> None:
@@ -174,7 +172,7 @@ class Run:
         if self.world.main:
             for learner in self.learners:
                 make_folder(self.folder(learner))
-                self.keep_best(learner)
+                self.copy_best(learner)
             print(self.headline(), flush=True)
             if self.learners[0].name == "fused":
                 print(f"resnet_fused {summary(self.device.type)}", flush=True)
@@ -195,98 +193,96 @@ class Run:
             self.bar.close()
         self.finish()
 
-    def keep_best(self, learner: Learner) -> None:
-        """Brings the best checkpoint along where a run goes on in another folder."""
+    def copy_best(self, learner: Learner) -> None:
+        """Where a run is resumed into another folder, its best checkpoint belongs there too."""
         resume = self.invocation.resume
         if resume is not None:
             folder = resume.parent.parent / learner.name if self.comparing else resume.parent
             old, new = folder / "best.pt", self.folder(learner) / "best.pt"
             if old.is_file() and not new.exists():
-                share(old, new)
+                with open(old, "rb") as source:
+                    write_atomically(new, lambda file: shutil.copyfileobj(source, file))
 
     def epoch(self) -> None:
         """The steps left in this epoch, then the held-out images."""
-        lead = self.learners[0].progress
-        self.bar.set_description(f"epoch {lead.epoch + 1}/{self.settings.epochs}")
+        first = self.learners[0].progress
+        self.bar.set_description(f"epoch {first.epoch + 1}/{self.settings.epochs}")
         mark = time.perf_counter()
-        for batch in self.batches.training(lead.epoch, lead.step):
+        for batch in self.batches.training(first.epoch, first.step):
             images, labels = self.learners[0].prepare(batch)
             if self.comparing:
-                compare.timed_steps(self.learners, images, labels, keep=self.warm_up <= 0)
+                compare.timed_steps(self.learners, images, labels, record=self.warm_up <= 0)
                 self.warm_up -= 1
             else:
                 self.learners[0].step(images, labels)
-            if lead.step % self.look_every == 0:
-                mark = self.look(mark)
-        self.look(mark)
-        # All evaluations, which a signal may cut short, before any end of the epoch: learners stay level.
-        results = [learner.evaluate(self.watched(self.batches.held_out())) for learner in self.learners]
+            if first.step % self.read_every == 0:
+                mark = self.read_losses(mark)
+        self.read_losses(mark)
+        # A signal may cut evaluations short: no learner ends its epoch before all of them are done.
+        results = [learner.evaluate(self.until_stopped(self.batches.held_out())) for learner in self.learners]
         for learner, result in zip(self.learners, results, strict=True):
-            rate = learner.optimizer.param_groups[0]["lr"]  # of the latest step, also after resuming
-            better = learner.progress.finish_epoch(rate, *result)
+            better = learner.progress.finish_epoch(learner.optimizer.param_groups[0]["lr"], *result)
             self.save(learner, better)
             if self.world.main:
-                self.bar.write(
-                    self.prefix(learner) + describe(learner.progress.history[-1], self.settings.epochs)
-                )
-        if time.monotonic() - self.drawn > SECONDS_BETWEEN_DRAWINGS or self.steps_done == self.total:
-            self.draw()
-        self.leave_if_asked()
+                line = describe(learner.progress.history[-1], self.settings.epochs)
+                self.bar.write(self.prefix(learner) + line)
+        if time.monotonic() - self.plotted > SECONDS_BETWEEN_PLOTS or self.steps_done == self.total:
+            self.plot()
+        self.stop_if_asked()
 
-    def look(self, mark: float) -> float:
-        """Reads the losses of the last steps, moves the bar, stops where asked to; returns the time."""
+    def read_losses(self, mark: float) -> float:
+        """Reads the losses since the last call, moves the bar, stops where asked to; returns the time."""
         for learner in self.learners:
-            learner.settle()
+            learner.count_steps()
         now = time.perf_counter()
         if not self.comparing:
             self.learners[0].progress.seconds += now - mark
         self.bar.update(self.steps_done - self.bar.n)
-        shown = [p.progress for p in self.learners if p.progress.seen]
-        if shown:
+        counts = [learner.progress for learner in self.learners if learner.progress.images]
+        if counts:
             self.bar.set_postfix_str(
-                f"loss {'/'.join(f'{p.loss / p.seen:.4f}' for p in shown)}, "
-                f"accuracy {'/'.join(f'{p.correct / p.seen:.2%}' for p in shown)}, "
-                f"{'/'.join(f'{p.seen / max(p.seconds, 1e-9):.0f}' for p in shown)} img/s",
+                f"loss {'/'.join(f'{p.loss / p.images:.4f}' for p in counts)}, "
+                f"accuracy {'/'.join(f'{p.correct / p.images:.2%}' for p in counts)}, "
+                f"{'/'.join(f'{p.images / max(p.seconds, 1e-9):.0f}' for p in counts)} img/s",
                 refresh=False,
             )
-        self.leave_if_asked()
+        self.stop_if_asked()
         return now
 
-    def watched(self, batches: Iterable[Batch | None]) -> Iterator[Batch | None]:
+    def until_stopped(self, batches: Iterable[Batch | None]) -> Iterator[Batch | None]:
         """The batches, for as long as nobody asks to stop. Every rank has equally many."""
         for batch in batches:
-            self.leave_if_asked()
+            self.stop_if_asked()
             yield batch
 
-    def leave_if_asked(self) -> None:
+    def stop_if_asked(self) -> None:
         """Saves and raises `Stopped` where a signal has come, on any rank, or --max-steps is reached."""
-        asked = int(self.world.max(torch.tensor([self.stop.signal])))
-        if not asked and (self.limit is None or self.steps_done < self.limit):
+        signum = int(self.world.max(torch.tensor([self.stop.signal])))
+        limited = self.limit < self.total and self.steps_done >= self.limit
+        if not (signum or limited) or (self.steps_done == self.total and not self.learners[0].progress.step):
             return
-        if self.steps_done < self.total or self.learners[0].progress.step:
-            for learner in self.learners:
-                if learner.progress.step:  # else the end of the epoch has just saved it
-                    self.save(learner, better=False)
-            self.draw()
-            self.bar.close()
-            if self.world.main:
-                print(f"stopped at step {self.steps_done} of {self.total}; to go on:")
-                print(f"  {command_to_resume(self.invocation.folder, self.world)}", flush=True)
-            raise Stopped(asked)
+        for learner in self.learners:
+            if learner.progress.step:  # else the end of the epoch has just saved it
+                self.save(learner, better=False)
+        self.plot()
+        self.bar.close()
+        if self.world.main:
+            print(f"stopped at step {self.steps_done} of {self.total}; to go on:")
+            print(f"  {command_to_resume(self.invocation.folder, self.world)}", flush=True)
+        raise Stopped(signum)
 
     def save(self, learner: Learner, better: bool) -> None:
         """Writes `last.pt`, and `best.pt` where it is better, and the metrics. Every rank must call it."""
         state = learner.state()
         if self.world.main:
             folder = self.folder(learner)
-            checkpoint.save(folder / "last.pt", state)
-            if better:
-                share(folder / "last.pt", folder / "best.pt")
+            for name in ("last.pt", "best.pt") if better else ("last.pt",):
+                checkpoint.save(folder / name, state)
             write_metrics(folder / "metrics.jsonl", learner.progress.history)
 
-    def draw(self) -> None:
-        """Draws the curves so far."""
-        self.drawn = time.monotonic()
+    def plot(self) -> None:
+        """Plots the curves so far."""
+        self.plotted = time.monotonic()
         if self.world.main:
             name = "compare.png" if self.comparing else "curves.png"
             runs = {learner.label: learner.progress for learner in self.learners}
@@ -296,15 +292,14 @@ class Run:
         """Prints how it ended: for a comparison the table."""
         if self.comparing:
             compare.conclude(self.invocation.folder, self.headline(), self.learners, self.batches)
-        else:
+        elif self.world.main:
             progress = self.learners[0].progress
             last = progress.history[-1]["val_accuracy"]
-            if self.world.main:
-                print(f"held-out accuracy {last:.2%}, best {progress.best:.2%}; see {self.invocation.folder}")
+            print(f"held-out accuracy {last:.2%}, best {progress.best:.2%}; see {self.invocation.folder}")
         for learner in self.learners:
             digests = self.world.digests(learner.model)
             if self.world.main and self.world.size > 1:
-                weights = ", ".join(f"rank {rank} {found}" for rank, found in enumerate(digests))
+                weights = ", ".join(f"rank {rank} {digest}" for rank, digest in enumerate(digests))
                 print(f"{self.prefix(learner)}sha256 of the weights: {weights}")
 
     def prefix(self, learner: Learner) -> str:
@@ -313,16 +308,16 @@ class Run:
 
     def headline(self) -> str:
         """The run in one line."""
-        s = self.settings
-        what = s.impl if self.comparing else self.learners[0].label
-        where = (
-            torch.cuda.get_device_name(self.device)
-            if self.device.type == "cuda"
-            else f"{torch.get_num_threads()} threads"
-        )
-        many = f" x {self.world.size} processes" if self.world.size > 1 else ""
-        return (
-            f"{s.arch}, {what}, {s.data} at {s.image_size}x{s.image_size}, batch {s.batch_size}{many}, "
-            f"{s.precision}{', channels_last' if s.channels_last else ''}"
-            f"{', CUDA graph' if self.learners[0].captures else ''}, {self.device.type} ({where})"
-        )
+        s, threads = self.settings, f"{torch.get_num_threads()} threads"
+        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else threads
+        parts = [
+            s.arch,
+            s.impl if self.comparing else self.learners[0].label,
+            f"{s.data} at {s.image_size}x{s.image_size}",
+            f"batch {s.batch_size}" + (f" x {self.world.size} processes" if self.world.size > 1 else ""),
+            s.precision,
+            *(["channels_last"] if s.channels_last else []),
+            *(["CUDA graph"] if self.learners[0].captures else []),
+            f"{self.device.type} ({where})",
+        ]
+        return ", ".join(parts)

@@ -118,7 +118,7 @@ def assert_same_run(one: Path, two: Path) -> None:
         )
     assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
     first, second = a["progress"], b["progress"]
-    for key in ("epoch", "step", "loss", "correct", "seen", "best"):
+    for key in ("epoch", "step", "loss", "correct", "images", "best"):
         assert first[key] == second[key], key
     assert torch.equal(first["losses"], second["losses"])
     timeless = [

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_fused.cli import learner
+from resnet_fused.cli import precision as precisions
 from tests.cli.conftest import Cli, Result, load, make_images
 
 
@@ -42,12 +42,24 @@ def assert_refused(result: Result, *words: str) -> None:
         (("train", "--device", "tpu-ish"), ["tpu-ish", "cuda:N"]),
         (("train", "--device", "meta"), ["meta", "not supported"]),
         (("train", "--data", "nowhere"), ["nowhere", "no such folder"]),
+        (("bench", "--arch", "resnet51"), ["resnet51", "resnet50"]),
+        (("bench", "--batch", "1"), ["--batch 1", "at least 2"]),
+        (("bench", "--image-size", "8"), ["--image-size 8", "at least 16"]),
+        (("bench", "--seconds", "0"), ["--seconds", "above 0"]),
+        (("bench", "--json", "nowhere/at/all.json"), ["nowhere/at/all.json", "cannot be written"]),
+        (("bench", "--out", "/dev/null/out"), ["/dev/null/out", "choose another folder"]),
+        (("info", "--batch", "8"), ["--batch", "add --plan"]),
+        (("info", "--plan", "resnet51"), ["resnet51"]),
+        (("info", "--plan", "resnet18", "--precision", "int8"), ["choose one of bf16"]),
     ],
 )
-def test_arguments(arguments: tuple[str, ...], words: list[str], cli: Cli, tmp_path: Path) -> None:
-    extra = ("--out", tmp_path / "out") if arguments[:1] == ("train",) else ()
-    assert_refused(cli(*arguments, *extra), *words)
-    assert not (tmp_path / "out").exists()
+def test_arguments(
+    arguments: tuple[str, ...], words: list[str], cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = cli(*arguments)
+    assert_refused(result, *words)
+    assert result.out == "" and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
@@ -118,10 +130,7 @@ def test_unwritable_out(train: Cli, tmp_path: Path) -> None:
     assert_refused(train("--out", tmp_path / "file" / "out"), "--out", "cannot be written", "another")
 
 
-def test_out_that_holds_a_run(train: Cli, begun: Path) -> None:
-    before = begun.read_bytes()
-    assert_refused(train("--max-steps", 1), "already holds a run", "--resume", "--overwrite")
-    assert begun.read_bytes() == before
+def test_overwriting(train: Cli, begun: Path) -> None:
     assert train("--max-steps", 1, "--overwrite").code == 0
 
 
@@ -161,8 +170,22 @@ def test_checkpoint(damage: str, train: Cli, begun: Path) -> None:
     assert (begun.read_bytes() if begun.exists() else None) == left
 
 
-def test_checkpoint_of_another_architecture(train: Cli, begun: Path) -> None:
-    assert_refused(train("--resume", "--arch", "resnet34"), "resnet18", "resnet34")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--resume", "--arch", "resnet34"), ["resnet18", "resnet34"]),
+        (("--resume", "--batch-size", 8), ["step 1 of an epoch of 4", "2 steps", "--batch-size"]),
+        (("--resume", "--impl", "compare"), ["--impl fused", "--impl compare"]),
+        (("--resume", "--max-steps", 1), ["--max-steps 1", "already", "larger"]),
+        (("--max-steps", 1), ["already holds a run", "--resume", "--overwrite"]),
+    ],
+)
+def test_options_that_a_checkpoint_forbids(
+    arguments: tuple[object, ...], words: list[str], train: Cli, begun: Path
+) -> None:
+    before = begun.read_bytes()
+    assert_refused(train(*arguments), *words)
+    assert begun.read_bytes() == before
 
 
 def test_checkpoint_of_other_classes(train: Cli, begun: Path, tmp_path: Path) -> None:
@@ -174,10 +197,6 @@ def test_checkpoint_of_other_classes(train: Cli, begun: Path, tmp_path: Path) ->
     )
 
 
-def test_checkpoint_in_mid_epoch_with_another_batch_size(train: Cli, begun: Path) -> None:
-    assert_refused(train("--resume", "--batch-size", 8), "step 1 of an epoch of 4", "2 steps", "--batch-size")
-
-
 def test_checkpoint_that_does_not_fit(train: Cli, begun: Path, tmp_path: Path) -> None:
     state = load(begun)
     del state["model"]["fc.bias"]
@@ -185,21 +204,16 @@ def test_checkpoint_that_does_not_fit(train: Cli, begun: Path, tmp_path: Path) -
     assert_refused(train("--resume"), str(begun), "resnet18", "fc.bias")
 
 
-def test_one_checkpoint_is_no_comparison(train: Cli, begun: Path) -> None:
-    assert_refused(train("--resume", "--impl", "compare"), "--impl fused", "--impl compare")
-
-
-def test_max_steps_that_are_done(train: Cli, begun: Path) -> None:
-    assert_refused(train("--max-steps", 1, "--resume"), "--max-steps 1", "already", "larger")
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_precision_without_a_kernel(precision: str, train: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("command", "precision"), [("train", "bf16"), ("train", "fp16"), ("bench", "fp16")])
+def test_precision_without_a_kernel(
+    command: str, precision: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing(*_: object, **__: object) -> None:
         raise RuntimeError("not implemented for this dtype")
 
-    monkeypatch.setattr(learner.F, "conv2d", missing)
-    assert_refused(train("--precision", precision), f"--precision {precision}", "cpu", "--precision fp32")
+    monkeypatch.setattr(precisions.F, "conv2d", missing)
+    result = cli(command, "--device", "cpu", "--precision", precision, "--out", tmp_path / "out")
+    assert_refused(result, f"--precision {precision}", "cpu", "--precision fp32")
 
 
 @pytest.mark.parametrize(
@@ -222,7 +236,10 @@ def test_missing_package(
     assert_refused(result, f"{name} is not installed", "pip install 'resnet_fused[train]'")
 
 
-def test_a_common_mistake_is_said_once_under_torchrun(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
+def test_under_torchrun(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What every process runs into is said once; bench does not run there."""
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
     assert cli("train", "--batch-size", 1) == Result(2, "", "")
+    monkeypatch.setenv("RANK", "0")
+    assert_refused(cli("bench"), "without torchrun")

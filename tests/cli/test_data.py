@@ -15,10 +15,10 @@ from resnet_fused.cli.distributed import World
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_ranks_divide_an_epoch(size: int) -> None:
     orders = [TrainingOrder(50, 4, seed=7, world=World(rank, size)) for rank in range(size)]
-    seen = [key for order in orders for batch in order for key in batch]
+    drawn = [key for order in orders for batch in order for key in batch]
     steps = 50 // (4 * size)
     assert all(len(order) == steps == len(list(order)) for order in orders)
-    assert len(seen) == len(set(seen)) == steps * 4 * size
+    assert len(drawn) == len(set(drawn)) == steps * 4 * size
 
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:

@@ -11,7 +11,7 @@ import torch
 from resnet_fused.cli.data import open_source
 from resnet_fused.cli.distributed import World, process_group
 from resnet_fused.cli.learner import Learner
-from resnet_fused.cli.settings import settle
+from resnet_fused.cli.settings import make_settings
 
 def gloo_threads():
     time.sleep(0.5)  # a thread takes its name only once it runs
@@ -21,9 +21,9 @@ def gloo_threads():
 device, world = torch.device("cpu"), World(size=2)  # not one, which needs no group
 with process_group(world, device):
     own = gloo_threads()
-    learner = Learner("fused", settle({}, {}), open_source("digits", 32, 0), 1, device, world)
+    learner = Learner("fused", make_settings({}, {}), open_source("digits", 32, 0), 1, device, world)
     both = gloo_threads()
-    learner.leave()
+    learner.release_process_group()
 print(own, both - own, gloo_threads())
 """
 

@@ -13,7 +13,7 @@ import pytest
 from torch import Tensor
 
 from resnet_fused.cli.learner import Learner
-from tests.cli.conftest import Cli, assert_same_run, load
+from tests.cli.conftest import SMALL, Cli, assert_same_run, load
 
 
 @pytest.mark.parametrize(
@@ -95,18 +95,7 @@ def test_signal_during_the_evaluation(train: Cli, tmp_path: Path, monkeypatch: p
 def test_sigterm_to_a_process_with_workers(images: Path, tmp_path: Path) -> None:
     """The whole process group gets the signal, as from a terminal or torchrun; the printed command goes on."""
     out = tmp_path / "out"
-    small = [
-        "--image-size",
-        "16",
-        "--batch-size",
-        "4",
-        "--epochs",
-        "9999",
-        "--workers",
-        "1",
-        "--device",
-        "cpu",
-    ]
+    small = [*SMALL, "--epochs", "9999", "--workers", "1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "resnet_fused", "train", "--data", images, *small, "--out", out],
         stdout=subprocess.PIPE,

@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from resnet_fused.cli.learner import Learner, learning_rate
-from resnet_fused.cli.settings import BY_DATA, Settings, settle
+from resnet_fused.cli.learner import Learner, make_schedule
+from resnet_fused.cli.settings import BY_DATA, Settings, make_settings
 from tests.cli.conftest import Cli, assert_same_run, load, make_images
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -58,33 +59,40 @@ def test_contiguous_layout(train: Cli, tmp_path: Path) -> None:
     assert load(tmp_path / "out" / "last.pt")["model"]["layer1.0.conv1.weight"].is_contiguous()
 
 
-def test_learning_rate() -> None:
-    settings = Settings(lr=1.0, warmup=0.1)
-    rates = [learning_rate(step, 100, settings) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.1 * k for k in range(1, 11)])
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[55] == pytest.approx(0.5)
-    assert 0 < rates[-1] < 1e-3
+@pytest.mark.parametrize("steps", [100, 8])
+def test_learning_rate(steps: int) -> None:
+    """Linear up to the highest rate, which the first step after the warm-up has too, and half a cosine down to 0."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=7.0)
+    schedule = make_schedule(optimizer, Settings(lr=1.0, warmup=0.1), steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    warm = max(1, steps // 10)
+    expected = [(k + 1) / warm for k in range(warm)]
+    expected += [0.5 + 0.5 * math.cos(math.pi * k / (steps - warm)) for k in range(steps - warm)]
+    assert rates == pytest.approx(expected)
 
 
 def test_norms_and_biases_do_not_decay(train: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Learner] = []
+    stepped: list[Learner] = []
     whole = Learner.step
-    monkeypatch.setattr(Learner, "step", lambda self, *a: (seen.append(self), whole(self, *a))[1])
+    monkeypatch.setattr(Learner, "step", lambda self, *a: (stepped.append(self), whole(self, *a))[1])
     assert train("--max-steps", 1, "--weight-decay", 0.25).code == 0
-    decayed, plain = seen[0].optimizer.param_groups
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.25, 0)
-    names = {id(p): name for name, p in seen[0].model.named_parameters()}
-    assert all("bn" not in names[id(p)] and "bias" not in names[id(p)] for p in decayed["params"])
-    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+    matrices, vectors = stepped[0].optimizer.param_groups
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.25, 0)
+    names = {id(p): name for name, p in stepped[0].model.named_parameters()}
+    assert all("bn" not in names[id(p)] and "bias" not in names[id(p)] for p in matrices["params"])
+    assert len(matrices["params"]) + len(vectors["params"]) == len(names)
 
 
 def test_settings_come_from_the_command_then_the_checkpoint_then_the_defaults() -> None:
-    kept = {"lr": 0.5, "seed": 3, "epochs": 7, "an option of a later version": 1}
-    settings = settle({"seed": 4}, kept)
+    saved = {"lr": 0.5, "seed": 3, "epochs": 7, "an option of a later version": 1}
+    settings = make_settings({"seed": 4}, saved)
     assert (settings.lr, settings.seed, settings.epochs) == (0.5, 4, 7)
     assert settings.image_size == BY_DATA["image_size"][0]
-    assert settle({"data": "elsewhere"}, {}).image_size == BY_DATA["image_size"][1]
+    assert make_settings({"data": "elsewhere"}, {}).image_size == BY_DATA["image_size"][1]
 
 
 def _torchrun(*arguments: object) -> str:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import counts
-from benchmarks.kernel_resources import (
+from resnet_fused.kernels.launch import Config, Launch
+from tools.kernel_resources import (
     ARCHITECTURES,
     REGISTERS,
     Resources,
@@ -21,7 +22,6 @@ from benchmarks.kernel_resources import (
     compile_all,
     specialisation,
 )
-from resnet_fused.kernels.launch import Config, Launch
 
 pytest.importorskip("triton")
 
@@ -92,7 +92,7 @@ def no_tensor_cores(x: Built, found: Resources) -> str:
         return ""  # float32 as it is has no tensor-core instruction
     if not found.mma:
         return "no tensor-core instruction"
-    return "no wgmma" if x.arch == 90 and found.products & {"bf16", "f16"} and not found.wgmma else ""
+    return "no wgmma" if x.arch == 90 and found.operands & {"bf16", "f16"} and not found.wgmma else ""
 
 
 def narrow_loads(x: Built, found: Resources) -> str:
@@ -108,7 +108,7 @@ def unsafe(_: Built, found: Resources) -> str:
 def serialized(_: Built, found: Resources) -> str:
     # ptxas serializes plain products of float16 whose code in bfloat16, alike but for the type, it does not: those are
     # counted in the table of resources.
-    if "f16" in found.products:
+    if "f16" in found.operands:
         return ""
     return "every wgmma waits for the one before it" if found.serialized else ""
 

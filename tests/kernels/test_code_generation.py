@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.kernel_instructions import disassembled
-from benchmarks.kernel_resources import binary, compile_all, is_unsafe, specialisation
 from resnet_fused.kernels.launch import Launch
+from tools.kernel_instructions import disassembled
+from tools.kernel_resources import binary, compile_all, is_unsafe, specialisation
 
 pytest.importorskip("triton")
 

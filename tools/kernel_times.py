@@ -1,7 +1,7 @@
-"""Every Triton launch of a training step beside its limit: ``python -m benchmarks.kernel_times [--help]``.
+"""Every Triton launch of a training step beside its limit: ``python -m tools.kernel_times [--help]``.
 
-A model trains two steps, in which configurations are chosen; in a third each launch is timed where it stands, by
-running it again with a cold cache. What the whole step takes is measured apart, and what else runs in it is profiled.
+A model trains two steps, in which configurations are chosen; in a third every launch is timed in place, by running it
+again with a cold cache. The whole step is measured apart, and what else runs in it is profiled.
 """
 
 from __future__ import annotations
@@ -22,26 +22,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 
-from benchmarks.harness import COLD_BYTES
-from benchmarks.roofline import H100, Ceilings, measure
+from benchmarks.roofline import H100, Ceilings, limit, measure, read_ceilings
 from benchmarks.roofline_model import ELEMENT, Kernel
 from resnet_fused import backend, models
-from resnet_fused.cli.timing import header, milliseconds
+from resnet_fused.kernels.launch import Launch, observe_launches
+from resnet_fused.measure import COLD_BYTES, header, milliseconds
 from resnet_fused.reference.resnet import ARCHITECTURES
 
 REPETITIONS = 15
-#: Cycles, about a millisecond, in which the processor gets ahead of the GPU: launching then costs no time measured.
+#: Cycles, about a millisecond, in which the CPU gets ahead of the GPU, so that launching takes no measured time.
 HEAD_START = 2_000_000
-#: Steps between two events, so that the processor runs ahead as it does in training.
+#: Steps between two events, so that the CPU runs ahead as it does in training.
 STEPS = 5
-#: (name, launches, milliseconds of all of them)
-Other = tuple[str, int, float]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None, "tf32": None}
 
 
 @dataclass(frozen=True)
 class Row:
-    """All launches of one kernel that are alike. Times and bytes are those of one of them."""
+    """All launches of one kernel with the same configuration and operands. Times and bytes are those of one launch."""
 
     kernel: str
     config: str
@@ -53,14 +51,17 @@ class Row:
     count: int = 1
 
     @property
-    def share(self) -> float:
-        """The limit as a part of the measured time: 1 is as fast as can be."""
-        return self.limit_ms / self.ms
-
-    @property
     def lost_ms(self) -> float:
-        """What all of them take above their limit."""
+        """Time of all of them beyond their limit."""
         return self.count * (self.ms - self.limit_ms)
+
+
+def timed(launch: Launch, ceilings: Ceilings, time_of: Callable[[Callable[[], None]], float]) -> Row:
+    """A launch beside its limit; ``time_of`` runs it and returns milliseconds."""
+    seconds = limit([Kernel(launch.name, "", "", launch.bytes, launch.flops)], ceilings)
+    grid = "x".join(map(str, launch.grid))
+    ms = time_of(launch.run)
+    return Row(launch.name, str(launch.config), grid, launch.bytes, launch.flops, ms, seconds * 1e3)
 
 
 def grouped(rows: Iterable[Row]) -> list[Row]:
@@ -68,25 +69,30 @@ def grouped(rows: Iterable[Row]) -> list[Row]:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.kernel, row.config, row.grid, row.bytes, row.flops), []).append(row)
-    merged = [
-        replace(same[0], ms=statistics.median(r.ms for r in same), count=sum(r.count for r in same))
+    merged = (
+        replace(same[0], ms=statistics.median(row.ms for row in same), count=len(same))
         for same in groups.values()
-    ]
+    )
     return sorted(merged, key=lambda row: -row.lost_ms)
 
 
 def table(rows: list[Row]) -> str:
-    """One line per row; ``*`` is below half of the limit. At the end each kernel over the whole step."""
-    heads = ("launches", "MB", "GFLOP", "us", "limit us", "share", "lost us")
+    """A line per row, then per kernel, then their sum; ``*`` is below half of the limit."""
+    heads = ("launches", "MB", "GFLOP", "us", "limit us", "of limit", "lost us")
     lines = [f"{'kernel':18}{'config':26}{'grid':18}" + "".join(f"{head:>10}" for head in heads)]
 
     def add(name: str, config: str, grid: str, group: list[Row]) -> None:
-        count = sum(r.count for r in group)
-        sums = [sum(r.count * value(r) for r in group) for value in (_mb, _gflop, _us, _limit_us)]
-        share = sums[3] / sums[2] if sums[2] else 0.0
+        us, limit_us = (
+            sum(r.count * t(r) * 1e3 for r in group) for t in (lambda r: r.ms, lambda r: r.limit_ms)
+        )
+        megabytes, gflop = (
+            sum(r.count * r.bytes for r in group) / 1e6,
+            sum(r.count * r.flops for r in group) / 1e9,
+        )
+        share = limit_us / us if us else 0.0
         lines.append(
-            f"{name:18}{config:26}{grid:18}{count:10}{sums[0]:10.1f}{sums[1]:10.2f}{sums[2]:10.1f}{sums[3]:10.1f}"
-            f"{share:9.0%}{'*' if share < 0.5 else ' '}{sums[2] - sums[3]:10.1f}"
+            f"{name:18}{config:26}{grid:18}{sum(r.count for r in group):10}{megabytes:10.1f}{gflop:10.2f}{us:10.1f}"
+            f"{limit_us:10.1f}{share:9.0%}{'*' if share < 0.5 else ' '}{us - limit_us:10.1f}"
         )
 
     for row in rows:
@@ -97,32 +103,8 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _mb(row: Row) -> float:
-    return row.bytes / 1e6
-
-
-def _gflop(row: Row) -> float:
-    return row.flops / 1e9
-
-
-def _us(row: Row) -> float:
-    return row.ms * 1e3
-
-
-def _limit_us(row: Row) -> float:
-    return row.limit_ms * 1e3
-
-
-def timed(launch: Any, ceilings: Ceilings, time_of: Callable[[Callable[[], None]], float]) -> Row:
-    """A launch (resnet_fused.kernels.launch.Launch) beside its limit; ``time_of`` runs it and returns milliseconds."""
-    kernel = Kernel(launch.name, "", "", launch.bytes, launch.flops)
-    seconds = max(ceilings.memory_seconds(kernel), ceilings.compute_seconds(kernel))
-    grid = "x".join(map(str, launch.grid))
-    ms = time_of(launch.run)
-    return Row(launch.name, str(launch.config), grid, launch.bytes, launch.flops, ms, seconds * 1e3)
-
-
 def make_step(arch: str, batch: int, image_size: int, dtype: str, device: torch.device) -> Callable[[], None]:
+    """A training step of ours: forward, loss, backward, SGD with momentum."""
     torch.manual_seed(0)
     model: nn.Module = getattr(models, arch)().to(device, memory_format=torch.channels_last)
     images = torch.randn(batch, 3, image_size, image_size, device=device)
@@ -143,8 +125,6 @@ def make_step(arch: str, batch: int, image_size: int, dtype: str, device: torch.
 
 def observed(step: Callable[[], None], ceilings: Ceilings, device: torch.device) -> list[Row]:
     """The rows of one step, each launch timed while its tensors live."""
-    from resnet_fused.kernels.launch import observing
-
     cold = torch.empty(COLD_BYTES, dtype=torch.uint8, device=device)
 
     def time_of(run: Callable[[], None]) -> float:
@@ -159,67 +139,46 @@ def observed(step: Callable[[], None], ceilings: Ceilings, device: torch.device)
         return statistics.median(start.elapsed_time(end) for start, end in pairs)
 
     rows: list[Row] = []
-    with observing(lambda launch: rows.append(timed(launch, ceilings, time_of))):
+    with observe_launches(lambda launch: rows.append(timed(launch, ceilings, time_of))):
         step()
     return rows
 
 
-def profiled(step: Callable[[], None], ours: set[str]) -> tuple[float, list[Other]]:
-    """What the profiler sees of one step: milliseconds in our Triton kernels, and everything else."""
+def profiled(step: Callable[[], None]) -> list[Any]:
+    """``FunctionEventAvg`` of one step."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
-    return split(profiler.key_averages(), ours)
+    return list(profiler.key_averages())
 
 
-def split(events: Iterable[Any], ours: set[str]) -> tuple[float, list[Other]]:
-    """Averages of the profiler (``FunctionEventAvg``) as ``profiled`` returns them, the longest first."""
-    # Calls on the CPU carry their kernels' times too, and ranges that a user marked cover kernels: left out.
-    kernels = [
-        event
+def split(events: Iterable[Any], ours: set[str]) -> tuple[float, list[tuple[str, int, float]]]:
+    """Milliseconds in the kernels named ``ours``; (name, launches, milliseconds) of all others, the longest first."""
+    # Calls on the CPU carry their kernels' times too, and user annotations cover kernels: left out.
+    times = [
+        (event.key, event.count, event.self_device_time_total / 1e3)
         for event in events
         if event.device_type == DeviceType.CUDA
         and event.self_device_time_total > 0
         and not event.is_user_annotation
     ]
-    times = [(event.key, event.count, event.self_device_time_total / 1e3) for event in kernels]
     others = sorted((row for row in times if row[0] not in ours), key=lambda row: -row[2])
     return sum(ms for name, _, ms in times if name in ours), others
 
 
-def read_ceilings(file: Path | None, dtype: str) -> Ceilings | None:
-    """A device's own, as the stage environment of benchmarks.gpu has written them; None where it has not."""
-    if file is None:
-        return None
-    try:
-        return Ceilings(**json.loads(file.read_text())["ceilings"][dtype])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"{file} has no ceilings for {dtype}: {error!r}", file=sys.stderr)
-        return None
-
-
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(prog="python -m benchmarks.kernel_times", description=__doc__)
+    found = argparse.ArgumentParser(prog="python -m tools.kernel_times", description=__doc__)
     found.add_argument("--arch", default="resnet50", choices=ARCHITECTURES, metavar="ARCH")
-    found.add_argument("--batch", type=int, default=256, help="images a step (default: 256)")
-    found.add_argument("--image-size", type=int, default=224, help="pixels of a side (default: 224)")
+    found.add_argument("--batch", type=int, default=256, help="images per step (default: 256)")
+    found.add_argument("--image-size", type=int, default=224, help="height and width (default: 224)")
     found.add_argument("--dtype", default="bf16", choices=list(ELEMENT), help="default: bf16")
-    found.add_argument(
-        "--backend",
-        default="auto",
-        choices=("auto", "triton", "vendor"),
-        help="what runs a step (default: auto)",
-    )
-    found.add_argument(
-        "--measure", action="store_true", help="this GPU's ceilings, not an H100's for bf16; others always"
-    )
+    found.add_argument("--backend", default="auto", choices=("auto", "triton", "vendor"))
     found.add_argument(
         "--ceilings",
         type=Path,
-        help="a file of this GPU's ceilings, as the stage environment of benchmarks.gpu"
-        " writes it; where it has none they are as without",
+        help="JSON with this GPU's ceilings; without, those of an H100 in 16 bits, else measured ones",
     )
     found.add_argument("--json", type=Path, help="write header and rows to this file")
     return found
@@ -232,9 +191,9 @@ def main(arguments: list[str]) -> int:
         return 2
     device = torch.device("cuda")
     torch.backends.cudnn.allow_tf32 = options.dtype == "tf32"
-    known = options.dtype in ("bf16", "fp16") and not options.measure
     ceilings = read_ceilings(options.ceilings, options.dtype)
-    ceilings = ceilings or (H100 if known else measure(options.dtype, device))
+    if ceilings is None:
+        ceilings = H100 if options.dtype in ("bf16", "fp16") else measure(options.dtype, device)
     with backend(options.backend):
         _show(options, device, ceilings)
     return 0
@@ -250,10 +209,9 @@ def _show(options: argparse.Namespace, device: torch.device, ceilings: Ceilings)
         milliseconds(lambda: [step() for _ in range(STEPS)], device) / STEPS for _ in range(3)
     )
     rows = grouped(observed(step, ceilings, device))
-    triton_ms, others = profiled(step, {f"{row.kernel}_kernel" for row in rows})
-    print(
-        f"{options.arch}, batch {options.batch}, {options.dtype}, {torch.cuda.get_device_name()}; {ceilings}"
-    )
+    triton_ms, others = split(profiled(step), {f"{row.kernel}_kernel" for row in rows})
+    gpu = torch.cuda.get_device_name()
+    print(f"{options.arch}, batch {options.batch}, {options.dtype}, {gpu}; {ceilings}")
     print(table(rows))
     print(f"{'other kernels':70}{'launches':>10}{'us':>10}")
     for name, count, ms in others[:40]:
@@ -264,17 +222,13 @@ def _show(options: argparse.Namespace, device: torch.device, ceilings: Ceilings)
         f" ({triton_ms / whole:.0%}), others {other_ms:.3f} ms; Triton kernels one by one, cold {alone:.3f} ms"
     )
     if options.json:
+        known = header(device, time.monotonic() - begun, {options.dtype: asdict(ceilings)})
+        chosen = {name: getattr(options, name) for name in ("arch", "batch", "dtype", "backend")}
         found = {
-            "header": {
-                **header(device, time.monotonic() - begun, {options.dtype: asdict(ceilings)}),
-                "arch": options.arch,
-                "batch": options.batch,
-                "dtype": options.dtype,
-                "backend": options.backend,
-            },
+            "header": known | chosen,
             "step_ms": whole,
             "triton_ms": triton_ms,
-            "rows": [{**asdict(row), "share": row.share} for row in rows],
+            "rows": [{**asdict(row), "share": row.limit_ms / row.ms} for row in rows],
             "others": [{"kernel": name, "count": count, "ms": ms} for name, count, ms in others],
         }
         options.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,0 +1,1 @@
+"""Registers, instructions and times of Triton kernels; not part of the package."""
