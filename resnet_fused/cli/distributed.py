@@ -56,7 +56,7 @@ class World:
 
 
 def from_environment() -> World:
-    """The place that torchrun gave this process, by its environment variables."""
+    """The rank and world size in torchrun's environment variables."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World()
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -67,12 +67,13 @@ def from_environment() -> World:
 
 @contextlib.contextmanager
 def process_group(world: World, device: torch.device) -> Iterator[None]:
-    """Joins the other ranks for as long as the context lasts; nothing where there is one rank.
+    """The default process group while the context lasts; nothing where there is one rank.
 
-    CPU tensors travel by gloo on either device, so that ranks can agree without waiting for their GPUs.
+    CPU tensors use gloo on either device, so that ranks can exchange numbers without waiting for their GPUs.
 
-    gloo's threads end with it. One that let go of the last tensor made in Python after the interpreter has ended
-    would abort the process, so nothing may keep the group: DDP, of which a part never ends, is given another.
+    Destroying the group ends gloo's threads. A thread that released the last reference to a tensor after the
+    interpreter has exited would abort the process, so nothing else may hold the group: DDP, which is never freed
+    completely, gets a group of its own.
     """
     if world.size == 1:
         yield
@@ -82,7 +83,7 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-        gc.collect()  # DDP, which keeps the group, is part of a cycle
+        gc.collect()  # DDP, which holds its group, is part of a reference cycle
 
 
 def pick_device(name: str, world: World) -> torch.device:

@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM as a request that the training loop answers between two steps."""
+"""Ctrl-C and SIGTERM as a request that the training loop handles between two steps."""
+
+from __future__ import annotations
 
 import os
 import signal
@@ -23,8 +25,8 @@ class Stopped(Exception):
 class StopRequest:
     """Remembers the first SIGINT or SIGTERM while the context lasts.
 
-    Another signal, more than a second later, interrupts at once: the user no longer wants to wait for the
-    step. (A launcher and a terminal may both deliver the same Ctrl-C, hence the second.)
+    Another signal, more than a second later, interrupts at once: the user does not want to wait for the step.
+    (A launcher and a terminal may both deliver the same Ctrl-C, hence the second.)
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -34,7 +36,7 @@ class StopRequest:
         self._since = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for signum in self.SIGNALS:
                 self._previous[signum] = signal.signal(signum, self._request)
@@ -57,9 +59,9 @@ class StopRequest:
 def detach_worker(worker: int) -> None:
     """`worker_init_fn` of a DataLoader: takes the worker out of the program's process group.
 
-    A terminal sends Ctrl-C, and torchrun sends SIGTERM, to the whole group; a worker that died of it would take
-    the step that is to be finished with it. Ignoring the signals is no way: multiprocessing ends the workers
-    that are left at exit by SIGTERM, and waits for them.
+    A terminal sends Ctrl-C, and torchrun sends SIGTERM, to the whole group; a worker that dies of it would make the
+    step that is still to be finished fail. Workers cannot ignore the signals: at exit multiprocessing sends SIGTERM to
+    those that are left and waits for them.
     """
     os.setpgrp()
     for signum in StopRequest.SIGNALS:
