@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import resnet_fused
 from resnet_fused import reference
+from tests.accuracy import shift_from_zero
 
 
 def nodes(out: Tensor) -> list[str]:
@@ -65,12 +66,10 @@ def pair(arch: str | Callable[[Any], nn.Module], **kwargs: Any) -> tuple[nn.Modu
 
 
 def draw_away_from_kinks(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    """Images for a ResNet whose biases are changed so that rounding decides no ReLU and no maximum.
+    """Images for a ResNet, whose biases are changed: rounding decides no ReLU and no maximum; see shift_from_zero.
 
-    On which side of zero a ReLU's input lies, or which of two values is the larger, moves gradients by orders of
-    magnitude more than rounding does. Each channel's bias puts zero into the widest gap between its values, not far
-    from their median; images and the first weights are small integers over powers of two, so that two outputs of the
-    first convolution are either equal or far apart.
+    Images and the first weights are small integers over powers of two, so that two outputs of the first convolution are
+    either equal or far apart.
     """
     x = torch.randint(-2, 3, shape).float()
     with torch.no_grad():
@@ -78,11 +77,7 @@ def draw_away_from_kinks(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
     exact, latest = copy.deepcopy(model).double(), []
 
     def shift_bias(relu: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        values = inputs[0].transpose(0, 1).flatten(1).sort(1).values
-        first, last = values.shape[1] // 8, -(-values.shape[1] * 7 // 8)
-        inner = values[:, first:last]
-        below = inner.diff(dim=1).argmax(1, keepdim=True)
-        shift = -(inner.gather(1, below) + inner.gather(1, below + 1)).flatten() / 2
+        shift = shift_from_zero(inputs[0])
         latest[-1].bias += shift
         return inputs[0] + shift.view(1, -1, 1, 1)
 

@@ -19,6 +19,7 @@ from tests.accuracy import (
     errors,
     geometric_mean,
     relative_error,
+    shift_from_zero,
 )
 
 
@@ -145,6 +146,17 @@ def test_an_exact_zero_must_be_met() -> None:
     assert relative_error(small, zero) == element_error(small, zero) == math.inf
     with pytest.raises(Inaccurate):
         assert_as_accurate("zero", small, torch.zeros(3), zero)
+
+
+def test_values_are_shifted_away_from_zero() -> None:
+    values = torch.randn(4, 3, 10, 8, dtype=torch.float64)
+    values[:, 1] = 0.3
+    shift = shift_from_zero(values)
+    assert shift[1] == 0
+    shifted = (values + shift.view(1, -1, 1, 1))[:, ::2]
+    assert shifted.abs().amin((0, 2, 3)).min() > 0.01
+    assert ((shifted > 0).double().mean((0, 2, 3)) > 0.05).all()
+    assert ((shifted < 0).double().mean((0, 2, 3)) > 0.05).all()
 
 
 def test_memory_is_poisoned() -> None:
