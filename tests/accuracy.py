@@ -184,10 +184,12 @@ _SHAPES = {
 }
 
 
-def hostile_input(name: str, dtype: torch.dtype, layout: str, device: str = "cpu") -> Case:
+def hostile_input(
+    name: str, dtype: torch.dtype, layout: str, device: str = "cpu", level: float = 1e3
+) -> Case:
     """One case of HOSTILE_CASES with fresh random values from the global generator.
 
-    - mean: per-channel |mean| / std of 1e3, either sign, in both branches;
+    - mean: per-channel |mean| / std of ``level``, either sign, in both branches;
     - constant_channel: two channels without variance;
     - gamma: weights of zero and below;
     - two_values: two values per channel, one more than the minimum;
@@ -206,7 +208,7 @@ def hostile_input(name: str, dtype: torch.dtype, layout: str, device: str = "cpu
     def activation(mean: float = 0.0) -> Tensor:
         x = torch.randn(shape)
         if name == "mean":
-            x += 1e3 * torch.randn(channels).sign().view(-1, 1, 1)
+            x += level * torch.randn(channels).sign().view(-1, 1, 1)
         else:
             if name == "two_values":
                 # Far enough apart for their mean: |mean| >> std is the matter of another case.
