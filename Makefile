@@ -6,8 +6,9 @@ THREADS ?= 2
 RESULTS ?= build/bench.json
 # The Triton of torch 2.11, the oldest torch that is supported: kernels are compiled with it too.
 OLDEST_TRITON ?= 3.6.0
-# Of `make soak`.
+# Of `make soak`: operands that do not fit, and the seed of the accuracy tests' random inputs.
 CASES ?= 5000
+SEED := $(if $(SEED),$(SEED),$(strip $(shell od -An -N4 -tu4 /dev/urandom)))
 # The interpreter, with the torch and Triton, of the machine with the GPU that `make gpu-bundle` compiles for.
 PYTHON312 ?= build/py312/bin/python
 
@@ -17,7 +18,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.py')
 NATIVE := csrc tests/emulated_cuda
 
-.PHONY: demo examples test test-interpreter test-oldest-triton soak bench report docs docs-check lint format build gpu-bundle clean
+.PHONY: demo examples test test-interpreter test-oldest-triton soak soak-operands soak-accuracy bench report docs \
+	docs-check lint format build gpu-bundle clean
 
 # Threads that wait for each other don't spin: beside other jobs on the same cores a step takes an eighth of the time.
 demo: build
@@ -37,9 +39,16 @@ test-interpreter: build
 test-oldest-triton: build build/triton-$(OLDEST_TRITON)
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(PYTEST) tests/kernels/test_ahead_of_time.py tests/kernels/test_code_generation.py
 
+soak: soak-operands soak-accuracy
+
+# The random inputs of `make test` are the same every time, these are not. The command that make prints repeats them.
+soak-accuracy: build
+	RESNET_FUSED_TEST_SEED=$(SEED) $(PYTEST) tests/ops tests/reference tests/test_models.py
+	RESNET_FUSED_TEST_SEED=$(SEED) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -m interpreter tests/kernels tests/ops
+
 # Ops with operands that do not fit, from a random seed, with csrc under AddressSanitizer: a copy of the package in
 # build/asan has an extension of its own. libstdc++ is loaded early too, so that exceptions are intercepted.
-soak: build
+soak-operands: build
 	mkdir -p build/asan
 	rm -rf build/asan/csrc build/asan/resnet_fused build/asan/tests
 	cp -rp csrc resnet_fused tests setup.py pyproject.toml README.md LICENSE build/asan/

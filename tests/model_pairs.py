@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 import resnet_fused
 from resnet_fused import reference
+from tests.accuracy import shift_from_zero
 
 
 def nodes(out: Tensor) -> list[str]:
@@ -24,13 +27,28 @@ def nodes(out: Tensor) -> list[str]:
     return [node.name() for node in seen]
 
 
-def pair(arch: str, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
-    """The fused model and its reference with equal random weights and statistics.
+#: Short ResNets by their kind of block: two blocks of one size, and three with a downsample convolution.
+KINDS = {"basic": "BasicBlock", "bottleneck": "Bottleneck"}
+
+
+def make_model(library: Any, arch: str | Callable[[Any], nn.Module], **kwargs: Any) -> nn.Module:
+    """``arch``: a constructor's name, one of KINDS (seven classes), or a function of the library."""
+    if callable(arch):
+        made: nn.Module = arch(library)
+    elif arch in KINDS:
+        made = library.ResNet(getattr(library, KINDS[arch]), [2, 1, 1, 1], **{"num_classes": 7} | kwargs)
+    else:
+        made = getattr(library, arch)(**kwargs)
+    return made
+
+
+def pair(arch: str | Callable[[Any], nn.Module], **kwargs: Any) -> tuple[nn.Module, nn.Module]:
+    """The fused model and its reference with equal random weights and statistics; see make_model for ``arch``.
 
     Biases keep most activations well away from zero, on either side: where a ReLU sits within rounding of zero, float32
     itself decides the gradient, and the two models may decide differently.
     """
-    eager = getattr(reference, arch)(**kwargs)
+    eager = make_model(reference, arch, **kwargs)
     for name, module in eager.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -41,9 +59,39 @@ def pair(arch: str, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
                 module.bias.data *= torch.randn_like(module.bias).sign()
             nn.init.normal_(module.running_mean, std=0.2)
             nn.init.uniform_(module.running_var, 0.5, 2.0)
-    fused = getattr(resnet_fused, arch)(**kwargs)
-    fused.load_state_dict(eager.state_dict(), strict=True)
+    with torch.device("meta"):  # without drawing weights
+        fused = make_model(resnet_fused, arch, **kwargs)
+    fused.to_empty(device="cpu").load_state_dict(eager.state_dict(), strict=True)
     return fused, eager
+
+
+def draw_away_from_kinks(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """Images for a ResNet, whose biases are changed: rounding decides no ReLU and no maximum; see shift_from_zero.
+
+    Images and the first weights are small integers over powers of two, so that two outputs of the first convolution are
+    either equal or far apart.
+    """
+    x = torch.randint(-2, 3, shape).float()
+    with torch.no_grad():
+        model.conv1.weight.copy_(torch.randint(-2, 3, model.conv1.weight.shape) / 64)
+    exact, latest = copy.deepcopy(model).double(), []
+
+    def shift_bias(relu: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        shift = shift_from_zero(inputs[0])
+        latest[-1].bias += shift
+        return inputs[0] + shift.view(1, -1, 1, 1)
+
+    for module in exact.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(lambda norm, *_: latest.append(norm))
+        elif isinstance(module, nn.ReLU):
+            module.register_forward_pre_hook(shift_bias)
+    with torch.no_grad():
+        exact(x.double())
+    for (name, bias), changed in zip(model.named_parameters(), exact.parameters(), strict=True):
+        if name.endswith("bias") and name != "fc.bias":
+            bias.data.copy_(changed)
+    return x
 
 
 def block_pair(
@@ -56,7 +104,7 @@ def block_pair(
     planes = 64 if kind == "basic" or downsample else 16
     blocks = []
     for library in (resnet_fused, reference):
-        cls = library.BasicBlock if kind == "basic" else library.Bottleneck
+        cls = getattr(library, KINDS[kind])
         outputs = planes * cls.expansion
         shortcut = nn.Sequential(nn.Conv2d(64, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
         block = cls(64, planes, 1, shortcut if downsample else None)

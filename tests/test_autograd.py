@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, jacrev, jvp, vmap
 import resnet_fused
 from resnet_fused import functional
 from resnet_fused.types import BatchNorm
-from tests.model_pairs import assert_equal, block_pair, pair, scrambled
+from tests.model_pairs import KINDS, assert_equal, block_pair, pair, scrambled
 
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 F64 = torch.float64
@@ -114,7 +114,7 @@ def test_hooks_may_change_the_strides_of_saved_tensors(
 
 def test_save_on_cpu(memory_format: torch.memory_format) -> None:
     found = []
-    for model in (m.double().to(memory_format=memory_format) for m in pair("resnet18", num_classes=7)):
+    for model in (m.double().to(memory_format=memory_format) for m in pair("basic")):
         x = torch.linspace(-2, 2, 4 * 3 * 64 * 64, dtype=F64).view(4, 3, 64, 64).sin()
         with torch.autograd.graph.save_on_cpu():
             out = model(x.to(memory_format=memory_format))
@@ -192,7 +192,7 @@ def gradient_strides(model: nn.Module, x: Tensor, autocast: bool) -> dict[str, t
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("of_input", LAYOUTS)
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("arch", KINDS)
 def test_gradients_have_the_strides_of_eagers(
     arch: str, of_input: str, autocast: bool, memory_format: torch.memory_format
 ) -> None:
@@ -237,9 +237,9 @@ def transforms(model: nn.Module, x: Tensor) -> Iterator[tuple[str, Callable[[], 
     yield "forward-mode AD", dual
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("arch", KINDS)
 def test_transforms(arch: str, memory_format: torch.memory_format) -> None:
-    fused, eager = (m.double().eval().to(memory_format=memory_format) for m in pair(arch, num_classes=7))
+    fused, eager = (m.double().eval().to(memory_format=memory_format) for m in pair(arch))
     x = torch.randn(2, 3, 32, 32, dtype=F64).to(memory_format=memory_format)
     for (name, by_fused), (_, by_eager) in zip(transforms(fused, x), transforms(eager, x), strict=True):
         torch.testing.assert_close(
@@ -265,9 +265,7 @@ def test_transforms_of_functions(name: str) -> None:
 
 def test_compiled_functional_gradient(memory_format: torch.memory_format) -> None:
     """torch.compile inlines what torch.func asks for: the plain composition there too."""
-    fused, eager = (
-        m.double().eval().to(memory_format=memory_format) for m in pair("resnet18", num_classes=7)
-    )
+    fused, eager = (m.double().eval().to(memory_format=memory_format) for m in pair("basic"))
     x = torch.randn(2, 3, 32, 32, dtype=F64).to(memory_format=memory_format)
     parameters = {name: p.detach() for name, p in eager.named_parameters()}
 
@@ -286,9 +284,7 @@ def test_compiled_functional_gradient(memory_format: torch.memory_format) -> Non
 
 
 def test_compiled_vmap(memory_format: torch.memory_format) -> None:
-    fused, eager = (
-        m.double().eval().to(memory_format=memory_format) for m in pair("resnet18", num_classes=7)
-    )
+    fused, eager = (m.double().eval().to(memory_format=memory_format) for m in pair("basic"))
     x = torch.randn(2, 3, 32, 32, dtype=F64)
     torch._dynamo.reset()
     found = torch.compile(vmap(lambda image: fused(image[None])[0]), backend="eager")(x)

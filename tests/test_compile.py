@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
 import resnet_fused
-from tests.model_pairs import block_pair, pair
+from tests.model_pairs import KINDS, block_pair, make_model, pair
 
+#: Of eval_model: the stem's, two of each of five blocks, three downsample convolutions.
+CONVOLUTIONS = 14
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 both_layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 
@@ -27,13 +30,24 @@ def train_step(model: nn.Module, x: Tensor, labels: Tensor) -> list[Tensor]:
     return [*(p.detach() for p in model.parameters()), *model.buffers()]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_fullgraph_trains_a_step(backend: str) -> None:
+def block_classifier() -> nn.Module:
+    block, _ = block_pair("bottleneck", torch.channels_last)
+    return nn.Sequential(block.float(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    ("backend", "make", "shape"),
+    [
+        ("aot_eager", lambda: make_model(resnet_fused, "basic"), (4, 3, 64, 64)),
+        ("inductor", block_classifier, (4, 64, 8, 8)),
+    ],
+    ids=["aot_eager", "inductor"],
+)
+def test_fullgraph_trains_a_step(backend: str, make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
     """In float64, where rounding flips no ReLU."""
-    torch.manual_seed(0)
-    model = resnet_fused.resnet18(num_classes=7).to(torch.float64, memory_format=torch.channels_last)
+    model = make().to(torch.float64, memory_format=torch.channels_last)
     copied = copy.deepcopy(model)
-    x = torch.randn(4, 3, 64, 64, dtype=torch.float64).to(memory_format=torch.channels_last)
+    x = torch.randn(shape, dtype=torch.float64).to(memory_format=torch.channels_last)
     labels = torch.arange(4)
     expected = train_step(model, x, labels)
     torch._dynamo.reset()
@@ -96,7 +110,7 @@ def test_dynamic_shapes_compile_no_more_often_than_eager(compilations: list[int]
 
 
 def eval_model(layout: torch.memory_format) -> tuple[nn.Module, Tensor]:
-    model, _ = pair("resnet18", num_classes=7)
+    model, _ = pair("basic")
     return model.eval().to(memory_format=layout), torch.randn(4, 3, 64, 64).to(memory_format=layout)
 
 
@@ -110,7 +124,7 @@ def test_export_is_of_aten_ops(layout: torch.memory_format) -> None:
     called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert not any("resnet_fused" in target for target in called)
     pairs = itertools.pairwise(called)
-    assert sum("conv2d" in a and "batch_norm" in b for a, b in pairs) == 20
+    assert sum("conv2d" in a and "batch_norm" in b for a, b in pairs) == CONVOLUTIONS
     for batch in (1, 4, 7):
         images = torch.randn(batch, 3, 64, 64).to(memory_format=layout)
         torch.testing.assert_close(program.module()(images), model(images), rtol=1e-4, atol=1e-4)
@@ -139,12 +153,12 @@ def test_onnx(dynamo: bool, layout: torch.memory_format, tmp_path: Path) -> None
     loaded = onnx.load(tmp_path / "model.onnx")
     onnx.checker.check_model(loaded)
     assert {node.domain for node in loaded.graph.node} <= {"", "ai.onnx"}
-    assert sum(node.op_type == "Conv" for node in loaded.graph.node) == 20
+    assert sum(node.op_type == "Conv" for node in loaded.graph.node) == CONVOLUTIONS
 
 
 @both_layouts
 @pytest.mark.parametrize("way", [torch.jit.script, torch.jit.trace], ids=["script", "trace"])
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("arch", KINDS)
 def test_torchscript(arch: str, way: Any, layout: torch.memory_format) -> None:
     """Of the plain composition, with the model's own parameters; the model itself stays fused."""
     model, _ = pair(arch)

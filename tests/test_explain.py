@@ -8,7 +8,7 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused import reference
-from tests.model_pairs import nodes, pair
+from tests.model_pairs import KINDS, nodes, pair
 
 CONTIGUOUS = "the input is contiguous: use x.to(memory_format=torch.channels_last)"
 AROUND = "fused ops around the convolutions instead of one for the block"
@@ -31,7 +31,7 @@ def test_models_of_others() -> None:
     assert list(resnet_fused.explain(mixed)) == ["1"]
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("arch", KINDS)
 def test_of_a_contiguous_input(arch: str) -> None:
     model, _ = pair(arch)
     blocks = [

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import resnet_fused
-from tests.model_pairs import assert_equal, block_pair, pair, results
+from tests.model_pairs import KINDS, assert_equal, block_pair, pair, results
 
 METHODS = [
     (nn.Conv2d, "forward"),
@@ -51,7 +51,7 @@ def name_of(case: tuple[Any, str]) -> str:
 
 @both_layouts
 @pytest.mark.parametrize("case", METHODS, ids=name_of)
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("arch", KINDS)
 def test_of_an_instance(arch: str, case: tuple[Any, str], layout: torch.memory_format) -> None:
     """As LoRA and re-scaling tools do. Every call that eager makes is made, in its order."""
     cls, name = case
@@ -74,7 +74,7 @@ def test_of_a_class(
     """As weight standardisation and tracing tools do."""
     owner, name = case
     calls: list[str] = []
-    models = [m.eval().to(memory_format=layout) for m in pair("resnet18")]
+    models = [m.eval().to(memory_format=layout) for m in pair("basic")]
     x = torch.randn(2, 3, 32, 32).to(memory_format=layout)
     monkeypatch.setattr(owner, name, counting(getattr(owner, name), calls, name))
     counts = []
@@ -84,7 +84,7 @@ def test_of_a_class(
         counts.append(len(calls))
     assert counts[0] == counts[1] > 0
     explained = resnet_fused.explain(models[0])
-    assert len(explained) == 9 and all("was replaced" in reason for reason in explained.values())
+    assert len(explained) == 6 and all("was replaced" in reason for reason in explained.values())
     monkeypatch.undo()
     assert resnet_fused.explain(models[0]) == {}
 
@@ -128,7 +128,7 @@ def test_what_two_places_share(shared: str, layout: torch.memory_format, compile
 
 
 def test_global_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
-    models = [m.double() for m in pair("resnet18", num_classes=7)]
+    models = [m.double() for m in pair("basic")]
     calls: list[str] = []
     handle = nn.modules.module.register_module_forward_hook(lambda m, *_: calls.append(type(m).__name__))
     try:

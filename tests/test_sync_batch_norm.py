@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -9,55 +10,62 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import resnet_fused
 from resnet_fused.ops.bn_stats import merge_across
+from tests.model_pairs import KINDS, make_model
 
 #: Images of each process: their number differs, as in the last batch of an epoch.
 SHARES = (3, 2)
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
-def model(arch: str) -> nn.Module:
+def model(kind: str) -> nn.Module:
     torch.manual_seed(0)
-    made: nn.Module = getattr(resnet_fused, arch)(num_classes=7).double()
-    return made
+    return make_model(resnet_fused, kind).double()
 
 
-def work(rank: int, folder: str, arch: str) -> None:
-    """Trains one step's forward and backward on this process's share, and saves what it found."""
+def batch(layout: str) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    images = torch.randn(sum(SHARES), 3, 64, 64, dtype=torch.float64)
+    return images.to(memory_format=LAYOUTS[layout]), torch.arange(sum(SHARES))
+
+
+def gradients_and_buffers(trained: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    F.cross_entropy(trained(images), labels, reduction="sum").backward()
+    found = {f"{name} gradient": p.grad for name, p in trained.named_parameters()}
+    return found | dict(trained.named_buffers())
+
+
+def work(rank: int, folder: str) -> None:
+    """One step's forward and backward on this process's images, of all models and layouts."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(SHARES))
+    mine = slice(sum(SHARES[:rank]), sum(SHARES[: rank + 1]))
     try:
-        synced = nn.SyncBatchNorm.convert_sync_batchnorm(model(arch))
-        assert resnet_fused.explain(synced) == {}
-        images, labels = torch.load(f"{folder}/batch.pt")
-        mine = slice(sum(SHARES[:rank]), sum(SHARES[: rank + 1]))
-        loss = F.cross_entropy(synced(images[mine]), labels[mine], reduction="sum")
-        loss.backward()
-        found = {f"{name} gradient": p.grad for name, p in synced.named_parameters()}
-        torch.save(found | dict(synced.named_buffers()), f"{folder}/{rank}.pt")
+        for kind, layout in itertools.product(KINDS, LAYOUTS):
+            synced = nn.SyncBatchNorm.convert_sync_batchnorm(model(kind))
+            assert resnet_fused.explain(synced) == {}
+            images, labels = batch(layout)
+            found = gradients_and_buffers(synced, images[mine], labels[mine])
+            torch.save(found, f"{folder}/{kind}-{layout}-{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_two_processes_equal_one(arch: str, layout: torch.memory_format, tmp_path: Path) -> None:
-    images = torch.randn(sum(SHARES), 3, 64, 64, dtype=torch.float64).to(memory_format=layout)
-    labels = torch.arange(sum(SHARES))
-    torch.save((images, labels), tmp_path / "batch.pt")
-    mp.spawn(work, (str(tmp_path), arch), nprocs=len(SHARES))
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-
-    alone = model(arch)
-    F.cross_entropy(alone(images), labels, reduction="sum").backward()
-    for name, parameter in alone.named_parameters():
-        both = first[f"{name} gradient"] + second[f"{name} gradient"]
-        torch.testing.assert_close(both, parameter.grad, rtol=1e-8, atol=1e-10, msg=name)
-    for name, buffer in alone.named_buffers():
-        torch.testing.assert_close(first[name], buffer, rtol=1e-10, atol=1e-12, msg=name)
-        assert torch.equal(first[name], second[name]), name
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    mp.spawn(work, (str(tmp_path),), nprocs=len(SHARES))
+    for kind, layout in itertools.product(KINDS, LAYOUTS):
+        first, second = (torch.load(tmp_path / f"{kind}-{layout}-{rank}.pt") for rank in range(2))
+        for name, expected in gradients_and_buffers(model(kind), *batch(layout)).items():
+            what = f"{kind} {layout} {name}"
+            if "gradient" in name:
+                both = first[name] + second[name]
+                torch.testing.assert_close(both, expected, rtol=1e-8, atol=1e-10, msg=what)
+            else:
+                torch.testing.assert_close(first[name], expected, rtol=1e-10, atol=1e-12, msg=what)
+                assert torch.equal(first[name], second[name]), what
 
 
 @pytest.mark.parametrize("level", [0.0, 1e3])

@@ -1,194 +1,108 @@
-"""Every fused op, forward and all gradients, against float64 by the accuracy rule, on plain and hostile inputs."""
+"""Every fused op and its reference, forward and all gradients, by the accuracy rule, on plain and hostile inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused import functional as fused
 from resnet_fused.layout import dense, memory_format
-from resnet_fused.types import BatchNorm
-from tests.accuracy import HOSTILE_CASES, Case, assert_as_accurate, hostile_input, in_some_draw
+from tests.accuracy import HOSTILE_CASES, Case, Results, assert_accurate, hostile_input
+from tests.reference.steps import (
+    OTHERS,
+    REFERENCE,
+    STEMS,
+    Step,
+    autograd_step,
+    eager_step,
+    exact_step,
+    functional,
+    fused_step,
+    make_step,
+    plain,
+)
 
-#: Both: fused or plain op of (case's tensors by name, training) to the output, with running statistics updated.
-Op = Callable[[dict[str, Tensor], bool], Tensor]
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-def plain_norm(t: dict[str, Tensor], training: bool, branch: str = "") -> Tensor:
-    y = t["skip" if branch else "y"]
-    statistics = t[f"{branch}running_mean"], t[f"{branch}running_var"]
-    return F.batch_norm(y, *statistics, t[f"{branch}weight"], t[f"{branch}bias"], training)
-
-
-def plain_bn_relu(t: dict[str, Tensor], training: bool) -> Tensor:
-    return F.relu(plain_norm(t, training))
-
-
-def plain_bn_add_relu(t: dict[str, Tensor], training: bool) -> Tensor:
-    return F.relu(plain_norm(t, training) + t["residual"])
-
-
-def plain_bn_bn_add_relu(t: dict[str, Tensor], training: bool) -> Tensor:
-    return F.relu(plain_norm(t, training) + plain_norm(t, training, "skip_"))
-
-
-def plain_bn_relu_maxpool(t: dict[str, Tensor], training: bool) -> Tensor:
-    return F.max_pool2d(plain_bn_relu(t, training), 3, 2, 1)
-
-
-def vectors(t: dict[str, Tensor], branch: str = "") -> tuple[Tensor, ...]:
-    return tuple(t[f"{branch}{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
-
-
-def fused_bn_relu(t: dict[str, Tensor], training: bool) -> Tensor:
-    return fused.bn_relu(t["y"], *vectors(t), training)
-
-
-def fused_bn_add_relu(t: dict[str, Tensor], training: bool) -> Tensor:
-    return fused.bn_add_relu(t["y"], t["residual"], *vectors(t), training)
-
-
-def fused_bn_bn_add_relu(t: dict[str, Tensor], training: bool) -> Tensor:
-    norms = (BatchNorm(*vectors(t, branch), training, 0.1, 1e-5) for branch in ("", "skip_"))
-    return fused.bn_bn_add_relu(t["y"], t["skip"], *norms)
-
-
-def fused_bn_relu_maxpool(t: dict[str, Tensor], training: bool) -> Tensor:
-    return fused.bn_relu_maxpool(t["y"], *vectors(t), training)
-
-
-#: name: (fused, plain, the differentiable inputs)
-OPS: dict[str, tuple[Op, Op, list[str]]] = {
-    "bn_relu": (fused_bn_relu, plain_bn_relu, ["y", "weight", "bias"]),
-    "bn_add_relu": (fused_bn_add_relu, plain_bn_add_relu, ["y", "weight", "bias", "residual"]),
-    "bn_bn_add_relu": (
-        fused_bn_bn_add_relu,
-        plain_bn_bn_add_relu,
-        ["y", "weight", "bias", "skip", "skip_weight", "skip_bias"],
-    ),
-    "bn_relu_maxpool": (fused_bn_relu_maxpool, plain_bn_relu_maxpool, ["y", "weight", "bias"]),
+IMPLEMENTATIONS = {
+    "fused": partial(autograd_step, functional),
+    "reference": partial(fused_step, REFERENCE),
 }
+both_modes = pytest.mark.parametrize("frozen", [False, True], ids=["train", "eval"])
+every_op = pytest.mark.parametrize("stem", STEMS)
 
 
-def tensors_of(case: Case, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Fresh tensors of a case with its strides (none of a copy's in float64) and running statistics near its own."""
-    found = {}
-    for name in ("y", "weight", "bias", "residual", "skip", "skip_weight", "skip_bias"):
-        x = getattr(case, name)
-        found[name] = (x.detach() if dtype is None else x.to(dtype)).requires_grad_()
-    for branch, y in (("", case.y), ("skip_", case.skip)):
-        wide = y.double()
-        for name, value in (("mean", wide.mean((0, 2, 3)) + 0.1), ("var", wide.var((0, 2, 3)) + 0.1)):
-            found[f"{branch}running_{name}"] = value.to(case.weight.dtype).to(dtype or case.weight.dtype)
-    return found
+def check(make: Callable[[], Step], implementation: str = "fused") -> None:
+    def draw() -> tuple[Results, Results, Results]:
+        step = make()
+        found = IMPLEMENTATIONS[implementation](step)
+        assert found["out"].is_contiguous(memory_format=memory_format(dense(step.y)))
+        return found, eager_step(step), exact_step(step)
+
+    assert_accurate(draw)
 
 
-def results(
-    op: Op, case: Case, names: list[str], grad: Tensor, training: bool, dtype: torch.dtype | None
-) -> dict[str, Tensor]:
-    tensors = tensors_of(case, dtype)
-    out = op(tensors, training)
-    grads = torch.autograd.grad(out, [tensors[name] for name in names], grad.to(out.dtype))
-    found = {"output": out.detach()} | {f"d{name}": g for name, g in zip(names, grads, strict=True)}
-    if training:
-        found |= {name: x for name, x in tensors.items() if "running" in name}
-    return found
-
-
-def gradient_for(case: Case, out: Tensor) -> Tensor:
-    """A gradient of the output that is zero where rounding alone decides whether the ReLU lets it through."""
-    grad = case.grad if out.shape == case.grad.shape else torch.randn_like(out).to(case.y.dtype)
-    undecided = (out > -1e-3) & (out < 1e-3) & (out != 0)
-    return grad.masked_fill(undecided, 0.0)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("hostile", HOSTILE_CASES)
-@pytest.mark.parametrize("name", OPS)
-@in_some_draw
+@both_modes
+@pytest.mark.parametrize("name", HOSTILE_CASES)
+@every_op
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_accuracy(
-    name: str, hostile: str, training: bool, dtype: torch.dtype, layout: str, device: str
+    implementation: str, stem: str, name: str, frozen: bool, dtype: torch.dtype, layout: str, device: str
 ) -> None:
-    fused_op, plain_op, names = OPS[name]
-    case = hostile_input(hostile, dtype, layout, device)
-    exact_output = plain_op(tensors_of(case, torch.float64), training).detach()
-    grad = gradient_for(case, exact_output)
-    exact = results(plain_op, case, names, grad, training, torch.float64)
-    by_eager = results(plain_op, case, names, grad, training, None)
-    by_fused = results(fused_op, case, names, grad, training, None)
-    for result in exact:
-        # Running statistics and parameter gradients are float32 whatever the activations are.
-        assert_as_accurate(result, by_fused[result], by_eager[result], exact[result])
-    assert by_fused["output"].is_contiguous(memory_format=memory_format(dense(case.y)))
+    check(lambda: make_step(stem, hostile_input(name, dtype, layout, device), frozen), implementation)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", OPS)
-def test_gradcheck(name: str, training: bool, layout: str) -> None:
-    fused_op, _, names = OPS[name]
-    case = hostile_input("odd_size", torch.float64, layout)
-    keep = {
-        n: getattr(case, n)[:2, :3, :5, :4] if getattr(case, n).dim() == 4 else getattr(case, n)[:3]
-        for n in names
-    }
-    inputs = [keep[n].clone(memory_format=torch.preserve_format).requires_grad_() for n in names]
+@every_op
+def test_many_pixels(stem: str) -> None:
+    """100,000 pixels per channel with a mean far from zero: sums in float32 without compensation would fail here."""
 
-    def call(*values: Tensor) -> Tensor:
-        tensors = dict(zip(names, values, strict=True))
-        for branch in ("", "skip_"):
-            tensors[f"{branch}running_mean"] = torch.zeros(3, dtype=torch.float64)
-            tensors[f"{branch}running_var"] = torch.ones(3, dtype=torch.float64)
-        return fused_op(tensors, training)
+    def make() -> Step:
+        y, skip, residual, grad = (
+            torch.randn(2, 8, 224, 224).to(memory_format=torch.channels_last) for _ in range(4)
+        )
+        vectors = [torch.rand(8) + 0.5, torch.randn(8), torch.rand(8) + 0.5, torch.randn(8)]
+        return make_step(stem, Case("many", y + 100, *vectors[:2], residual, skip + 100, *vectors[2:], grad))
 
-    assert torch.autograd.gradcheck(call, inputs)
-    assert torch.autograd.gradgradcheck(call, inputs)
+    check(make)
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_nan_goes_through_as_in_eager(name: str, layout: str) -> None:
-    fused_op, plain_op, _ = OPS[name]
-    case = hostile_input("plain", torch.float32, layout)
-    case.y.data[1, 3, 2, 5] = torch.nan
-    by_fused, by_plain = (op(tensors_of(case), False) for op in (fused_op, plain_op))
-    assert by_plain.isnan().any()
-    assert torch.equal(by_fused.isnan(), by_plain.isnan())
+@both_modes
+@every_op
+def test_gradcheck(stem: str, frozen: bool, layout: str) -> None:
+    step = make_step(stem, hostile_input("odd_size", torch.float64, layout), frozen)
+    inputs = [step.y, step.norm.weight, step.norm.bias]
+    if stem in OTHERS:
+        inputs.append(step.other)
+    if stem == "bn_bn_add_relu":
+        inputs += [step.skip_norm.weight, step.skip_norm.bias]
+
+    def call(y: Tensor, weight: Tensor, bias: Tensor, other: Tensor = step.other, *skip: Tensor) -> Tensor:
+        norms = [
+            replace(
+                norm,
+                weight=w,
+                bias=b,
+                running_mean=norm.running_mean.clone(),
+                running_var=norm.running_var.clone(),
+            )
+            for norm, (w, b) in ((step.norm, (weight, bias)), (step.skip_norm, skip or (None, None)))
+        ]
+        return functional(stem, y, norms[0], other, norms[1])
+
+    leaves = [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs if x is not None]
+    assert len(leaves) == len(inputs)
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_many_pixels(name: str) -> None:
-    """200,000 pixels per channel with a mean far from zero: what plain sums of float32 would lose.
-
-    Among so many some ReLUs are decided by rounding, in eager or in fused: the rule is to hold in one of a few draws.
-    """
-    for last in (False, False, False, False, True):
-        try:
-            check_many_pixels(name)
-        except AssertionError:
-            if last:
-                raise
-        else:
-            return
-
-
-def check_many_pixels(name: str) -> None:
-    fused_op, plain_op, names = OPS[name]
-    shape = (4, 8, 224, 224)
-    make = lambda: (torch.randn(shape) + 100).to(memory_format=torch.channels_last)  # noqa: E731
-    small = [torch.rand(8) + 0.5, torch.randn(8), torch.rand(8) + 0.5, torch.randn(8)]
-    case = Case(
-        "many", make(), small[0], small[1], torch.randn(shape), make(), small[2], small[3], torch.randn(shape)
+@every_op
+def test_nan_goes_through_as_in_eager(stem: str, layout: str) -> None:
+    step = make_step(stem, hostile_input("plain", torch.float32, layout), frozen=True)
+    step.y[1, 3, 2, 5] = torch.nan
+    by_fused, by_eager = (
+        op(stem, step.y, step.norm, step.other, step.skip_norm) for op in (functional, plain)
     )
-    exact_output = plain_op(tensors_of(case, torch.float64), True).detach()
-    grad = gradient_for(case, exact_output)
-    exact = results(plain_op, case, names, grad, True, torch.float64)
-    by_eager = results(plain_op, case, names, grad, True, None)
-    by_fused = results(fused_op, case, names, grad, True, None)
-    for result in exact:
-        assert_as_accurate(result, by_fused[result], by_eager[result], exact[result])
+    assert by_eager.isnan().any()
+    assert torch.equal(by_fused.isnan(), by_eager.isnan())

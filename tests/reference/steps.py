@@ -1,10 +1,11 @@
-"""One training step through an op, three ways: by the primitives, by eager PyTorch, and by eager PyTorch in float64.
+"""One training step through an op: by the primitives, by resnet_fused.functional, by eager PyTorch, and in float64.
 
 The primitives may be any implementation of them: the reference, or torch.ops.resnet_fused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import resnet_fused
+from resnet_fused import types
 from resnet_fused.layout import statistics_dtype
 from resnet_fused.reference import (
     batch_norm_stats,
@@ -24,6 +27,8 @@ from resnet_fused.reference import (
 )
 from tests.accuracy import Case
 
+#: Gradients of the second activation, of ops that have one.
+OTHERS = {"bn_add_relu": "dresidual", "bn_bn_add_relu": "dskip"}
 STEMS = ("bn_relu", "bn_add_relu", "bn_bn_add_relu", "bn_relu_maxpool")
 MODULES = (batch_norm_stats, bn_relu, bn_add_relu, bn_bn_add_relu, bn_relu_maxpool, masked_grad)
 
@@ -64,6 +69,9 @@ class Step:
     grad: Tensor
 
 
+Op = Callable[[str, Tensor, BatchNorm, Tensor, BatchNorm], Tensor]
+
+
 def make_step(
     stem: str, case: Case, frozen: bool = False, skip_frozen: bool | None = None, affine: bool = True
 ) -> Step:
@@ -90,46 +98,67 @@ def make_step(
     return replace(step, grad=torch.where(certain, grad, torch.zeros_like(grad)))
 
 
-def eager_step(step: Step) -> dict[str, Tensor]:
-    """Output, gradients and running statistics by F.batch_norm, relu, add, max_pool2d and autograd."""
-    y, other = (x.detach().clone().requires_grad_() for x in (step.y, step.other))
-    found: dict[str, Tensor] = {}
-    parameters: dict[str, Tensor] = {}
+def plain(stem: str, y: Tensor, norm: BatchNorm, other: Tensor, skip_norm: BatchNorm) -> Tensor:
+    """The op by F.batch_norm, relu, add and max_pool2d."""
 
-    def batch_norm(x: Tensor, norm: BatchNorm, prefix: str) -> Tensor:
-        mean, var = norm.running_mean.clone(), norm.running_var.clone()
-        found[f"{prefix}running_mean"], found[f"{prefix}running_var"] = mean, var
-        for name in ("weight", "bias"):
-            vector = getattr(norm, name)
-            if vector is not None:
-                parameters[prefix + name] = vector.detach().clone().requires_grad_()
-        weight, bias = parameters.get(f"{prefix}weight"), parameters.get(f"{prefix}bias")
-        return F.batch_norm(x, mean, var, weight, bias, not norm.frozen, MOMENTUM, EPS)
+    def batch_norm(x: Tensor, n: BatchNorm) -> Tensor:
+        return F.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias, not n.frozen, MOMENTUM, EPS)
 
-    z = batch_norm(y, step.norm, "")
-    inputs = {"dy": y}
-    if step.stem == "bn_add_relu":
+    z = batch_norm(y, norm)
+    if stem == "bn_add_relu":
         z = z + other
-        inputs["dresidual"] = other
-    if step.stem == "bn_bn_add_relu":
-        z = z + batch_norm(other, step.skip_norm, "skip_")
-        inputs["dskip"] = other
-    out = F.relu(z)
-    if step.stem == "bn_relu_maxpool":
-        out = F.max_pool2d(out, 3, stride=2, padding=1)
+    if stem == "bn_bn_add_relu":
+        z = z + batch_norm(other, skip_norm)
+    return F.max_pool2d(F.relu(z), 3, stride=2, padding=1) if stem == "bn_relu_maxpool" else F.relu(z)
+
+
+def functional(stem: str, y: Tensor, norm: BatchNorm, other: Tensor, skip_norm: BatchNorm) -> Tensor:
+    """The op by resnet_fused.functional."""
+
+    def arguments(n: BatchNorm) -> types.BatchNorm:
+        return types.BatchNorm(n.running_mean, n.running_var, n.weight, n.bias, not n.frozen, MOMENTUM, EPS)
+
+    if stem == "bn_bn_add_relu":
+        return resnet_fused.functional.bn_bn_add_relu(y, other, arguments(norm), arguments(skip_norm))
+    op = getattr(resnet_fused.functional, stem)
+    return op(y, *([other] if stem == "bn_add_relu" else []), *arguments(norm)[:7])
+
+
+def autograd_step(op: Op, step: Step) -> dict[str, Tensor]:
+    """Output, gradients by autograd, and running statistics, of ``plain`` or ``functional``."""
+    found: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {"dy": step.y.detach().requires_grad_()}
+    if step.stem in OTHERS:
+        inputs[OTHERS[step.stem]] = step.other.detach().requires_grad_()
+
+    def fresh(norm: BatchNorm, prefix: str) -> BatchNorm:
+        mean, var = norm.running_mean.clone(), norm.running_var.clone()
+        vectors: list[Tensor | None] = [norm.weight, norm.bias]
+        if prefix == "" or step.stem == "bn_bn_add_relu":
+            found[f"{prefix}running_mean"], found[f"{prefix}running_var"] = mean, var
+            for i, name in enumerate(("weight", "bias")):
+                if (vector := vectors[i]) is not None:
+                    vectors[i] = inputs[f"d{prefix}{name}"] = vector.detach().requires_grad_()
+        return BatchNorm(*vectors, mean, var, norm.frozen)
+
+    norms = fresh(step.norm, ""), fresh(step.skip_norm, "skip_")
+    out = op(step.stem, inputs["dy"], norms[0], inputs.get(OTHERS.get(step.stem, ""), step.other), norms[1])
     found["out"] = out.detach()
-    inputs |= {f"d{name}": vector for name, vector in parameters.items()}
     gradients = torch.autograd.grad(out, list(inputs.values()), step.grad)
     return found | dict(zip(inputs, gradients, strict=True))
 
 
+def eager_step(step: Step) -> dict[str, Tensor]:
+    return autograd_step(plain, step)
+
+
 def exact_step(step: Step) -> dict[str, Tensor]:
-    """The same in float64."""
-    return eager_step(_in_float64(step))
+    """Eager's in float64."""
+    return eager_step(in_float64(step))
 
 
 def fused_step(ops: Any, step: Step) -> dict[str, Tensor]:
-    """The same by the primitives that are attributes of ``ops``."""
+    """The results of ``autograd_step`` by the primitives that are attributes of ``ops``."""
     found: dict[str, Tensor] = {}
 
     def statistics(x: Tensor, norm: BatchNorm, prefix: str) -> tuple[Tensor, Tensor]:
@@ -179,7 +208,7 @@ def fused_step(ops: Any, step: Step) -> dict[str, Tensor]:
     return found
 
 
-def _in_float64(step: Step) -> Step:
+def in_float64(step: Step) -> Step:
     def wide(value: Any) -> Any:
         if isinstance(value, BatchNorm):
             return replace(value, **{f.name: wide(getattr(value, f.name)) for f in fields(value)})
@@ -196,7 +225,7 @@ def _gradient_is_certain(step: Step) -> Tensor:
     between equal inputs stay in; the first of them is the maximum.
     """
     eps = torch.finfo(statistics_dtype(step.y.dtype)).eps
-    exact = _in_float64(step)
+    exact = in_float64(step)
 
     def batch_norm(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
         """z, and the size of what it is made of, which is what rounding errors are relative to."""
