@@ -233,30 +233,6 @@ def conv_backward(
     return x.is_empty or planes or (residual_mask is not None and x.channels == 1)
 
 
-def folded_backward(grad: Tensor, mask: Tensor, inputs: Sequence[Tensor], matrices: Sequence[Tensor]) -> bool:
-    op = "folded_backward"
-    g = Operand(op, "grad", grad, any_layout=True)  # copied
-    g.check_mask(op, "mask", mask, g.channels)
-    if len(inputs) != len(matrices):
-        refuse(op, "matrices", f"{len(inputs)}, one for each of the inputs", len(matrices))
-    for c, matrix in zip(inputs, matrices, strict=True):
-        channels = Operand(op, "inputs", c).channels
-        g.check_activation(op, "inputs", c, (g.count, channels, g.height, g.width))
-        g.check_weight(op, "matrices", matrix, (channels, g.channels, 1, 1))
-    return g.is_empty or g.channels == 1
-
-
-def add_gemm_(out: Tensor, a: Tensor, matrix: Tensor, vector: Tensor) -> bool:
-    op = "add_gemm_"
-    to, x = Operand(op, "out", out), Operand(op, "a", a)
-    to.check_activation(op, "a", a, (to.count, x.channels, to.height, to.width))
-    to.check_weight(op, "matrix", matrix, (to.channels, x.channels, 1, 1))
-    to.check_vectors(op, "", ("vector",), (vector,), to.channels)
-    if vector is None:
-        refuse(op, "vector", "a vector", vector)
-    return to.is_empty
-
-
 def _matrix(op: str, weight: Tensor | None) -> tuple[int, int]:
     if weight is None or weight.dim() != 2 or weight.dtype not in STATISTICS_DTYPES or weight.numel() == 0:
         refuse(op, "weight", "a matrix (outputs, inputs) in a floating-point dtype", weight)

@@ -11,8 +11,8 @@ from resnet_fused.ops.bn_add_relu import bn_add_relu_backward_reduce
 from resnet_fused.ops.bn_relu import bn_relu_backward_reduce
 from resnet_fused.ops.bn_stats import shared_sums
 from resnet_fused.ops.conv_bn import conv_backward, materialize, materialize_gradient
-from resnet_fused.ops.fold_algebra import fold_gradients, fold_gradients_across, scaled_weight
-from resnet_fused.ops.folded_conv_bn import add_gemm_, folded_backward, folded_dgrad, folded_wgrad
+from resnet_fused.ops.fold_algebra import fold_gradients, fold_gradients_across
+from resnet_fused.ops.folded_conv_bn import folded_dgrad, folded_wgrad
 from resnet_fused.types import Activation, BatchStats, DgradFactors, Gradient, InputCovariance, Pair
 
 
@@ -68,21 +68,26 @@ class Backward:
         first, count = self.block.chain, len(self.specs) - self.block.chain
         inputs = [self.branch_input(k) for k in range(count)]
         folded = [k for k in range(count) if self.specs[first + k].folded]
+        operands: list[list[Tensor | None] | Pair] = []
+        for k in folded:
+            operands += [[*inputs[k]], self.specs[first + k].input_stride if self.lazy else (1, 1)]
+        operands += [[], (1, 1)] * (2 - len(folded))
         gradients: dict[int, tuple[Tensor, ...]] = {}
-        factors: list[DgradFactors] = []
-        partial: list[Tensor] = []
-        qs: list[Tensor] = []
+        factors: list[list[Tensor | None]] = []
         if folded:
-            sum_dz, qs, partial = self.folded_wgrad(grad, [inputs[k] for k in folded], folded)
+            *qs, sum_dz = folded_wgrad(grad, self.mask, *operands)
         # In the order of the branches, whichever are folded: processes that share sums may differ in that.
         for k in range(count):
             if k in folded:
-                factors.append(self.fold_gradients(k, sum_dz, qs[len(factors)]))
+                factors.append([*self.fold_gradients(k, sum_dz, qs[len(factors)])])
             else:
                 gradients[k] = self.plain_branch(grad, k, inputs[k])
         if folded:
-            found = self.folded_dgrad(grad, [inputs[k] for k in folded], folded, factors, partial)
-            gradients.update(zip(folded, found, strict=True))
+            factors += [[]] * (2 - len(folded))
+            da, dskip, *sums = folded_dgrad(
+                grad, self.mask, factors[0], *operands[:2], factors[1], *operands[2:]
+            )
+            gradients.update(zip(folded, [(da, *sums), (dskip,)], strict=False))
         return gradients[0], gradients[1][0] if count > 1 else None
 
     def branch_input(self, k: int) -> Activation:
@@ -95,72 +100,25 @@ class Backward:
         a = Activation(subsample(self.x, spec.input_stride), shift=shift)
         return a if self.lazy else Activation(materialize(a))
 
-    def folded_wgrad(
-        self, grad: Tensor, inputs: list[Activation], folded: list[int]
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """sum_dz, Q of each folded branch and, of operands in memory, dz scaled of each."""
-        if self.lazy:
-            *qs, sum_dz = folded_wgrad(grad, self.mask, *self.folded_operands(inputs, folded))
-            return sum_dz, qs, []
-        matrices = []
-        for k in folded:
-            (weight, gamma, _), stats = self.parameters[i := self.block.chain + k], self.stats[i]
-            scaled = scaled_weight(weight.flatten(1), gamma, stats, grad.dtype)
-            matrices.append(scaled.t().contiguous()[:, :, None, None])
-        sum_dz, qs, partial = folded_backward(grad, self.mask, [a.x for a in inputs], matrices)
-        return sum_dz, qs, partial
-
-    def folded_operands(
-        self, inputs: list[Activation], folded: list[int]
-    ) -> list[list[Tensor | None] | Pair]:
-        operands: list[list[Tensor | None] | Pair] = []
-        for a, k in zip(inputs, folded, strict=True):
-            operands += [[*a], self.specs[self.block.chain + k].input_stride]
-        return operands if len(folded) == 2 else [*operands, [], (1, 1)]
-
     def fold_gradients(self, k: int, sum_dz: Tensor, q: Tensor) -> DgradFactors:
         """The gradients w.r.t. a folded convolution's parameters are set."""
         i, fold, pixels = self.block.chain + k, self.folds[k], len(self.mask)
         spec, stats, weight = self.specs[i], self.stats[i], self.weights[i].flatten(1)
         gamma = self.parameters[i].gamma
-        scaled: Tensor | None = None
-        if self.lazy and spec.group is None:
+        if spec.group is None:
             norm = gamma, stats.mean, stats.invstd, fold.mean, fold.covariance
             dweight, dgamma, scaled, matrix, vector = fold_gradients(weight, *norm, sum_dz, q, pixels)
         else:
-            dweight, dgamma, matrix, vector = fold_gradients_across(
+            dweight, dgamma, scaled, matrix, vector = fold_gradients_across(
                 weight, gamma, stats, fold, sum_dz, q, pixels, spec.group
             )
-            if self.lazy:
-                scaled = scaled_weight(weight, gamma, stats, weight.dtype)
         self.set_weight_grad(i, dweight)
         # Both branches have the same sum, and no two gradients may share memory.
         self.set_bn_grads(i, dgamma, sum_dz if k == 0 else sum_dz.clone())
-        scaled = None if scaled is None else scaled[:, :, None, None]
+        scaled = scaled[:, :, None, None]
         if spec.running_stats is not None:
             return DgradFactors(scaled)
         return DgradFactors(scaled, matrix[:, :, None, None], vector)
-
-    def folded_dgrad(
-        self,
-        grad: Tensor,
-        inputs: list[Activation],
-        folded: list[int],
-        factors: list[DgradFactors],
-        partial: list[Tensor],
-    ) -> list[tuple[Tensor, ...]]:
-        """The gradient w.r.t. the input of each folded branch, the first with its sums where operands are lazy."""
-        if not self.lazy:
-            for da, a, (_, matrix, vector) in zip(partial, inputs, factors, strict=True):
-                if matrix is not None:
-                    add_gemm_(da, a.x, matrix, vector)
-            return [(da,) for da in partial]
-        operands = self.folded_operands(inputs, folded)
-        skip_factors = [*factors[1]] if len(folded) == 2 else []
-        da, dskip, *sums = folded_dgrad(
-            grad, self.mask, [*factors[0]], *operands[:2], skip_factors, *operands[2:]
-        )
-        return [(da, *sums), (dskip,)][: len(folded)]
 
     def plain_branch(self, grad: Tensor, k: int, a: Activation) -> tuple[Tensor, ...]:
         """As ``conv_backward``, through a branch that is not folded."""

@@ -90,9 +90,7 @@ def _fold_gradients(
 ) -> FoldGradients:
     if not runs_triton(weight):
         stats, fold = BatchStats(mean_y, invstd), InputCovariance(None, mean, covariance)
-        found = fold_gradients_across(weight, gamma, stats, fold, sum_dz, q, pixels, None)
-        scaled = scaled_weight(weight, gamma, stats, weight.dtype)
-        return found[0], found[1], scaled, found[2], found[3]
+        return fold_gradients_across(weight, gamma, stats, fold, sum_dz, q, pixels, None)
     norm = gamma, mean_y, invstd, mean, covariance
     *results, matrix, vector = _kernels().fold_gradients(weight, *norm, sum_dz, q, pixels)
     dweight, dgamma, scaled = results
@@ -133,11 +131,6 @@ fold_gradients = register_op(
 )
 
 
-def scaled_weight(weight: Tensor, gamma: Tensor | None, stats: BatchStats, dtype: torch.dtype) -> Tensor:
-    """W (N, K) times the batch norm's scale, in the activations' dtype."""
-    return (weight * _scale(stats, gamma)[:, None]).to(dtype)
-
-
 def fold_gradients_across(
     weight: Tensor,
     gamma: Tensor | None,
@@ -147,34 +140,31 @@ def fold_gradients_across(
     q: Tensor,
     pixels: int,
     group: dist.ProcessGroup | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dweight, dgamma, matrix and vector of ``fold_gradients``, of statistics that a group of processes may share.
-
-    No op, since it reduces across the group (SyncBatchNorm).
+) -> FoldGradients:
+    """``fold_gradients`` of statistics that a group of processes may share; no op, since it reduces across the group.
 
     Args:
         weight: W, (N, K), in the activations' dtype.
         stats: of y - shift W^T; fold: of this process's input.
         pixels: P of this process.
     """
-    wide, factor = weight.to(sum_dz.dtype), _scale(stats, gamma)
+    wide, factor = weight.to(sum_dz.dtype), stats.invstd if gamma is None else stats.invstd * gamma
+    scaled = (factor[:, None] * wide).to(weight.dtype)
     along_y = (wide.double() * q).sum(1).to(wide.dtype) - sum_dz * stats.mean
     dgamma = stats.invstd * along_y
     if fold.covariance is None or fold.mean is None:
-        return factor[:, None] * q, dgamma, weight.new_empty(0), q.new_empty(0)
+        return factor[:, None] * q, dgamma, scaled, weight.new_empty(0), q.new_empty(0)
     shared_dz, shared_dgamma = shared_sums((sum_dz, dgamma), group, stats.count_fraction)
     slope, offset = -stats.invstd * shared_dgamma / pixels, -shared_dz / pixels
     dweight = q + (slope * pixels)[:, None] * matrix_mm_nt(wide, fold.covariance)
     total = offset * pixels
     if group is not None:  # else c W^T has the mean that was subtracted from it, and dy sums to zero
-        total = total + slope * pixels * (wide @ fold.mean - stats.mean)
+        offset = offset + slope * (wide @ fold.mean - stats.mean)
+        total = offset * pixels
         if fold.shift is not None:
             dweight = dweight.addr(sum_dz + total, fold.shift)
     dweight = factor[:, None] * dweight.addr(total, fold.mean)
     matrix = matrix_mm_tn(wide, (factor * slope)[:, None] * wide).to(weight.dtype)
-    vector = (factor * (offset - slope * stats.mean)) @ wide
-    return dweight, dgamma, matrix, vector
-
-
-def _scale(stats: BatchStats, gamma: Tensor | None) -> Tensor:
-    return stats.invstd if gamma is None else stats.invstd * gamma
+    # Of both matrices as they are rounded: then dc sums to zero over the pixels as dy does.
+    vector = offset @ scaled.to(wide.dtype) - matrix.to(wide.dtype) @ fold.mean
+    return dweight, dgamma, scaled, matrix, vector

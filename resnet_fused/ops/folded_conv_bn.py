@@ -7,7 +7,7 @@ computed. What remains per channel is in fold_algebra.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from resnet_fused.ops.conv_bn import (
     empty_vectors,
     fake_bn_sums,
     materialize,
-    materialize_gradient,
     new_activation,
     new_vectors,
 )
@@ -49,7 +48,7 @@ from resnet_fused.ops.vendor_gemm import (
     rows_per_chunk,
 )
 from resnet_fused.reference import folded_conv_bn as reference
-from resnet_fused.types import Activation, DgradFactors, Gradient, Pair
+from resnet_fused.types import Activation, DgradFactors, Pair
 
 Fields = list[Tensor | None]
 
@@ -180,7 +179,18 @@ conv1x1_bn_add_relu = register_op(
 )
 
 
-# Backward of lazy operands: sums over the pixels, then the gradients w.r.t. the inputs
+# Backward: sums over the pixels, then the gradients w.r.t. the inputs
+#
+# dz is computed chunk by chunk in both, so it never exists in memory.
+
+
+def _dz_chunks(grad: Tensor, mask: Tensor, rows: int, sum_dz: Tensor | None = None) -> Iterator[Tensor]:
+    """dz = grad * mask in chunks of rows, in memory that the next chunk reuses; ``sum_dz``, (C,), is accumulated."""
+    scratch = torch.empty_like(chunks(grad, rows)[0])
+    for grad_chunk, mask_chunk in zip(chunks(grad, rows), mask.split(rows), strict=True):
+        dz = scratch if grad_chunk.shape == scratch.shape else torch.empty_like(grad_chunk)
+        masked_grad(grad_chunk, mask_chunk, dz, False, sum_dz)
+        yield dz
 
 
 def _folded_wgrad(
@@ -194,10 +204,17 @@ def _folded_wgrad(
     a, skip = activation_of(fields), activation_of(skip_fields) if skip_fields else None
 
     def vendor() -> tuple[Tensor | None, ...]:
-        dz = materialize_gradient(Gradient(grad, mask))
-        sum_dz = dz.sum((0, 2, 3), dtype=statistics_dtype(dz.dtype))
-        skip_q = None if skip is None else chunked_mm_tn(dz, materialize(skip, skip_input_stride))
-        return chunked_mm_tn(dz, materialize(a, input_stride)), skip_q, sum_dz
+        values = [materialize(a, input_stride)]
+        values += [] if skip is None else [materialize(skip, skip_input_stride)]
+        channels, dtype = grad.shape[1], statistics_dtype(grad.dtype)
+        sum_dz = grad.new_zeros(channels, dtype=torch.float64)
+        qs = [grad.new_zeros(channels, c.shape[1], dtype=dtype) for c in values]
+        rows = rows_per_chunk(grad, channels)
+        c_chunks = zip(*(chunks(c, rows) for c in values), strict=True)
+        for dz, cs in zip(_dz_chunks(grad, mask, rows, sum_dz), c_chunks, strict=True):
+            for q, c in zip(qs, cs, strict=True):
+                q += mm_tn(dz, c)
+        return qs[0], qs[1] if len(qs) > 1 else None, sum_dz.to(dtype)
 
     largest = max(a.x.numel(), 0 if skip is None else skip.x.numel())
     if not runs_triton(grad) or largest >= MAX_NUMEL:
@@ -241,23 +258,27 @@ folded_wgrad = register_op(
 )
 
 
-def _vendor_input_gradient(
-    dz: Tensor,
-    a: Activation,
-    input_stride: list[int],
-    scaled: Tensor | None,
-    matrix: Tensor | None,
-    vector: Tensor | None,
-) -> Tensor:
-    """dz scaled + a matrix^T + vector."""
-    assert scaled is not None
-    da: Tensor = fresh_like(dz, None, scaled.shape[1])
-    rows, transposed = rows_per_chunk(dz, dz.shape[1]), scaled.transpose(0, 1).contiguous()
-    for da_chunk, dz_chunk in zip(chunks(da, rows), chunks(dz, rows), strict=True):
-        mm_nt_out(da_chunk, dz_chunk, transposed)
-    if matrix is not None and vector is not None:
-        _add_gemm_(da, materialize(a, input_stride), matrix, vector)
-    return da
+def _vendor_folded_dgrad(
+    grad: Tensor, mask: Tensor, values: Sequence[Tensor], factors: Sequence[DgradFactors]
+) -> list[Tensor]:
+    """dz scaled + c matrix^T + vector for each input c.
+
+    c matrix^T + vector, which is small beside dz scaled, comes first: added to what is rounded to 16 bits already it
+    would be lost.
+    """
+    gradients = [fresh_like(c) for c in values]
+    rows = rows_per_chunk(grad, grad.shape[1])
+    transposed = [f.scaled.transpose(0, 1).contiguous() for f in factors if f.scaled is not None]
+    c_chunks = zip(*(chunks(c, rows) for c in values), strict=True)
+    da_chunks = zip(*(chunks(da, rows) for da in gradients), strict=True)
+    for dz, cs, das in zip(_dz_chunks(grad, mask, rows), c_chunks, da_chunks, strict=True):
+        for c, da, scaled, (_, matrix, vector) in zip(cs, das, transposed, factors, strict=True):
+            if matrix is None:
+                mm_nt_out(da, dz, scaled)
+            else:
+                mm_nt_out(da, c, matrix, vector)
+                addmm_nt_(da, dz, scaled)
+    return gradients
 
 
 def _folded_dgrad(
@@ -273,10 +294,12 @@ def _folded_dgrad(
     a, skip = activation_of(fields), activation_of(skip_fields) if skip_fields else None
 
     def vendor() -> tuple[Tensor | None, ...]:
-        dz = materialize_gradient(Gradient(grad, mask))
-        da = _vendor_input_gradient(dz, a, input_stride, *factors)
-        dskip = None if skip is None else _vendor_input_gradient(dz, skip, skip_input_stride, *skip_factors)
-        return da, dskip, *bn_sums(da, a)
+        values, both = [materialize(a, input_stride)], [DgradFactors(*factors)]
+        if skip is not None:
+            values.append(materialize(skip, skip_input_stride))
+            both.append(DgradFactors(*skip_factors))
+        da, *dskip = _vendor_folded_dgrad(grad, mask, values, both)
+        return da, dskip[0] if dskip else None, *bn_sums(da, a)
 
     largest = max(a.x.numel(), 0 if skip is None else skip.x.numel())
     if not runs_triton(grad) or largest >= MAX_NUMEL:
@@ -332,65 +355,4 @@ folded_dgrad = register_op(
     _folded_dgrad,
     triton=True,
     check=_checks.folded_dgrad,
-)
-
-
-# Backward of operands in memory: one pass in which dz is read from the cache by both GEMMs
-
-
-def _folded_backward(
-    grad: Tensor, mask: Tensor, inputs: list[Tensor], matrices: list[Tensor]
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    grad = grad.contiguous(memory_format=torch.channels_last)
-    sum_dz, qs, gradients = _new_gradients(grad, inputs, torch.float64)
-    rows = rows_per_chunk(grad, grad.shape[1])
-    scratch = torch.empty_like(chunks(grad, rows)[0])
-    c_chunks = zip(*(chunks(c, rows) for c in inputs), strict=True)
-    dc_chunks = zip(*(chunks(dc, rows) for dc in gradients), strict=True)
-    for grad_chunk, mask_chunk, cs, dcs in zip(
-        chunks(grad, rows), mask.split(rows), c_chunks, dc_chunks, strict=True
-    ):
-        dz = scratch if grad_chunk.shape == scratch.shape else torch.empty_like(grad_chunk)
-        masked_grad(grad_chunk, mask_chunk, dz, False, sum_dz)
-        for c, dc, matrix, q in zip(cs, dcs, matrices, qs, strict=True):
-            q += mm_tn(dz, c)
-            mm_nt_out(dc, dz, matrix)
-    return sum_dz.to(statistics_dtype(grad.dtype)), qs, gradients
-
-
-def _new_gradients(
-    grad: Tensor, inputs: list[Tensor], sum_dtype: torch.dtype
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    channels, dtype = grad.shape[1], statistics_dtype(grad.dtype)
-    return (
-        grad.new_zeros(channels, dtype=sum_dtype),
-        [grad.new_zeros(channels, c.shape[1], dtype=dtype) for c in inputs],
-        [torch.empty_like(c, memory_format=torch.channels_last) for c in inputs],
-    )
-
-
-#: ``folded_wgrad``, and of ``folded_dgrad`` dz matrix^T, the part that needs no sums.
-folded_backward = register_op(
-    "folded_backward(Tensor grad, Tensor mask, Tensor[] inputs, Tensor[] matrices)"
-    " -> (Tensor sum_dz, Tensor[] qs, Tensor[] gradients)",
-    reference.folded_backward,
-    lambda grad, mask, inputs, matrices: _new_gradients(grad, inputs, statistics_dtype(grad.dtype)),
-    _folded_backward,
-    check=_checks.folded_backward,
-)
-
-
-def _add_gemm_(out: Tensor, a: Tensor, matrix: Tensor, vector: Tensor) -> None:
-    rows, vector = rows_per_chunk(out, max(out.shape[1], a.shape[1])), vector.to(out.dtype)
-    for out_chunk, a_chunk in zip(chunks(out, rows), chunks(a, rows), strict=True):
-        addmm_nt_(out_chunk, a_chunk, matrix, vector)
-
-
-#: out += a matrix^T + vector: the rest of ``folded_dgrad``.
-add_gemm_ = register_op(
-    "add_gemm_(Tensor(a!) out, Tensor a, Tensor matrix, Tensor vector) -> ()",
-    reference.add_gemm_,
-    lambda *_: None,
-    _add_gemm_,
-    check=_checks.add_gemm_,
 )

@@ -62,26 +62,26 @@ def mm_nt(a: Tensor, weight: Tensor) -> Tensor:
     return (rows_of(a) @ weight.flatten(1).t())[None, None].permute(0, 3, 1, 2)
 
 
-def mm_nt_out(out: Tensor, a: Tensor, weight: Tensor) -> None:
-    """out = a weight^T, pixel by pixel, in place."""
+def mm_nt_out(out: Tensor, a: Tensor, weight: Tensor, vector: Tensor | None = None) -> None:
+    """out = a weight^T + vector, pixel by pixel, in place."""
+    vector = None if vector is None else vector.to(a.dtype)
     if _uses_convolution(a):
-        out.copy_(torch.conv2d(a, weight))
-    else:
+        out.copy_(torch.conv2d(a, weight, vector))
+    elif vector is None:
         torch.mm(rows_of(a), weight.flatten(1).t(), out=rows_of(out))
+    else:
+        torch.addmm(vector, rows_of(a), weight.flatten(1).t(), out=rows_of(out))
 
 
-def addmm_nt_(out: Tensor, a: Tensor, weight: Tensor, vector: Tensor | None = None) -> None:
-    """out += a weight^T + vector, pixel by pixel, in place."""
+def addmm_nt_(out: Tensor, a: Tensor, weight: Tensor) -> None:
+    """out += a weight^T, pixel by pixel, in place, with one rounding."""
     if _uses_convolution(a):
         # oneDNN's sum post-op: the only way to accumulate in place.
         torch.ops.mkldnn._convolution_pointwise_.binary(
-            out, a, weight, vector, [0, 0], [1, 1], [1, 1], 1, "add", 1.0, None, [], None
+            out, a, weight, None, [0, 0], [1, 1], [1, 1], 1, "add", 1.0, None, [], None
         )
     else:
-        rows = rows_of(out)
-        if vector is not None:
-            rows += vector
-        rows.addmm_(rows_of(a), weight.flatten(1).t())
+        rows_of(out).addmm_(rows_of(a), weight.flatten(1).t())
 
 
 def mm_tn(a: Tensor, b: Tensor) -> Tensor:

@@ -128,39 +128,6 @@ def folded_dgrad(
     return da, dskip, *bn_sums(da, _activation(a))
 
 
-def folded_backward(
-    grad: Tensor, mask: Tensor, inputs: list[Tensor], matrices: list[Tensor]
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """``folded_wgrad`` of one or two inputs that are in memory, and of ``folded_dgrad`` the part that needs no sums.
-
-    Args:
-        grad: (N, C, H, W), w.r.t. the output of conv1x1_bn_add_relu; mask: its mask, in channels_last.
-        inputs: c of each, (N, K, H, W).
-        matrices: of each the transposed weight times the batch norm's scale, (K, C, 1, 1).
-
-    Returns:
-        sum_dz: (C,), statistics dtype.
-        qs: of each Q = dz^T c, (C, K), statistics dtype.
-        gradients: of each dz matrix^T, (N, K, H, W).
-    """
-    grad = grad.contiguous(memory_format=torch.channels_last)
-    dz = relu_backward(grad, mask, grad)
-    rows = _rows(dz)
-    qs = [rows.t() @ _rows(widened(c)) for c in inputs]
-    gradients = [_channels_last(_convolved(dz.to(grad.dtype), matrix)) for matrix in matrices]
-    return dz.sum((0, 2, 3), dtype=torch.float64).to(dz.dtype), qs, gradients
-
-
-def add_gemm_(out: Tensor, a: Tensor, matrix: Tensor, vector: Tensor) -> None:
-    """out += a matrix^T + vector, pixel by pixel, in place.
-
-    Args:
-        out: (N, M, H, W); a: (N, K, H, W); matrix: (M, K, 1, 1), as activations; vector: (M,), statistics dtype.
-    """
-    wide = _convolved(widened(a), widened(matrix)) + vector.view(1, -1, 1, 1)
-    out.copy_(widened(out) + wide)
-
-
 def fold_statistics(
     weight: Tensor, mean: Tensor, covariance: Tensor, shift: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -210,7 +177,9 @@ def fold_gradients(
     slope, offset = -invstd * dgamma / pixels, -sum_dz / pixels
     dweight = factor * (q + (slope * pixels)[:, None] * (wide @ covariance) - torch.outer(sum_dz, mean))
     matrix = (wide.t() @ (factor * slope[:, None] * wide)).to(weight.dtype)
-    return dweight, dgamma, scaled, matrix, (factor[:, 0] * (offset - slope * mean_y)) @ wide
+    # Of both matrices as they are rounded: then dc sums to zero over the pixels as dy does.
+    vector = offset @ scaled.to(wide.dtype) - matrix.to(wide.dtype) @ mean
+    return dweight, dgamma, scaled, matrix, vector
 
 
 def rectified_mean(weight: Tensor | None, bias: Tensor | None) -> Tensor | None:

@@ -114,15 +114,6 @@ def _conv1x1_bn_add_relu(main: str, shortcut: str, affine: bool = True) -> Calla
     return make
 
 
-def _folded_backward(branches: int) -> Callable[[Maker], Arguments]:
-    def make(m: Maker) -> Arguments:
-        channels = (INPUTS, OTHERS)[:branches]
-        matrices = [m.weight(k, OUTPUTS) for k in channels]
-        return *m.grad(), [m.activation(k) for k in channels], matrices
-
-    return make
-
-
 def _with_residual(m: Maker, kernel: int, geometry: ConvGeometry, masked: bool, a: Any) -> Arguments:
     residual = m.activation(INPUTS)
     mask = m.mask(residual) if masked else None
@@ -169,11 +160,6 @@ CASES: dict[str, Callable[[Maker], Arguments]] = {
     "folded_dgrad-running": lambda m: (
         *m.grad(), [m.weight(OUTPUTS, INPUTS), None, None], m.plain(INPUTS, m.before_subsampling((1, 2))), (1, 2), [],
         [], (1, 1),
-    ),
-    "folded_backward-one": _folded_backward(1),
-    "folded_backward-two": _folded_backward(2),
-    "add_gemm_": lambda m: (
-        m.activation(OUTPUTS), m.activation(INPUTS), m.weight(OUTPUTS, INPUTS), m.vector(OUTPUTS)
     ),
     "conv_backward-3x3": lambda m: _conv_backward(m, 3, STRIDED, False),
     "conv_backward-1x1": lambda m: _conv_backward(m, 1, POINTWISE, True),

@@ -16,7 +16,8 @@ from tests.accuracy import (
     HOSTILE_CASES,
     LAYOUTS,
     Case,
-    assert_as_accurate,
+    Results,
+    assert_accurate,
     hostile_input,
     relative_error,
 )
@@ -142,14 +143,18 @@ def test_dy_alone(name: str, dtype: torch.dtype, layout: str) -> None:
 @pytest.mark.parametrize("name", HOSTILE_CASES)
 def test_shift(name: str, dtype: torch.dtype, layout: str) -> None:
     """Subtracted before the one rounding: as accurate as the reference, which does so."""
-    case = hostile_input(name, dtype, layout)
-    affine = forward_arguments("bn_add_relu", case)[:5]
-    shift = torch.rand_like(case.weight)
-    found, by_reference = OPS.bn_relu(*affine, shift), bn_relu(*affine, shift)
-    exact = bn_relu(*(x.double() for x in affine), shift.double())
-    assert_as_accurate("out", found, by_reference, exact)
-    assert found.stride() == by_reference.stride()
-    assert torch.equal(OPS.bn_relu(*affine, torch.zeros_like(shift)), OPS.bn_relu(*affine, None))
+
+    def draw() -> tuple[Results, Results, Results]:
+        case = hostile_input(name, dtype, layout)
+        affine = forward_arguments("bn_add_relu", case)[:5]
+        shift = torch.rand_like(case.weight)
+        found, by_reference = OPS.bn_relu(*affine, shift), bn_relu(*affine, shift)
+        assert found.stride() == by_reference.stride()
+        assert torch.equal(OPS.bn_relu(*affine, torch.zeros_like(shift)), OPS.bn_relu(*affine, None))
+        exact = bn_relu(*(x.double() for x in affine), shift.double())
+        return {"out": found}, {"out": by_reference}, {"out": exact}
+
+    assert_accurate(draw)
 
 
 @pytest.mark.parametrize("size", [(2, 11, 5, 3), (3, 64, 96, 100)], ids=["small", "huge_pages"])
