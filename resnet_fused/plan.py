@@ -1,6 +1,6 @@
-"""What a training step would launch on a GPU, found out without one: the model runs on meta tensors.
+"""The kernels that a training step launches on a GPU, listed without one: the model runs on meta tensors.
 
-The code that runs is the code that launches; only the launches themselves are left out, and told instead.
+The same code runs as in training; kernels are recorded instead of started.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from resnet_fused import models
 from resnet_fused.backend import why_not_triton
@@ -21,7 +22,7 @@ from resnet_fused.ops.dispatch import IMPLEMENTATIONS, clear_cache
 from resnet_fused.reference.resnet import ARCHITECTURES
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
-#: Kernels that pass over activations; the other Triton kernels merge what these have left, or work on weights.
+#: Triton kernels that read activations; the others merge their partial sums, or read weights and vectors.
 PASSES = (
     "conv_bn_stats",
     "dgrad",
@@ -31,7 +32,7 @@ PASSES = (
     "folded_wgrad",
     "folded_dgrad",
 )
-#: Native ops that start a second, small kernel, which merges the parts of a sum.
+#: Native ops that start a second, small kernel, which merges partial sums.
 _MERGING = ("batch_norm_stats", "backward_reduce")
 
 
@@ -41,12 +42,11 @@ class Planned:
 
     Args:
         block: stem, layer1.0, ...
-        kernel: of Triton, or of the extension, or the ATen operator that a library serves.
+        kernel: the name of a Triton kernel, of a native op, or of an ATen operator.
         source: triton, native or aten.
-        is_pass: whether it goes over activations rather than weights, vectors and what tiles have left.
-        bytes: read and written, every tensor once.
-        config: of a Triton kernel.
-        launch: the launch itself, of a Triton kernel.
+        is_pass: whether it reads or writes activations; else weights, vectors and partial sums alone.
+        bytes: read and written, each tensor once.
+        flops, config, launch: of a Triton kernel.
     """
 
     block: str
@@ -60,7 +60,7 @@ class Planned:
 
 
 class _Recorder(TorchDispatchMode):
-    """Takes note of everything that would start a kernel."""
+    """Records everything that would start a kernel."""
 
     def __init__(self, batch: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class _Recorder(TorchDispatchMode):
     def is_activation(self, x: Tensor) -> bool:
         return x.dim() == 4 and len(x) == self.batch and x.shape not in self.weights and x[0, 0].numel() > 1
 
-    def launched(self, launch: Launch) -> None:
+    def record_launch(self, launch: Launch) -> None:
         is_pass = launch.name in PASSES
         self.planned.append(
             Planned(
@@ -98,7 +98,7 @@ class _Recorder(TorchDispatchMode):
         native = namespace == "resnet_fused"
         if _is_free(func, name):
             return result
-        tensors = {id(x): x for x in _tensors((args, kwargs, result))}
+        tensors = {id(x): x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)}
         moved = sum(x.numel() * x.element_size() for x in tensors.values())
         is_pass = any(self.is_activation(x) for x in tensors.values())
         source = "native" if native else "aten"
@@ -109,22 +109,12 @@ class _Recorder(TorchDispatchMode):
 
 
 def _complete(func: Any, args: Sequence[Any]) -> list[Any]:
-    """With the defaults of the arguments that were left out."""
+    """``args`` with the defaults of those that were not given."""
     return [*args, *(a.default_value for a in func._schema.arguments[len(args) :])]
 
 
-def _tensors(found: Any) -> Iterator[Tensor]:
-    if isinstance(found, Tensor):
-        yield found
-    elif isinstance(found, (list, tuple)):
-        for each in found:
-            yield from _tensors(each)
-    elif isinstance(found, dict):
-        yield from _tensors(list(found.values()))
-
-
 def _is_free(func: Any, name: str) -> bool:
-    """Whether an operator only makes a view, or room for others to write to."""
+    """Whether an operator starts no kernel: it returns a view or uninitialized memory."""
     views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
     return views or name.startswith(("empty", "new_empty", "fresh_like", "detach", "_unsafe_view"))
 
@@ -140,9 +130,9 @@ def _tf32(allowed: bool) -> Iterator[None]:
 
 
 def plan(arch: str, batch: int, dtype: str = "bf16", image_size: int = 224) -> list[Planned]:
-    """The launches of a training step, forward and backward of stem and blocks, in channels_last, block by block.
+    """Kernels of a training step, forward and backward of stem and blocks, in channels_last, block by block.
 
-    Weights are taken to be in ``dtype`` already. Configurations are those that nothing has been measured for.
+    Weights are in ``dtype`` already. Configurations are the defaults, as without autotuning.
 
     Raises:
         ValueError: an argument out of range, or Triton kernels do not run (backend.why_not_triton).
@@ -154,7 +144,7 @@ def plan(arch: str, batch: int, dtype: str = "bf16", image_size: int = 224) -> l
     if batch < 2 or image_size < 32:
         raise ValueError("a plan needs a batch of at least 2 and images of at least 32 pixels")
     if reason := why_not_triton("meta"):
-        raise ValueError(f"there is no plan without Triton kernels: {reason}")
+        raise ValueError(f"a plan needs Triton kernels: {reason}")
     recorder = _Recorder(batch)
     with torch.device("meta"), _tf32(dtype == "tf32"):
         model = getattr(models, arch)().to(DTYPES[dtype], memory_format=torch.channels_last)
@@ -167,42 +157,42 @@ def plan(arch: str, batch: int, dtype: str = "bf16", image_size: int = 224) -> l
         stages = ("layer1", "layer2", "layer3", "layer4")
         parts += [(f"{s}.{i}", block) for s in stages for i, block in enumerate(getattr(model, s))]
         recorder.weights = {p.shape for p in model.parameters()}
-        with observe_launches(recorder.launched):
+        with observe_launches(recorder.record_launch):
             for recorder.block, part in parts:
                 x = _step(recorder, part, x)
     return recorder.planned
 
 
 def _step(recorder: _Recorder, part: Any, x: Tensor) -> Tensor:
-    """Forward and backward of one part of a model; its output, as the input of the next."""
+    """Forward and backward of one part of a model; returns its output, the next one's input."""
     x = x.requires_grad_(recorder.block != "stem")
     with recorder:
         out: Tensor = part(x)
-    # Of everything that has a gradient: what a first step adds to .grad, or steals, is not looked at.
+    # autograd.grad, not backward: a first step's writes to .grad are left out.
     module = getattr(part, "__self__", part)
     wanted = [p for p in (x, *module.parameters()) if p.requires_grad]
     grad = torch.empty_like(out)
     with recorder:
         torch.autograd.grad(out, wanted, grad, allow_unused=True)
-    # Convolutions of meta tensors come out contiguous, those of a GPU in the layout of their input.
+    # Convolutions of meta tensors return contiguous ones, on a GPU the layout of their input.
     return out.detach().contiguous(memory_format=torch.channels_last)
 
 
 def launches(arch: str, batch: int, dtype: str, image_size: int = 224, capability: int = 90) -> list[Launch]:
-    """Those of a plan that are Triton's, as they would be on a GPU of a compute capability (90: sm_90)."""
+    """The Triton launches of a plan, as on a GPU of a compute capability (90: sm_90)."""
     from resnet_fused.kernels.autotune import heuristics
 
     with heuristics.assume_architecture(capability):
         clear_cache()
-        found = [p.launch for p in plan(arch, batch, dtype, image_size) if p.launch is not None]
+        planned = plan(arch, batch, dtype, image_size)
     clear_cache()
-    return found
+    return [p.launch for p in planned if p.launch is not None]
 
 
 def candidates(
     arch: str, batch: int, dtype: str, image_size: int = 224, capability: int = 90
 ) -> list[Launch]:
-    """As ``launches``, and those of every configuration that tuning would try on such a GPU."""
+    """As ``launches``, with those of every configuration that autotuning would try on such a GPU."""
     from resnet_fused.kernels.autotune import search
 
     with search.collect_candidates() as collected:
@@ -210,14 +200,14 @@ def candidates(
 
 
 def table(planned: Sequence[Planned], batch: int) -> str:
-    """Launches by kind of block and kernel, passes first, with their bytes per image."""
+    """Launches by kernel, those that read activations first, with their bytes per image."""
     lines = [f"{'kernel':34}{'source':8}{'launches':>9}{'MB/image':>10}{'GFLOP/image':>13}"]
 
     def add(name: str, source: str, group: Sequence[Planned]) -> None:
         moved, flops = sum(p.bytes for p in group) / batch, sum(p.flops for p in group) / batch
         lines.append(f"{name:34}{source:8}{len(group):9}{moved / 1e6:10.2f}{flops / 1e9:13.2f}")
 
-    for is_pass, title in ((True, "passes over activations"), (False, "merges, weights and vectors")):
+    for is_pass, title in ((True, "passes over activations"), (False, "partial sums, weights and vectors")):
         chosen = [p for p in planned if p.is_pass == is_pass]
         lines.append(f"{title}:")
         for key in dict.fromkeys((p.kernel, p.source) for p in chosen):

@@ -10,7 +10,7 @@ from torch import nn
 
 import resnet_fused
 from benchmarks.roofline_model import step
-from resnet_fused.kernels.launch import Launch, observing
+from resnet_fused.kernels.launch import Launch, observe_launches
 from resnet_fused.plan import launches, plan, table
 
 BLOCKS = {"resnet18": 8, "resnet34": 16, "resnet50": 16, "resnet101": 33, "wide_resnet50_2": 16}
@@ -53,13 +53,13 @@ def test_a_step_that_runs_launches_what_is_planned() -> None:
     images = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
     seen: list[Launch] = []
     keep_two(model)
-    with resnet_fused.backend("triton"), observing(seen.append):
+    with resnet_fused.backend("triton"), observe_launches(seen.append):
         model(images).square().mean().backward()
     expected = launches("resnet50", 2, "fp32", 32)
     assert Counter(key(launch) for launch in seen) <= Counter(key(launch) for launch in expected)
-    # Statistics are merged where a folded convolution has more channels than the first stage's, and slopes are made
+    # Statistics are merged where a folded convolution has more channels than the first stage's, and dy_coeffs are
     # where the last one is not folded.
-    later = {"merge_statistics", "slopes"}
+    later = {"merge_statistics", "dy_coeffs"}
     assert {launch.name for launch in seen} == {launch.name for launch in expected} - later
 
 

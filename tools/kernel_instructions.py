@@ -131,18 +131,18 @@ def iterations(launch: Launch) -> list[float]:
     """How often a program runs through each of its loops."""
     given, config = {**launch.arguments, **launch.constants}, launch.config
     if launch.name in ("wgrad", "input_covariance", "folded_wgrad"):
-        return [cdiv(cdiv(given["PIXELS"], config.splits), config.block_m)]
-    channels = cdiv(given["CHANNELS"], config.block_k)
+        return [cdiv(cdiv(given["pixels"], config.splits), config.block_m)]
+    channels = cdiv(given["channels"], config.block_k)
     if launch.name == "conv_bn_stats":
         return [given["KERNEL_H"] * given["KERNEL_W"] * channels]
     if launch.name == "conv1x1_bn_add_relu":
-        skip = [] if given["skip_conv"] is None else [cdiv(given["SKIP_CHANNELS"], config.block_k)]
+        skip = [] if given["skip_weight"] is None else [cdiv(given["skip_channels"], config.block_k)]
         return [channels, *skip]
-    outputs = cdiv(given["OUTPUTS"], config.block_k)
+    outputs = cdiv(given["outputs"], config.block_k)
     if launch.name == "folded_dgrad":
         return [outputs, channels]
     if launch.name == "dgrad":
-        taps = given["KERNEL_H"] * given["KERNEL_W"] / (given["STRIDE_H"] * given["STRIDE_W"])
+        taps = given["KERNEL_H"] * given["KERNEL_W"] / (given["stride_h"] * given["stride_w"])
         return [max(1.0, taps) * outputs]
     raise ValueError(f"the loops of {launch.name} are not known: choose of {', '.join(PASSES)}")
 

@@ -1,4 +1,4 @@
-"""What a launcher derives from its tensors: sizes, precision, which bytes a strided kernel touches."""
+"""Arguments of kernels that launchers derive from their operands: pointers, sizes, precision, bytes."""
 
 from __future__ import annotations
 
@@ -10,30 +10,24 @@ from resnet_fused.types import Activation, ConvGeometry, Gradient, Pair
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of products: TF32 for float32 only where PyTorch's own convolutions may use it."""
+    """input_precision of tl.dot: TF32 for float32 only where PyTorch's own convolutions may use it."""
     if dtype != torch.float32:
         return "tf32"  # without effect on 16-bit operands
     return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """bf16, fp16, fp32 or tf32: what products of activations of ``dtype`` are made in."""
-    if dtype == torch.float32:
-        return "tf32" if precision(dtype) == "tf32" else "fp32"
-    return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+def is_pointwise(weight: Tensor, geometry: ConvGeometry) -> bool:
+    """Whether an output pixel depends on the input pixel of the same index alone."""
+    return weight.shape[2:] == (1, 1) and geometry.stride == (1, 1) and geometry.padding == (0, 0)
 
 
-def is_pointwise(conv: Tensor, window: ConvGeometry) -> bool:
-    """Whether every output pixel is made of the input pixel at its own place."""
-    return conv.shape[2:] == (1, 1) and window.stride == (1, 1) and window.padding == (0, 0)
-
-
-def row_matrix(conv: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight with a row for each output, and in it the taps, and in them the input's channels."""
-    return conv.to(dtype).contiguous(memory_format=torch.channels_last)
+def weight_matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight (outputs, C, kh, kw) in ``dtype`` and channels_last: in memory (outputs, kh, kw, C)."""
+    return weight.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def new_activation(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """Uninitialized (N, channels, height, width), channels_last, with N, dtype and device of ``like``."""
     return torch.empty(
         (len(like), channels, height, width),
         dtype=like.dtype,
@@ -42,70 +36,80 @@ def new_activation(like: Tensor, channels: int, height: int, width: int) -> Tens
     )
 
 
+def new_sums(like: Tensor, *sizes: int) -> Tensor:
+    """Uninitialized, in the statistics dtype of the activation ``like``."""
+    return torch.empty(sizes, dtype=statistics_dtype(like.dtype), device=like.device)
+
+
 def mask_words(mask: Tensor | None, channels: int, block: int) -> Tensor | None:
-    """A mask (pixels, ceil(channels / 8)) as 32-bit words where whole words are read: bytes cannot be copied
-    asynchronously. The bits stay in place: the first byte of a word is its lowest."""
+    """A mask (pixels, ceil(channels / 8)) as words of 32 bits where tiles of ``block`` channels consist of whole words.
+
+    Bytes cannot be copied asynchronously. The order of the bits stays: the first byte of a word is its lowest.
+    """
     if mask is None or channels % 32 or block % 32:
         return mask
     return mask.view(torch.int32)
 
 
-def new_float(like: Tensor, *sizes: int) -> Tensor:
-    return torch.empty(sizes, dtype=statistics_dtype(like.dtype), device=like.device)
+def size_arguments(x: Tensor) -> dict[str, int]:
+    return {"height": x.shape[2], "width": x.shape[3], "channels": x.shape[1]}
 
 
-def input_sizes(x: Tensor) -> dict[str, int]:
-    return {"HEIGHT": x.shape[2], "WIDTH": x.shape[3], "CHANNELS": x.shape[1]}
-
-
-def window_sizes(window: ConvGeometry) -> dict[str, int]:
-    (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), _ = window
+def geometry_arguments(geometry: ConvGeometry) -> dict[str, int]:
+    (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), _ = geometry
     return {
-        "STRIDE_H": stride_h, "STRIDE_W": stride_w, "PAD_H": pad_h, "PAD_W": pad_w,
-        "DILATION_H": dilation_h, "DILATION_W": dilation_w,
+        "stride_h": stride_h, "stride_w": stride_w, "pad_h": pad_h, "pad_w": pad_w,
+        "dilation_h": dilation_h, "dilation_w": dilation_w,
     }  # fmt: skip
 
 
-def every_sizes(input_stride: Pair, prefix: str = "") -> dict[str, int]:
-    return {f"{prefix}EVERY_H": input_stride[0], f"{prefix}EVERY_W": input_stride[1]}
+def activation_arguments(a: Activation) -> dict[str, Tensor | None]:
+    """An activation with its bn_coeffs."""
+    return {"x": a.x, "x_mean": a.mean, "x_bn_coeffs": a.bn_coeffs, "x_shift": a.shift}
 
 
-def activation_fields(source: Activation, prefix: str = "") -> dict[str, Tensor | None]:
-    """An activation, with its terms, as arguments of a kernel."""
-    names = {name: f"{prefix}{name}" for name in ("mean", "bn_coeffs", "shift")}
-    return {prefix.rstrip("_") or "x": source.x, **{to: getattr(source, name) for name, to in names.items()}}
-
-
-def gradient_fields(dy: Gradient, block: int) -> dict[str, Tensor | None]:
-    """A gradient, with its terms and slopes, as arguments of a kernel that takes ``block`` channels at a time."""
-    mask = mask_words(dy.mask, dy.g.shape[1], block)
+def gradient_arguments(dy: Gradient, block: int) -> dict[str, Tensor | None]:
+    """A gradient with its bn_coeffs and dy_coeffs, for a kernel whose tiles have ``block`` channels."""
     return {
         "g": dy.g,
-        "mask": mask,
+        "mask": mask_words(dy.mask, dy.g.shape[1], block),
         "y": dy.y,
-        "mean": dy.mean,
-        "bn_coeffs": dy.bn_coeffs,
+        "y_mean": dy.mean,
+        "y_bn_coeffs": dy.bn_coeffs,
         "dy_coeffs": dy.dy_coeffs,
     }
 
 
-def skip_fields(skip: Activation | None) -> dict[str, Tensor | None]:
-    """The input of a folded shortcut, which has no statistics, as arguments of a kernel."""
+def skip_arguments(skip: Activation | None) -> dict[str, Tensor | None]:
+    """The input of a shortcut's folded convolution, which has no statistics."""
     return {"skip": None if skip is None else skip.x, "skip_shift": None if skip is None else skip.shift}
 
 
-def touched_of_both(source: Activation, skip: Activation | None, height: int, width: int) -> dict[str, int]:
-    found = touched("x", source.x, height, width) or {}
-    return found | (touched("skip", skip.x, height, width) or {} if skip is not None else {})
+def folded_size_arguments(
+    a: Activation, input_stride: Pair, skip: Activation | None, skip_input_stride: Pair, grad: Tensor
+) -> dict[str, int]:
+    """Sizes of the inputs of one or two folded convolutions, and of the gradient w.r.t. their output."""
+    images, outputs, out_height, out_width = grad.shape
+    skip_channels, skip_height, skip_width = (0, 0, 0) if skip is None else skip.x.shape[1:]
+    return {
+        **size_arguments(a.x),
+        "skip_height": skip_height, "skip_width": skip_width, "skip_channels": skip_channels,
+        "out_height": out_height, "out_width": out_width, "outputs": outputs,
+        "pixels": images * out_height * out_width,
+        "input_stride_h": input_stride[0], "input_stride_w": input_stride[1],
+        "skip_input_stride_h": skip_input_stride[0], "skip_input_stride_w": skip_input_stride[1],
+    }  # fmt: skip
 
 
-def size_at(x: Tensor, input_stride: Pair) -> Pair:
-    """Height and width of every so-manyth pixel of ``x``."""
+def subsampled_size(x: Tensor, input_stride: Pair) -> Pair:
+    """Height and width of ``layout.subsample`` of ``x``."""
     return (x.shape[2] - 1) // input_stride[0] + 1, (x.shape[3] - 1) // input_stride[1] + 1
 
 
-def touched(name: str, x: Tensor, height: int, width: int) -> dict[str, int] | None:
-    """Bytes of those pixels of ``x`` that height x width of them are; None where those are all."""
-    if (height, width) == tuple(x.shape[2:]):
-        return None
-    return {name: x.shape[0] * x.shape[1] * height * width * x.element_size()}
+def subsampled_bytes(height: int, width: int, **tensors: Tensor | None) -> dict[str, int]:
+    """By name the bytes of height x width pixels of each image; without tensors that have no more than those."""
+    return {
+        name: x.shape[0] * x.shape[1] * height * width * x.element_size()
+        for name, x in tensors.items()
+        if x is not None and (height, width) != tuple(x.shape[2:])
+    }

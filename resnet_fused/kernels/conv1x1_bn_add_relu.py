@@ -1,9 +1,9 @@
-"""The end of a block with a folded convolution: relu(bn(c W^T) + shortcut), with mask bits.
+"""The end of a block with a folded 1x1 convolution: relu(bn(a W^T) + shortcut), and the mask of its ReLU.
 
-The batch norm is known before the convolution runs, so its affine map, the shortcut, the ReLU and the bits are the
-epilogue of one GEMM. The shortcut is the block's input, or another output with its batch norm, or a second folded
-convolution that the same program makes, one after the other, at pixels EVERY_H and EVERY_W apart. Where only the
-shortcut is folded, ``conv`` is None and x is the output of the convolution before it.
+The batch norm is known before the convolution runs: batch norm, shortcut, ReLU and mask are the epilogue of one GEMM.
+The shortcut is the block's input, or the output of a convolution with its batch norm, or a second folded convolution,
+which the same program computes after the first one, of every input_stride-th pixel. Where only the shortcut is folded,
+``weight`` is None and x is the output of the main path's last convolution.
 """
 
 from __future__ import annotations
@@ -13,47 +13,50 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels import reductions
 from resnet_fused.kernels.arguments import (
-    activation_fields,
-    every_sizes,
+    activation_arguments,
     mask_words,
     new_activation,
     precision,
-    row_matrix,
-    touched,
+    subsampled_bytes,
+    weight_matrix,
 )
 from resnet_fused.kernels.autotune.heuristics import gemm_configs
+from resnet_fused.kernels.bn_coeffs import with_bn_coeffs
 from resnet_fused.kernels.launch import Config, cdiv, launch
-from resnet_fused.kernels.tiles import activation_tile, pixel_of, store_bits, tile_of
+from resnet_fused.kernels.tiles import load_activation_tile, load_tile, store_mask_tile, unravel_pixels
 from resnet_fused.layout import mask_shape
 from resnet_fused.types import Activation, Pair
 
+#: mean, invstd, weight and bias of a batch norm, (C,) each.
+BatchNormVectors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
 
 @triton.jit
-def _product(
-    x,
-    mean,
-    bn_coeffs,
-    shift,
-    conv,
-    source,
-    inside,
+def _conv1x1(
+    x,  # (pixels of x, channels)
+    mean,  # (channels,) or None
+    bn_coeffs,  # (3, channels) or None
+    shift,  # (channels,) or None
+    weight,  # (outputs, channels)
+    x_offs,  # (BLOCK_M,)
+    x_valid,  # (BLOCK_M,)
+    output_offs,  # (BLOCK_N,)
+    channels,
     outputs,
-    CHANNELS,
-    OUTPUTS,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # pixels
+    BLOCK_N: tl.constexpr,  # outputs
+    BLOCK_K: tl.constexpr,  # channels
 ):
+    """A tile of a W^T, (BLOCK_M, BLOCK_N) float32."""
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for first in range(0, CHANNELS, BLOCK_K):
-        channels = first + tl.arange(0, BLOCK_K)
-        a = activation_tile(x, mean, bn_coeffs, shift, source, inside, channels, CHANNELS, False)
+    for first_channel in range(0, channels, BLOCK_K):
+        channel_offs = first_channel + tl.arange(0, BLOCK_K)
+        a = load_activation_tile(x, mean, bn_coeffs, shift, x_offs, x_valid, channel_offs, channels, False)
         b = tl.load(
-            conv + outputs[:, None] * CHANNELS + channels[None, :],
-            (channels < CHANNELS)[None, :] & (outputs < OUTPUTS)[:, None],
+            weight + output_offs[:, None] * channels + channel_offs[None, :],
+            (channel_offs < channels)[None, :] & (output_offs < outputs)[:, None],
             other=0.0,
         )
         acc = tl.dot(b, tl.trans(a), acc, input_precision=PRECISION)
@@ -61,125 +64,139 @@ def _product(
 
 
 @triton.jit
-def _normed(value, mean, invstd, weight, bias, outputs, OUTPUTS):
-    """bn(value) of float32 values."""
-    inside = outputs < OUTPUTS
-    scale = tl.load(invstd + outputs, inside, 0.0)
+def _bn(value, mean, invstd, weight, bias, output_offs, outputs):
+    """bn(value) of a tile (pixels, outputs), float32; mean, invstd: (outputs,); weight, bias: (outputs,) or None."""
+    output_valid = output_offs < outputs
+    scale = tl.load(invstd + output_offs, output_valid, 0.0)
     if weight is not None:
-        scale *= tl.load(weight + outputs, inside, 0.0)
-    z = (value - tl.load(mean + outputs, inside, 0.0)[None, :]) * scale[None, :]
+        scale *= tl.load(weight + output_offs, output_valid, 0.0)
+    z = (value - tl.load(mean + output_offs, output_valid, 0.0)[None, :]) * scale[None, :]
     if bias is not None:
-        z += tl.load(bias + outputs, inside, 0.0)[None, :]
+        z += tl.load(bias + output_offs, output_valid, 0.0)[None, :]
     return z
 
 
 @triton.jit
 def conv1x1_bn_add_relu_kernel(
-    x,
-    x_mean,
-    x_terms,
-    x_shift,
-    conv,
-    mean,
-    invstd,
-    weight,
-    bias,
-    skip,
-    skip_shift,
-    skip_conv,
-    skip_mean,
-    skip_invstd,
-    skip_weight,
-    skip_bias,
-    out,
-    mask,
-    CHANNELS,
-    SKIP_CHANNELS,
-    OUTPUTS,
-    PIXELS,
-    HEIGHT,
-    WIDTH,
-    OUT_HEIGHT,
-    OUT_WIDTH,
-    EVERY_H,
-    EVERY_W,
-    POINTWISE: tl.constexpr,
+    x,  # (pixels, channels), of the output without weight
+    x_mean,  # (channels,) or None
+    x_bn_coeffs,  # (3, channels) or None
+    x_shift,  # (channels,) or None
+    weight,  # (outputs, channels) or None
+    bn_mean,  # (outputs,), and the next three: the batch norm after the convolution
+    bn_invstd,  # (outputs,)
+    bn_weight,  # (outputs,) or None
+    bn_bias,  # (outputs,) or None
+    skip,  # (N, skip_height, skip_width, skip_channels); (pixels, outputs) without skip_weight
+    skip_shift,  # (skip_channels,) or None
+    skip_weight,  # (outputs, skip_channels) or None
+    skip_bn_mean,  # (outputs,), and the next three: the shortcut's batch norm; or None
+    skip_bn_invstd,  # (outputs,) or None
+    skip_bn_weight,  # (outputs,) or None
+    skip_bn_bias,  # (outputs,) or None
+    out,  # (N, out_height, out_width, outputs)
+    mask,  # (pixels, bytes or words)
+    channels,
+    skip_channels,
+    outputs,
+    pixels,  # N * out_height * out_width
+    skip_height,
+    skip_width,
+    out_height,
+    out_width,
+    input_stride_h,  # of skip
+    input_stride_w,
+    POINTWISE: tl.constexpr,  # input strides of 1
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # pixels
+    BLOCK_N: tl.constexpr,  # outputs
+    BLOCK_K: tl.constexpr,  # channels
 ):
-    tiles_n = tl.cdiv(OUTPUTS, BLOCK_N)
+    tiles_n = tl.cdiv(outputs, BLOCK_N)
     tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
-    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    outputs = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside, column_inside = rows < PIXELS, outputs < OUTPUTS
-    whole = inside[:, None] & column_inside[None, :]
-    if skip_conv is None:  # before the loop, which hides how long that takes
-        other = tile_of(skip, rows, inside, outputs, column_inside, OUTPUTS)
-    if conv is not None:
-        z = _product(
-            x, x_mean, x_terms, x_shift, conv, rows, inside, outputs, CHANNELS, OUTPUTS,
+    pixel_offs = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    output_offs = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    pixel_valid, output_valid = pixel_offs < pixels, output_offs < outputs
+    valid = pixel_valid[:, None] & output_valid[None, :]
+    if skip_weight is None:  # loaded before the loop, which hides the latency
+        shortcut = load_tile(skip, pixel_offs, pixel_valid, output_offs, output_valid, outputs)
+    if weight is not None:
+        z = _conv1x1(
+            x, x_mean, x_bn_coeffs, x_shift, weight, pixel_offs, pixel_valid, output_offs, channels, outputs,
             PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
-        z = tile_of(x, rows, inside, outputs, column_inside, OUTPUTS).to(tl.float32)
-    z = _normed(z, mean, invstd, weight, bias, outputs, OUTPUTS)
-    if skip_conv is not None:
-        source = rows
+        z = load_tile(x, pixel_offs, pixel_valid, output_offs, output_valid, outputs).to(tl.float32)
+    z = _bn(z, bn_mean, bn_invstd, bn_weight, bn_bias, output_offs, outputs)
+    if skip_weight is not None:
+        skip_offs = pixel_offs
         if not POINTWISE:
-            image, h, w = pixel_of(rows, OUT_HEIGHT, OUT_WIDTH)
-            source = (image * HEIGHT + h * EVERY_H) * WIDTH + w * EVERY_W
-        other = _product(
-            skip, None, None, skip_shift, skip_conv, source, inside, outputs, SKIP_CHANNELS, OUTPUTS,
+            image, h, w = unravel_pixels(pixel_offs, out_height, out_width)
+            skip_offs = (image * skip_height + h * input_stride_h) * skip_width + w * input_stride_w
+        shortcut = _conv1x1(
+            skip, None, None, skip_shift, skip_weight, skip_offs, pixel_valid, output_offs, skip_channels, outputs,
             PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-    if skip_mean is not None:
-        other = _normed(other, skip_mean, skip_invstd, skip_weight, skip_bias, outputs, OUTPUTS)
-    z += other
-    held = z <= 0
+    if skip_bn_mean is not None:
+        shortcut = _bn(
+            shortcut, skip_bn_mean, skip_bn_invstd, skip_bn_weight, skip_bn_bias, output_offs, outputs
+        )
+    z += shortcut
+    is_zero = z <= 0
     tl.store(
-        out + rows[:, None] * OUTPUTS + outputs[None, :],
-        tl.where(held, 0.0, z).to(out.dtype.element_ty),
-        whole,
+        out + pixel_offs[:, None] * outputs + output_offs[None, :],
+        tl.where(is_zero, 0.0, z).to(out.dtype.element_ty),
+        valid,
     )
-    store_bits(mask, ~held & whole, rows, inside, tile_n * BLOCK_N, OUTPUTS, BLOCK_N)
+    store_mask_tile(mask, ~is_zero & valid, pixel_offs, pixel_valid, tile_n * BLOCK_N, outputs, BLOCK_N)
 
 
-#: mean, invstd, weight and bias of a batch norm.
-Vectors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-_VECTORS = ("mean", "invstd", "weight", "bias")
+def _bn_arguments(bn: BatchNormVectors, prefix: str) -> dict[str, Tensor | None]:
+    names = (f"{prefix}mean", f"{prefix}invstd", f"{prefix}weight", f"{prefix}bias")
+    return dict(zip(names, bn, strict=True))
 
 
 def configs(
-    source: Activation,
-    conv: Tensor | None,
-    norm: Vectors,
+    a: Activation,
+    weight: Tensor | None,
+    bn: BatchNormVectors,
     skip: Tensor,
     skip_shift: Tensor | None,
-    skip_conv: Tensor | None,
+    skip_weight: Tensor | None,
     *_: object,
 ) -> list[Config]:
-    x = source.x
-    outputs = x.shape[1] if conv is None else conv.shape[0]
-    products = 1 if skip_conv is None else 2
-    return gemm_configs(x, x.numel() // x.shape[1], outputs, x.shape[1], epilogue=2, products=products)
+    x = a.x
+    outputs = x.shape[1] if weight is None else weight.shape[0]
+    gemms = 1 if skip_weight is None else 2
+    return gemm_configs(x, x.numel() // x.shape[1], outputs, x.shape[1], epilogue=2, gemms=gemms)
 
 
 def conv1x1_bn_add_relu(
-    source: Activation,
-    conv: Tensor | None,
-    norm: Vectors,
+    a: Activation,
+    weight: Tensor | None,
+    bn: BatchNormVectors,
     skip: Tensor,
     skip_shift: Tensor | None,
-    skip_conv: Tensor | None,
-    skip_norm: Vectors,
+    skip_weight: Tensor | None,
+    skip_bn: BatchNormVectors,
     input_stride: Pair,
     config: Config,
 ) -> tuple[Tensor, Tensor]:
-    """relu(bn(conv(source)) + shortcut) and the mask of its ReLU; arguments as in reference.passes."""
-    source, x = reductions.with_bn_coeffs(source), source.x
-    outputs, (height, width) = x.shape[1] if conv is None else conv.shape[0], x.shape[2:]
+    """relu(bn(conv(a)) + shortcut) and the mask of its ReLU; see reference.folded_conv_bn.conv1x1_bn_add_relu.
+
+    Args:
+        a: (N, K, H, W), channels_last; without weight (N, C, H, W).
+        weight: (C, K, 1, 1).
+        bn: of the convolution; skip_bn: of the shortcut, all None where it has none. (C,) float32.
+        skip: (N, C, H, W), channels_last; with skip_weight the input of its convolution.
+        skip_shift: (skip's channels,) float32.
+        skip_weight: (C, skip's channels, 1, 1).
+
+    Returns:
+        out: (N, C, H, W), channels_last; mask: uint8 (N*H*W, ceil(C / 8)).
+    """
+    a, x = with_bn_coeffs(a), a.x
+    outputs, (height, width) = x.shape[1] if weight is None else weight.shape[0], x.shape[2:]
     out = new_activation(x, outputs, height, width)
     mask = torch.empty(mask_shape(out), dtype=torch.uint8, device=out.device)
     pixels = x.shape[0] * height * width
@@ -187,19 +204,19 @@ def conv1x1_bn_add_relu(
         conv1x1_bn_add_relu_kernel,
         (cdiv(pixels, config.block_m) * cdiv(outputs, config.block_n),),
         {
-            **activation_fields(source, "x_"),
-            "conv": None if conv is None else row_matrix(conv, x.dtype), **dict(zip(_VECTORS, norm, strict=True)),
+            **activation_arguments(a),
+            "weight": None if weight is None else weight_matrix(weight, x.dtype), **_bn_arguments(bn, "bn_"),
             "skip": skip, "skip_shift": skip_shift,
-            "skip_conv": None if skip_conv is None else row_matrix(skip_conv, x.dtype),
-            **{f"skip_{name}": v for name, v in zip(_VECTORS, skip_norm, strict=True)},
+            "skip_weight": None if skip_weight is None else weight_matrix(skip_weight, x.dtype),
+            **_bn_arguments(skip_bn, "skip_bn_"),
             "out": out, "mask": mask_words(mask, outputs, config.block_n),
-            "CHANNELS": x.shape[1], "SKIP_CHANNELS": skip.shape[1], "OUTPUTS": outputs,
-            "PIXELS": pixels, "HEIGHT": skip.shape[2], "WIDTH": skip.shape[3],
-            "OUT_HEIGHT": height, "OUT_WIDTH": width, **every_sizes(input_stride),
+            "channels": x.shape[1], "skip_channels": skip.shape[1], "outputs": outputs, "pixels": pixels,
+            "skip_height": skip.shape[2], "skip_width": skip.shape[3], "out_height": height, "out_width": width,
+            "input_stride_h": input_stride[0], "input_stride_w": input_stride[1],
         },
         {"POINTWISE": input_stride == (1, 1), "PRECISION": precision(x.dtype), **config.blocks()},
         config,
-        flops=2 * pixels * sum(w.numel() for w in (conv, skip_conv) if w is not None),
-        touched=touched("skip", skip, height, width),
+        flops=2 * pixels * sum(w.numel() for w in (weight, skip_weight) if w is not None),
+        partial_bytes=subsampled_bytes(height, width, skip=skip),
     )  # fmt: skip
     return out, mask

@@ -1,8 +1,8 @@
-"""Forward convolution of an activation, as an implicit GEMM, with batch norm statistics of what it writes.
+"""Forward convolution as an implicit GEMM, with relu(bn(x)) in its prologue and batch norm statistics in its epilogue.
 
-A program makes BLOCK_M pixels x BLOCK_N channels of y. It goes through the taps of the kernel and the input's channels;
-relu(bn(x)) is made on the way from memory to the tensor cores. While the tile is still in registers its mean and its
-sum of squared deviations are taken; ``norm_statistics`` merges those of all tiles by Chan's formula.
+A program computes BLOCK_M pixels x BLOCK_N channels of y; its loop goes over kernel positions (taps) and the input's
+channels. While the tile of y is in registers, the program computes its mean and its sum of squared deviations per
+channel; reductions.norm_statistics merges those of all tiles by Chan's formula.
 """
 
 from __future__ import annotations
@@ -14,153 +14,159 @@ from torch import Tensor
 
 from resnet_fused.kernels import reductions
 from resnet_fused.kernels.arguments import (
-    activation_fields,
-    input_sizes,
+    activation_arguments,
+    geometry_arguments,
     is_pointwise,
     new_activation,
     precision,
-    row_matrix,
-    touched,
-    window_sizes,
+    size_arguments,
+    subsampled_bytes,
+    weight_matrix,
 )
 from resnet_fused.kernels.autotune.heuristics import gemm_configs
+from resnet_fused.kernels.bn_coeffs import with_bn_coeffs
 from resnet_fused.kernels.launch import Config, cdiv, launch
-from resnet_fused.kernels.tiles import activation_tile, next_step, pixel_of, taps_inside
+from resnet_fused.kernels.tiles import advance_tap, load_activation_tile, unravel_pixels, valid_taps
 from resnet_fused.types import Activation, ConvGeometry
 
 
 @triton.jit
 def conv_bn_stats_kernel(
-    x,
-    mean,
-    bn_coeffs,
-    shift,
-    conv,
-    y,
-    statistics,
-    HEIGHT,
-    WIDTH,
-    CHANNELS,
-    OUT_HEIGHT,
-    OUT_WIDTH,
-    OUTPUTS,
-    PIXELS,
-    STRIDE_H,
-    STRIDE_W,
-    PAD_H,
-    PAD_W,
-    DILATION_H,
-    DILATION_W,
+    x,  # (N, height, width, channels)
+    x_mean,  # (channels,) or None
+    x_bn_coeffs,  # (3, channels) or None
+    x_shift,  # (channels,) or None
+    weight,  # (outputs, KERNEL_H, KERNEL_W, channels)
+    y,  # (N, out_height, out_width, outputs)
+    tile_stats,  # (2, outputs, tiles of pixels) float32: mean and sum of squared deviations; or None
+    height,
+    width,
+    channels,
+    out_height,
+    out_width,
+    outputs,
+    pixels,  # N * out_height * out_width
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
-    POINTWISE: tl.constexpr,
+    POINTWISE: tl.constexpr,  # 1x1, stride 1, no padding
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # pixels
+    BLOCK_N: tl.constexpr,  # outputs
+    BLOCK_K: tl.constexpr,  # channels
 ):
-    # Tiles of one row of tiles follow each other: they read the same pixels.
-    tiles_n = tl.cdiv(OUTPUTS, BLOCK_N)
+    # Tiles of the same pixels are neighbors, since they read the same part of x.
+    tiles_n = tl.cdiv(outputs, BLOCK_N)
     tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
-    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    outputs = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_inside = rows < PIXELS
+    pixel_offs = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    output_offs = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    pixel_valid = pixel_offs < pixels
     if POINTWISE:
-        source, inside = rows, row_inside
+        x_offs, x_valid = pixel_offs, pixel_valid
     else:
-        image, out_h, out_w = pixel_of(rows, OUT_HEIGHT, OUT_WIDTH)
-        top, left = out_h * STRIDE_H - PAD_H, out_w * STRIDE_W - PAD_W
-        corner = (image * HEIGHT + top) * WIDTH + left
-        seen_h = taps_inside(top, DILATION_H, HEIGHT, KERNEL_H)
-        seen_w = taps_inside(left, DILATION_W, WIDTH, KERNEL_W)
-        seen_h = tl.where(row_inside, seen_h, 0)
+        image, out_h, out_w = unravel_pixels(pixel_offs, out_height, out_width)
+        top, left = out_h * stride_h - pad_h, out_w * stride_w - pad_w
+        corner = (image * height + top) * width + left
+        valid_h = valid_taps(top, dilation_h, height, KERNEL_H)
+        valid_w = valid_taps(left, dilation_w, width, KERNEL_W)
+        valid_h = tl.where(pixel_valid, valid_h, 0)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    r, s, first = 0, 0, 0
-    for _ in range(KERNEL_H * KERNEL_W * tl.cdiv(CHANNELS, BLOCK_K)):
-        channels = first + tl.arange(0, BLOCK_K)
+    r, s, first_channel = 0, 0, 0
+    for _ in range(KERNEL_H * KERNEL_W * tl.cdiv(channels, BLOCK_K)):
+        channel_offs = first_channel + tl.arange(0, BLOCK_K)
         if not POINTWISE:
-            source = corner + (r * DILATION_H * WIDTH + s * DILATION_W)
-            inside = ((seen_h >> r) & (seen_w >> s) & 1) != 0
-        a = activation_tile(x, mean, bn_coeffs, shift, source, inside, channels, CHANNELS, not POINTWISE)
+            x_offs = corner + (r * dilation_h * width + s * dilation_w)
+            x_valid = ((valid_h >> r) & (valid_w >> s) & 1) != 0
+        a = load_activation_tile(
+            x, x_mean, x_bn_coeffs, x_shift, x_offs, x_valid, channel_offs, channels, not POINTWISE
+        )
         b = tl.load(
-            conv
-            + (outputs[:, None] * (KERNEL_H * KERNEL_W) + r * KERNEL_W + s) * CHANNELS
-            + channels[None, :],
-            (channels < CHANNELS)[None, :] & (outputs < OUTPUTS)[:, None],
+            weight
+            + (output_offs[:, None] * (KERNEL_H * KERNEL_W) + r * KERNEL_W + s) * channels
+            + channel_offs[None, :],
+            (channel_offs < channels)[None, :] & (output_offs < outputs)[:, None],
             other=0.0,
         )
         acc = tl.dot(b, tl.trans(a), acc, input_precision=PRECISION)
         if KERNEL_H * KERNEL_W > 1:
-            r, s, first = next_step(r, s, first, CHANNELS, KERNEL_W, BLOCK_K)
+            r, s, first_channel = advance_tap(r, s, first_channel, channels, KERNEL_W, BLOCK_K)
         else:
-            first += BLOCK_K
+            first_channel += BLOCK_K
     out = tl.trans(acc).to(y.dtype.element_ty)
-    column_inside = outputs < OUTPUTS
-    whole = row_inside[:, None] & column_inside[None, :]
-    tl.store(y + rows[:, None] * OUTPUTS + outputs[None, :], out, whole)
-    if statistics is not None:
-        # Of the values as they are stored. Two passes over registers: nothing cancels.
-        value = tl.where(whole, out.to(tl.float32), 0.0)
-        count = tl.minimum(BLOCK_M, PIXELS - tile_m * BLOCK_M)
+    output_valid = output_offs < outputs
+    valid = pixel_valid[:, None] & output_valid[None, :]
+    tl.store(y + pixel_offs[:, None] * outputs + output_offs[None, :], out, valid)
+    if tile_stats is not None:
+        # Of the values as they are stored, centered: no precision is lost where |mean| >> std.
+        value = tl.where(valid, out.to(tl.float32), 0.0)
+        count = tl.minimum(BLOCK_M, pixels - tile_m * BLOCK_M)
         tile_mean = tl.sum(value, 0) / count
-        deviation = tl.where(whole, value - tile_mean[None, :], 0.0)
-        tiles_m = tl.cdiv(PIXELS, BLOCK_M)
-        place = statistics + outputs * tiles_m + tile_m
-        tl.store(place, tile_mean, column_inside)
-        tl.store(place + OUTPUTS * tiles_m, tl.sum(deviation * deviation, 0), column_inside)
+        deviation = tl.where(valid, value - tile_mean[None, :], 0.0)
+        tiles_m = tl.cdiv(pixels, BLOCK_M)
+        pointers = tile_stats + output_offs * tiles_m + tile_m
+        tl.store(pointers, tile_mean, output_valid)
+        tl.store(pointers + outputs * tiles_m, tl.sum(deviation * deviation, 0), output_valid)
 
 
-def configs(source: Activation, conv: Tensor, window: ConvGeometry, *_: object) -> list[Config]:
-    height, width = window.out_size(source.x, conv)
-    pixels = source.x.shape[0] * height * width
-    return gemm_configs(source.x, pixels, *conv.shape[:2], taps=conv.shape[2] * conv.shape[3])
+def configs(a: Activation, weight: Tensor, geometry: ConvGeometry, *_: object) -> list[Config]:
+    height, width = geometry.out_size(a.x, weight)
+    pixels = a.x.shape[0] * height * width
+    return gemm_configs(a.x, pixels, *weight.shape[:2], taps=weight.shape[2] * weight.shape[3])
 
 
 def conv_bn_stats(
-    source: Activation,
-    conv: Tensor,
-    window: ConvGeometry,
+    a: Activation,
+    weight: Tensor,
+    geometry: ConvGeometry,
     eps: float,
-    measure: bool,
+    training: bool,
     gamma: Tensor | None,
     beta: Tensor | None,
     config: Config,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, and mean, biased variance, invstd and terms of its channels; these are empty unless ``measure``.
+    """y = conv(a) and, in training, the statistics of its channels; see reference.conv_bn.conv_bn_stats.
 
     Args:
-        source: (N, C, H, W), channels_last.
-        conv: (outputs, C, kh, kw).
-        gamma, beta: weight and bias of the batch norm of y, for its terms.
+        a: (N, C, H, W), channels_last.
+        weight: (outputs, C, kh, kw).
+        gamma, beta: (outputs,) float32, weight and bias of y's batch norm.
+
+    Returns:
+        y: (N, outputs, H', W'), channels_last.
+        mean, biased var, invstd: (outputs,) and bn_coeffs: (3, outputs), float32; empty unless ``training``.
     """
-    source = reductions.with_bn_coeffs(source)
-    height, width = window.out_size(source.x, conv)
-    y = new_activation(source.x, conv.shape[0], height, width)
-    pixels, outputs = y.shape[0] * height * width, conv.shape[0]
+    a = with_bn_coeffs(a)
+    height, width = geometry.out_size(a.x, weight)
+    y = new_activation(a.x, weight.shape[0], height, width)
+    pixels, outputs = y.shape[0] * height * width, weight.shape[0]
     tiles = cdiv(pixels, config.block_m)
-    statistics = reductions.tile_sums(y, tiles, outputs) if measure else None
+    tile_stats = reductions.new_tile_sums(y, tiles, outputs) if training else None
     launch(
         conv_bn_stats_kernel,
         (tiles * cdiv(outputs, config.block_n),),
         {
-            **activation_fields(source), "conv": row_matrix(conv, y.dtype), "y": y, "statistics": statistics,
-            **input_sizes(source.x), "OUT_HEIGHT": height, "OUT_WIDTH": width, "OUTPUTS": outputs, "PIXELS": pixels,
-            **window_sizes(window),
+            **activation_arguments(a), "weight": weight_matrix(weight, y.dtype), "y": y, "tile_stats": tile_stats,
+            **size_arguments(a.x), "out_height": height, "out_width": width, "outputs": outputs, "pixels": pixels,
+            **geometry_arguments(geometry),
         },
         {
-            "KERNEL_H": conv.shape[2], "KERNEL_W": conv.shape[3], "POINTWISE": is_pointwise(conv, window),
+            "KERNEL_H": weight.shape[2], "KERNEL_W": weight.shape[3], "POINTWISE": is_pointwise(weight, geometry),
             "PRECISION": precision(y.dtype), **config.blocks(),
         },
         config,
-        flops=2 * pixels * conv.numel(),
-        touched=touched("x", source.x, height, width) if conv.shape[2:] == (1, 1) else None,
+        flops=2 * pixels * weight.numel(),
+        partial_bytes=subsampled_bytes(height, width, x=a.x) if weight.shape[2:] == (1, 1) else None,
     )  # fmt: skip
-    if statistics is None:
-        mean, var, invstd, bn_coeffs = (
-            torch.empty(0, dtype=torch.float32, device=y.device) for _ in range(4)
-        )
+    if tile_stats is None:
+        empty = (torch.empty(0, dtype=torch.float32, device=y.device) for _ in range(4))
+        mean, var, invstd, bn_coeffs = empty
     else:
         mean, var, invstd, bn_coeffs = reductions.norm_statistics(
-            statistics, config.block_m, pixels, eps, gamma, beta
+            tile_stats, config.block_m, pixels, eps, gamma, beta
         )
     return y, mean, var, invstd, bn_coeffs

@@ -1,10 +1,10 @@
-"""Gradient of a convolution's input, gathered: every input pixel sums over the outputs that have seen it.
+"""Gradient w.r.t. a convolution's input, gathered: an input pixel sums over the output pixels that depend on it.
 
-``dy`` is made on the way from memory to the tensor cores. In the epilogue either the gradient that comes by the
-shortcut is added, or the sums are taken that the batch norm below needs of da behind its ReLU.
+The prologue computes dy. The epilogue adds the gradient that comes through the shortcut, or computes the partial sums
+that backward of the input's batch norm needs.
 
-With a stride, an input pixel is seen by those taps only that fit its place modulo the stride: such pixels form a class,
-and a program works on pixels of one class. The others' taps cost nothing.
+With a stride, an input pixel contributes to outputs only through the kernel positions (taps) that match its row and
+column modulo the stride. A program works on pixels of one residue, and its loop has the taps of that residue alone.
 """
 
 from __future__ import annotations
@@ -15,197 +15,203 @@ from torch import Tensor
 
 from resnet_fused.kernels import reductions
 from resnet_fused.kernels.arguments import (
-    every_sizes,
-    gradient_fields,
-    input_sizes,
+    geometry_arguments,
+    gradient_arguments,
     is_pointwise,
     mask_words,
     new_activation,
     precision,
-    row_matrix,
-    window_sizes,
+    size_arguments,
+    weight_matrix,
 )
 from resnet_fused.kernels.autotune.heuristics import gemm_configs
+from resnet_fused.kernels.bn_coeffs import with_bn_coeffs, with_dy_coeffs
 from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.tiles import (
-    gradient_terms,
-    gradient_tile,
-    masked_tile,
-    next_step,
-    pixel_of,
+    advance_tap,
+    load_gradient_coeffs,
+    load_gradient_tile,
+    load_masked_tile,
+    load_tile,
+    runtime_zero,
     store_tile_sums,
-    taps_inside,
-    tile_of,
-    unknown_zero,
+    unravel_pixels,
+    valid_taps,
 )
 from resnet_fused.types import Activation, ConvGeometry, Gradient, Pair
 
 
 @triton.jit
 def dgrad_kernel(
-    g,
-    mask,
-    y,
-    mean,
-    bn_coeffs,
-    dy_coeffs,
-    conv,
-    da,
-    below,
-    below_mean,
-    below_terms,
-    sums,
-    residual,
-    residual_bits,
-    HEIGHT,
-    WIDTH,
-    CHANNELS,
-    OUT_HEIGHT,
-    OUT_WIDTH,
-    OUTPUTS,
-    IMAGES,
-    STRIDE_H,
-    STRIDE_W,
-    PAD_H,
-    PAD_W,
-    DILATION_H,
-    DILATION_W,
-    EVERY_H,
-    EVERY_W,
+    g,  # (N, out_height, out_width, outputs)
+    mask,  # (N * out_height * out_width, bytes or words) or None
+    y,  # (N, out_height, out_width, outputs) or None
+    y_mean,  # (outputs,) or None
+    y_bn_coeffs,  # (3, outputs) or None
+    dy_coeffs,  # (3, outputs) or None
+    weight,  # (outputs, KERNEL_H, KERNEL_W, channels)
+    da,  # (N, height, width, channels)
+    x,  # (N, height, width, channels), and the next three: the input and its batch norm; or None
+    x_mean,  # (channels,) or None
+    x_bn_coeffs,  # (3, channels) or None
+    tile_sums,  # (2, channels, tiles) float32, see ``store_tile_sums``; or None
+    residual,  # (N, ceil(height / input_stride_h), ceil(width / input_stride_w), channels) or None
+    residual_mask,  # (pixels of residual, bytes or words) or None
+    height,
+    width,
+    channels,
+    out_height,
+    out_width,
+    outputs,
+    images,  # N
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    input_stride_h,  # of the residual
+    input_stride_w,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
-    POINTWISE: tl.constexpr,
+    POINTWISE: tl.constexpr,  # 1x1, stride 1, no padding
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # pixels of one residue
+    BLOCK_N: tl.constexpr,  # channels
+    BLOCK_K: tl.constexpr,  # outputs
 ):
-    tiles_n = tl.cdiv(CHANNELS, BLOCK_N)
+    tiles_n = tl.cdiv(channels, BLOCK_N)
     tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
-    class_h, class_w = tl.program_id(1) // STRIDE_W, tl.program_id(1) % STRIDE_W
-    class_height, class_width = tl.cdiv(HEIGHT, STRIDE_H), tl.cdiv(WIDTH, STRIDE_W)
-    places = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    channels = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    image, h, w = pixel_of(places, class_height, class_width)
-    h, w = h * STRIDE_H + class_h, w * STRIDE_W + class_w
-    row_inside = (image < IMAGES) & (h < HEIGHT) & (w < WIDTH)
-    rows = (image * HEIGHT + h) * WIDTH + w
-    # Taps of this class. With a stride above 1 the dilation is 1.
-    tap_h, tap_w = (class_h + PAD_H) % STRIDE_H, (class_w + PAD_W) % STRIDE_W
-    taps_h, taps_w = tl.cdiv(KERNEL_H - tap_h, STRIDE_H), tl.cdiv(KERNEL_W - tap_w, STRIDE_W)
+    residue_h, residue_w = tl.program_id(1) // stride_w, tl.program_id(1) % stride_w
+    residue_height, residue_width = tl.cdiv(height, stride_h), tl.cdiv(width, stride_w)
+    residue_offs = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    channel_offs = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    image, h, w = unravel_pixels(residue_offs, residue_height, residue_width)
+    h, w = h * stride_h + residue_h, w * stride_w + residue_w
+    pixel_valid = (image < images) & (h < height) & (w < width)
+    pixel_offs = (image * height + h) * width + w
+    # The taps of this residue. With a stride above 1 the dilation is 1.
+    tap_h, tap_w = (residue_h + pad_h) % stride_h, (residue_w + pad_w) % stride_w
+    taps_h, taps_w = tl.cdiv(KERNEL_H - tap_h, stride_h), tl.cdiv(KERNEL_W - tap_w, stride_w)
     if POINTWISE:
-        source, inside = rows, row_inside
+        dy_offs, dy_valid = pixel_offs, pixel_valid
     else:
         # Dividends are multiples of the stride, and none is negative.
-        out_h, out_w = (h + PAD_H - tap_h) // STRIDE_H, (w + PAD_W - tap_w) // STRIDE_W
-        corner = (image * OUT_HEIGHT + out_h) * OUT_WIDTH + out_w
-        seen_h = tl.where(row_inside, taps_inside(out_h, -DILATION_H, OUT_HEIGHT, KERNEL_H), 0)
-        seen_w = taps_inside(out_w, -DILATION_W, OUT_WIDTH, KERNEL_W)
-    column_inside = channels < CHANNELS
-    whole = row_inside[:, None] & column_inside[None, :]
-    # What the epilogue needs is loaded before the loop, which hides how long that takes.
+        out_h, out_w = (h + pad_h - tap_h) // stride_h, (w + pad_w - tap_w) // stride_w
+        corner = (image * out_height + out_h) * out_width + out_w
+        valid_h = tl.where(pixel_valid, valid_taps(out_h, -dilation_h, out_height, KERNEL_H), 0)
+        valid_w = valid_taps(out_w, -dilation_w, out_width, KERNEL_W)
+    channel_valid = channel_offs < channels
+    valid = pixel_valid[:, None] & channel_valid[None, :]
+    # Operands of the epilogue are loaded before the loop, which hides their latency.
     if residual is not None:
-        kept = row_inside & (h % EVERY_H == 0) & (w % EVERY_W == 0)
-        across, down = (WIDTH + EVERY_W - 1) // EVERY_W, (HEIGHT + EVERY_H - 1) // EVERY_H
-        added_rows = (image * down + h // EVERY_H) * across + w // EVERY_W
-        added = masked_tile(residual, residual_bits, added_rows, kept, tile_n * BLOCK_N, CHANNELS, BLOCK_N)
-    if sums is not None:
-        below_value = tile_of(below, rows, row_inside, channels, column_inside, CHANNELS)
-    zero = unknown_zero(IMAGES)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    i, j, first = 0, 0, 0
-    for _ in range(taps_h * taps_w * tl.cdiv(OUTPUTS, BLOCK_K)):
-        outputs = first + tl.arange(0, BLOCK_K)
-        r, s = tap_h + i * STRIDE_H, tap_w + j * STRIDE_W
-        if not POINTWISE:
-            source = corner - (i * DILATION_H * OUT_WIDTH + j * DILATION_W)
-            inside = ((seen_h >> i) & (seen_w >> j) & 1) != 0
-        centre, scale, offset, level, slope = gradient_terms(
-            mean, bn_coeffs, dy_coeffs, outputs, outputs < OUTPUTS, OUTPUTS, g.dtype.element_ty
+        residual_valid = pixel_valid & (h % input_stride_h == 0) & (w % input_stride_w == 0)
+        residual_width = (width + input_stride_w - 1) // input_stride_w
+        residual_height = (height + input_stride_h - 1) // input_stride_h
+        residual_offs = (image * residual_height + h // input_stride_h) * residual_width + w // input_stride_w
+        residual_tile = load_masked_tile(
+            residual, residual_mask, residual_offs, residual_valid, tile_n * BLOCK_N, channels, BLOCK_N
         )
-        a = gradient_tile(
-            g, mask, y, bn_coeffs, dy_coeffs, centre, scale, offset, level, slope, zero, source, inside, first, OUTPUTS,
-            BLOCK_K, not POINTWISE,
+    if tile_sums is not None:
+        x_tile = load_tile(x, pixel_offs, pixel_valid, channel_offs, channel_valid, channels)
+    zero = runtime_zero(images)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    i, j, first_output = 0, 0, 0
+    for _ in range(taps_h * taps_w * tl.cdiv(outputs, BLOCK_K)):
+        output_offs = first_output + tl.arange(0, BLOCK_K)
+        r, s = tap_h + i * stride_h, tap_w + j * stride_w
+        if not POINTWISE:
+            dy_offs = corner - (i * dilation_h * out_width + j * dilation_w)
+            dy_valid = ((valid_h >> i) & (valid_w >> j) & 1) != 0
+        center, scale, offset, level, slope = load_gradient_coeffs(
+            y_mean, y_bn_coeffs, dy_coeffs, output_offs, output_offs < outputs, outputs, g.dtype.element_ty
+        )
+        dy = load_gradient_tile(
+            g, mask, y, y_bn_coeffs, dy_coeffs, center, scale, offset, level, slope, zero, dy_offs, dy_valid,
+            first_output, outputs, BLOCK_K, not POINTWISE,
         )  # fmt: skip
         b = tl.load(
-            conv
-            + (outputs[:, None] * (KERNEL_H * KERNEL_W) + r * KERNEL_W + s) * CHANNELS
-            + channels[None, :],
-            (outputs < OUTPUTS)[:, None] & (channels < CHANNELS)[None, :],
+            weight
+            + (output_offs[:, None] * (KERNEL_H * KERNEL_W) + r * KERNEL_W + s) * channels
+            + channel_offs[None, :],
+            (output_offs < outputs)[:, None] & (channel_offs < channels)[None, :],
             other=0.0,
         )
-        acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION)
+        acc = tl.dot(tl.trans(b), tl.trans(dy), acc, input_precision=PRECISION)
         if KERNEL_H * KERNEL_W > 1:
-            i, j, first = next_step(i, j, first, OUTPUTS, taps_w, BLOCK_K)
+            i, j, first_output = advance_tap(i, j, first_output, outputs, taps_w, BLOCK_K)
         else:
-            first += BLOCK_K
+            first_output += BLOCK_K
     acc = tl.trans(acc)
     if residual is not None:
-        acc += added
+        acc += residual_tile
     out = acc.to(da.dtype.element_ty)
-    tl.store(da + rows[:, None] * CHANNELS + channels[None, :], out, whole)
-    if sums is not None:
+    tl.store(da + pixel_offs[:, None] * channels + channel_offs[None, :], out, valid)
+    if tile_sums is not None:
         tile = tl.program_id(1) * (tl.num_programs(0) // tiles_n) + tile_m
         store_tile_sums(
-            out.to(tl.float32), below_value, below_mean, below_terms, sums, tile,
-            tl.num_programs(0) // tiles_n * tl.num_programs(1), whole, channels, CHANNELS,
+            out.to(tl.float32), x_tile, x_mean, x_bn_coeffs, tile_sums, tile,
+            tl.num_programs(0) // tiles_n * tl.num_programs(1), valid, channel_offs, channels,
         )  # fmt: skip
 
 
-def _pixels_of_a_class(x: Tensor, window: ConvGeometry) -> int:
-    return x.shape[0] * cdiv(x.shape[2], window.stride[0]) * cdiv(x.shape[3], window.stride[1])
+def _pixels_per_residue(x: Tensor, geometry: ConvGeometry) -> int:
+    return x.shape[0] * cdiv(x.shape[2], geometry.stride[0]) * cdiv(x.shape[3], geometry.stride[1])
 
 
-def configs(
-    gradient: Gradient, conv: Tensor, window: ConvGeometry, below: Activation, *_: object
-) -> list[Config]:
-    outputs, channels, *kernel = conv.shape
-    taps = cdiv(kernel[0] * kernel[1], window.stride[0] * window.stride[1])
-    pixels, loaded = _pixels_of_a_class(below.x, window), 1 if gradient.y is None else 2
-    return gemm_configs(below.x, pixels, channels, outputs, taps=taps, loaded=loaded, epilogue=2)
+def configs(dy: Gradient, weight: Tensor, geometry: ConvGeometry, a: Activation, *_: object) -> list[Config]:
+    outputs, channels, *kernel = weight.shape
+    taps = cdiv(kernel[0] * kernel[1], geometry.stride[0] * geometry.stride[1])
+    pixels, loaded = _pixels_per_residue(a.x, geometry), 1 if dy.y is None else 2
+    return gemm_configs(a.x, pixels, channels, outputs, taps=taps, loaded=loaded, epilogue=2)
 
 
 def dgrad(
-    gradient: Gradient,
-    conv: Tensor,
-    window: ConvGeometry,
-    below: Activation,
+    dy: Gradient,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    a: Activation,
     residual: Tensor | None,
-    residual_bits: Tensor | None,
+    residual_mask: Tensor | None,
     input_stride: Pair,
     config: Config,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """da (+ residual), like below.x, and with statistics of ``below`` sum_dz, sum_dz_xhat and slopes, float32.
+    """da (+ residual) and, where ``a`` has statistics, the sums of its batch norm; see reference.conv_bn.dgrad.
 
     Args:
-        gradient: (N, outputs, OH, OW), channels_last.
-        conv: (outputs, C, kh, kw).
-        below: the convolution's input, (N, C, H, W), channels_last.
-        residual: (N, C, ceil(H / every), ceil(W / every)), added at every so-manyth pixel; its bits in its own layout.
+        dy: (N, outputs, H', W'), channels_last.
+        weight: (outputs, C, kh, kw).
+        a: the convolution's input, (N, C, H, W), channels_last.
+        residual: (N, C, ceil(H / input_stride[0]), ceil(W / input_stride[1])), channels_last.
+        residual_mask: uint8 (pixels of residual, ceil(C / 8)).
+
+    Returns:
+        da: (N, C, H, W), channels_last.
+        sum_dz, sum_dz_xhat: (C,) and dy_coeffs: (3, C), float32; or None.
     """
-    gradient, below, x = reductions.with_dy_coeffs(gradient), reductions.with_bn_coeffs(below), below.x
+    dy, a, x = with_dy_coeffs(dy), with_bn_coeffs(a), a.x
     da = new_activation(x, x.shape[1], x.shape[2], x.shape[3])
-    classes = window.stride[0] * window.stride[1]
-    tiles = cdiv(_pixels_of_a_class(x, window), config.block_m)
-    sums = None if below.mean is None else reductions.tile_sums(x, classes * tiles, x.shape[1])
-    summed = Activation(None) if sums is None else below  # type: ignore[arg-type]
-    outputs, _, *kernel = conv.shape
+    residues = geometry.stride[0] * geometry.stride[1]
+    tiles = cdiv(_pixels_per_residue(x, geometry), config.block_m)
+    tile_sums = None if a.mean is None else reductions.new_tile_sums(x, residues * tiles, x.shape[1])
+    outputs, _, *kernel = weight.shape
     launch(
         dgrad_kernel,
-        (tiles * cdiv(x.shape[1], config.block_n), classes),
+        (tiles * cdiv(x.shape[1], config.block_n), residues),
         {
-            **gradient_fields(gradient, config.block_k),
-            "conv": row_matrix(conv, x.dtype), "da": da,
-            "below": summed.x, "below_mean": summed.mean, "below_terms": summed.bn_coeffs, "sums": sums,
-            "residual": residual, "residual_bits": mask_words(residual_bits, x.shape[1], config.block_n),
-            **input_sizes(x), "OUT_HEIGHT": gradient.g.shape[2], "OUT_WIDTH": gradient.g.shape[3], "OUTPUTS": outputs,
-            "IMAGES": x.shape[0], **window_sizes(window), **every_sizes(input_stride),
+            **gradient_arguments(dy, config.block_k), "weight": weight_matrix(weight, x.dtype), "da": da,
+            "x": None if tile_sums is None else x, "x_mean": a.mean, "x_bn_coeffs": a.bn_coeffs,
+            "tile_sums": tile_sums,
+            "residual": residual, "residual_mask": mask_words(residual_mask, x.shape[1], config.block_n),
+            **size_arguments(x), "out_height": dy.g.shape[2], "out_width": dy.g.shape[3], "outputs": outputs,
+            "images": x.shape[0], **geometry_arguments(geometry),
+            "input_stride_h": input_stride[0], "input_stride_w": input_stride[1],
         },
         {
-            "KERNEL_H": kernel[0], "KERNEL_W": kernel[1], "POINTWISE": is_pointwise(conv, window),
+            "KERNEL_H": kernel[0], "KERNEL_W": kernel[1], "POINTWISE": is_pointwise(weight, geometry),
             "PRECISION": precision(x.dtype), **config.blocks(),
         },
         config,
-        flops=2 * (gradient.g.numel() // outputs) * conv.numel(),
+        flops=2 * (dy.g.numel() // outputs) * weight.numel(),
     )  # fmt: skip
-    return da, *((None, None, None) if sums is None else reductions.sum_tiles(sums, below))
+    return da, *((None, None, None) if tile_sums is None else reductions.sum_tiles(tile_sums, a))

@@ -1,8 +1,7 @@
-"""The algebra of a folded 1x1 convolution and its batch norm: what remains once the sums over the pixels are known.
+"""Gradients of a folded 1x1 convolution and its batch norm, once the sums over the pixels are known.
 
-One launch forward and two backward take the place of some forty small ones. The formulas are those of ops._branch,
-with W (N, K) the weight and S the covariance of its input. Sums in which large terms cancel (the variances, dgamma,
-the vector) are float64: they are short, and read once; S enters products of float32's accuracy on tensor cores.
+Two launches, with the one of fold_statistics, replace some forty small ones. The formulas are those of
+ops.fold_algebra. Sums in which large terms cancel (dgamma, the vector) are computed in float64, since they are short.
 """
 
 from __future__ import annotations
@@ -13,293 +12,138 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels.autotune.heuristics import tile
+from resnet_fused.kernels.fold_statistics import (
+    flat_weight,
+    float32_precision,
+    fold_statistics,
+    load_matrix,
+    weight_covariance,
+)
 from resnet_fused.kernels.launch import Config, cdiv, launch
+from resnet_fused.kernels.rectified_mean import rectified_mean
 
-#: Channels from which the columns of W S are split over programs: fewer take at most 8 steps.
-SPLIT_FROM = 256
-
-
-@triton.jit
-def _tile(matrix, rows, columns, ROWS, COLUMNS):
-    """Some rows and columns of a matrix, float32; zeros outside."""
-    inside = (rows < ROWS)[:, None] & (columns < COLUMNS)[None, :]
-    return tl.load(matrix + rows[:, None] * COLUMNS + columns[None, :], inside, other=0.0).to(tl.float32)
+__all__ = ["fold_gradients", "fold_statistics", "rectified_mean"]
 
 
 @triton.jit
-def _scale(gamma, rate, rows, inside):
-    """invstd * gamma of some outputs, ``rate`` their invstd."""
+def _scale(gamma, invstd, output_offs, output_valid):
+    """gamma * invstd of some outputs; gamma: (outputs,) or None; invstd: values (BLOCK,)."""
     if gamma is not None:
-        rate *= tl.load(gamma + rows, inside, 0.0)
-    return rate
-
-
-@triton.jit
-def _covariance_product(
-    weight, covariance, rows, columns, OUTPUTS, CHANNELS, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """W S at some outputs and channels."""
-    acc = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
-    for first in range(0, CHANNELS, BLOCK_K):
-        between = first + tl.arange(0, BLOCK_K)
-        w = _tile(weight, rows, between, OUTPUTS, CHANNELS)
-        s = _tile(covariance, between, columns, CHANNELS, CHANNELS)
-        acc = tl.dot(w, s, acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
-def _store_statistics(total, square, moved, mean_y, true_mean, var, invstd, EPS, rows, inside):
-    # Selected by what is below zero: a NaN stays one.
-    variance = tl.where(square < 0, 0.0, square).to(tl.float32)
-    tl.store(mean_y + rows, total.to(tl.float32), inside)
-    tl.store(true_mean + rows, (total + moved).to(tl.float32), inside)
-    tl.store(var + rows, variance, inside)
-    tl.store(invstd + rows, tl.rsqrt(variance + EPS), inside)
-
-
-@triton.jit
-def fold_statistics_kernel(
-    weight,
-    mean,
-    covariance,
-    shift,
-    parts,
-    mean_y,
-    true_mean,
-    var,
-    invstd,
-    EPS,
-    OUTPUTS,
-    CHANNELS,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Columns of S are split over programs where ``parts``, (3, splits, OUTPUTS) float64, take what they have found."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    total = tl.zeros((BLOCK_M,), tl.float64)
-    square = tl.zeros((BLOCK_M,), tl.float64)
-    moved = tl.zeros((BLOCK_M,), tl.float64)
-    for start in range(tl.program_id(1) * BLOCK_N, CHANNELS, tl.num_programs(1) * BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        acc = _covariance_product(weight, covariance, rows, columns, OUTPUTS, CHANNELS, PRECISION, BLOCK_K)
-        w = _tile(weight, rows, columns, OUTPUTS, CHANNELS).to(tl.float64)
-        m = tl.load(mean + columns, columns < CHANNELS, 0.0).to(tl.float64)
-        total += tl.sum(w * m[None, :], 1)
-        square += tl.sum(w * acc.to(tl.float64), 1)
-        if shift is not None:
-            moved += tl.sum(w * tl.load(shift + columns, columns < CHANNELS, 0.0).to(tl.float64)[None, :], 1)
-    inside = rows < OUTPUTS
-    if parts is None:
-        _store_statistics(total, square, moved, mean_y, true_mean, var, invstd, EPS, rows, inside)
-    else:
-        place = parts + tl.program_id(1) * OUTPUTS + rows
-        size = tl.num_programs(1) * OUTPUTS
-        tl.store(place, total, inside)
-        tl.store(place + size, square, inside)
-        tl.store(place + 2 * size, moved, inside)
-
-
-@triton.jit
-def merge_statistics_kernel(
-    parts, mean_y, true_mean, var, invstd, EPS, SPLITS, OUTPUTS, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr
-):
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    split = tl.arange(0, AT_ONCE)
-    inside = (split < SPLITS)[:, None] & (rows < OUTPUTS)[None, :]
-    place = parts + split[:, None] * OUTPUTS + rows[None, :]
-    size = SPLITS * OUTPUTS
-    total = tl.sum(tl.load(place, inside, other=0.0), 0)
-    square = tl.sum(tl.load(place + size, inside, other=0.0), 0)
-    moved = tl.sum(tl.load(place + 2 * size, inside, other=0.0), 0)
-    _store_statistics(total, square, moved, mean_y, true_mean, var, invstd, EPS, rows, rows < OUTPUTS)
+        invstd *= tl.load(gamma + output_offs, output_valid, 0.0)
+    return invstd
 
 
 @triton.jit
 def fold_dweight_kernel(
-    weight,
-    gamma,
-    mean_y,
-    invstd,
-    mean,
-    covariance,
-    sum_dz,
-    product,
-    dweight,
-    dgamma,
-    scaled,
-    OUTPUTS,
-    CHANNELS,
+    weight,  # (outputs, channels)
+    gamma,  # (outputs,) float32 or None
+    mean_y,  # (outputs,) float32
+    invstd,  # (outputs,) float32
+    mean,  # (channels,) float32 or None
+    covariance,  # (channels, channels) float32 or None
+    sum_dz,  # (outputs,) float32
+    q,  # (outputs, channels) float32
+    dweight,  # (outputs, channels) float32
+    dgamma,  # (outputs,) float32
+    scaled,  # (outputs, channels) in the dtype of weight
+    outputs,
+    channels,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # outputs
+    BLOCK_N: tl.constexpr,  # channels
+    BLOCK_K: tl.constexpr,  # channels, of the sums
 ):
-    # Tiles of one row of tiles follow each other: they read the same outputs.
-    tiles_n = tl.cdiv(CHANNELS, BLOCK_N)
+    # Tiles of the same outputs are neighbors, since they read the same rows.
+    tiles_n = tl.cdiv(channels, BLOCK_N)
     tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
-    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_inside = rows < OUTPUTS
-    # All tiles of a row of tiles find its dgamma, rather than wait for a launch that does.
-    along = tl.zeros((BLOCK_M, BLOCK_K), tl.float64)
-    for first in range(0, CHANNELS, BLOCK_K):
-        between = first + tl.arange(0, BLOCK_K)
-        w = _tile(weight, rows, between, OUTPUTS, CHANNELS)
-        q = _tile(product, rows, between, OUTPUTS, CHANNELS)
-        along += w.to(tl.float64) * q.to(tl.float64)
-    level = tl.load(sum_dz + rows, row_inside, 0.0)
-    centre = tl.load(mean_y + rows, row_inside, 0.0)
-    rate = tl.load(invstd + rows, row_inside, 0.0)
-    centred = tl.sum(along, 1) - level.to(tl.float64) * centre.to(tl.float64)
-    slope = (centred * rate.to(tl.float64)).to(tl.float32)
-    tl.store(dgamma + rows, slope, row_inside & (tile_n == 0))
-    value = _tile(product, rows, columns, OUTPUTS, CHANNELS)
+    output_offs = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    channel_offs = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    output_valid = output_offs < outputs
+    # Every tile of a row computes the row's dgamma, which costs less than another launch.
+    w_dot_q = tl.zeros((BLOCK_M, BLOCK_K), tl.float64)
+    for first in range(0, channels, BLOCK_K):
+        inner_offs = first + tl.arange(0, BLOCK_K)
+        w = load_matrix(weight, output_offs, inner_offs, outputs, channels)
+        q_tile = load_matrix(q, output_offs, inner_offs, outputs, channels)
+        w_dot_q += w.to(tl.float64) * q_tile.to(tl.float64)
+    sum_dz_value = tl.load(sum_dz + output_offs, output_valid, 0.0)
+    center = tl.load(mean_y + output_offs, output_valid, 0.0)
+    rate = tl.load(invstd + output_offs, output_valid, 0.0)
+    centered = tl.sum(w_dot_q, 1) - sum_dz_value.to(tl.float64) * center.to(tl.float64)
+    dgamma_value = (centered * rate.to(tl.float64)).to(tl.float32)
+    tl.store(dgamma + output_offs, dgamma_value, output_valid & (tile_n == 0))
+    value = load_matrix(q, output_offs, channel_offs, outputs, channels)
     if covariance is not None:
-        acc = _covariance_product(weight, covariance, rows, columns, OUTPUTS, CHANNELS, PRECISION, BLOCK_K)
-        m = tl.load(mean + columns, columns < CHANNELS, 0.0)
-        value = value - level[:, None] * m[None, :] - (rate * slope)[:, None] * acc
-    factor = _scale(gamma, rate, rows, row_inside)[:, None]
-    inside = row_inside[:, None] & (columns < CHANNELS)[None, :]
-    places = rows[:, None] * CHANNELS + columns[None, :]
-    tl.store(dweight + places, factor * value, inside)
-    w = _tile(weight, rows, columns, OUTPUTS, CHANNELS)
-    tl.store(scaled + places, (factor * w).to(scaled.dtype.element_ty), inside)
+        acc = weight_covariance(
+            weight, covariance, output_offs, channel_offs, outputs, channels, PRECISION, BLOCK_K
+        )
+        m = tl.load(mean + channel_offs, channel_offs < channels, 0.0)
+        value = value - sum_dz_value[:, None] * m[None, :] - (rate * dgamma_value)[:, None] * acc
+    factor = _scale(gamma, rate, output_offs, output_valid)[:, None]
+    valid = output_valid[:, None] & (channel_offs < channels)[None, :]
+    offs = output_offs[:, None] * channels + channel_offs[None, :]
+    tl.store(dweight + offs, factor * value, valid)
+    w = load_matrix(weight, output_offs, channel_offs, outputs, channels)
+    tl.store(scaled + offs, (factor * w).to(scaled.dtype.element_ty), valid)
 
 
 @triton.jit
-def _factor_and_slope(gamma, invstd, dgamma, rows, inside, PIXELS):
-    rate = tl.load(invstd + rows, inside, 0.0)
-    return _scale(gamma, rate, rows, inside), -rate * tl.load(dgamma + rows, inside, 0.0) / PIXELS
+def _scale_and_slope(gamma, invstd, dgamma, output_offs, output_valid, pixels):
+    """scale and slope = -invstd dgamma / P of some outputs; gamma: (outputs,) or None; invstd, dgamma: (outputs,)."""
+    rate = tl.load(invstd + output_offs, output_valid, 0.0)
+    slope = -rate * tl.load(dgamma + output_offs, output_valid, 0.0) / pixels
+    return _scale(gamma, rate, output_offs, output_valid), slope
 
 
 @triton.jit
 def fold_matrix_kernel(
-    weight,
-    gamma,
-    mean_y,
-    invstd,
-    sum_dz,
-    dgamma,
-    matrix,
-    vector,
-    OUTPUTS,
-    CHANNELS,
-    PIXELS,
+    weight,  # (outputs, channels)
+    gamma,  # (outputs,) float32 or None
+    mean_y,  # (outputs,) float32
+    invstd,  # (outputs,) float32
+    sum_dz,  # (outputs,) float32
+    dgamma,  # (outputs,) float32
+    matrix,  # (channels, channels) in the dtype of weight
+    vector,  # (channels,) float32
+    outputs,
+    channels,
+    pixels,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # channels, rows of matrix
+    BLOCK_N: tl.constexpr,  # channels, columns of matrix
+    BLOCK_K: tl.constexpr,  # outputs
 ):
-    tiles_n = tl.cdiv(CHANNELS, BLOCK_N)
+    tiles_n = tl.cdiv(channels, BLOCK_N)
     tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
-    right = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    if tile_m < tl.cdiv(CHANNELS, BLOCK_M):
-        left = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column_offs = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if tile_m < tl.cdiv(channels, BLOCK_M):
+        row_offs = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for first in range(0, OUTPUTS, BLOCK_K):
-            rows = first + tl.arange(0, BLOCK_K)
-            factor, slope = _factor_and_slope(gamma, invstd, dgamma, rows, rows < OUTPUTS, PIXELS)
-            a = _tile(weight, rows, left, OUTPUTS, CHANNELS)
-            b = _tile(weight, rows, right, OUTPUTS, CHANNELS) * (factor * slope)[:, None]
+        for first in range(0, outputs, BLOCK_K):
+            output_offs = first + tl.arange(0, BLOCK_K)
+            factor, slope = _scale_and_slope(
+                gamma, invstd, dgamma, output_offs, output_offs < outputs, pixels
+            )
+            a = load_matrix(weight, output_offs, row_offs, outputs, channels)
+            b = load_matrix(weight, output_offs, column_offs, outputs, channels) * (factor * slope)[:, None]
             acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
         tl.store(
-            matrix + left[:, None] * CHANNELS + right[None, :],
+            matrix + row_offs[:, None] * channels + column_offs[None, :],
             acc.to(matrix.dtype.element_ty),
-            (left < CHANNELS)[:, None] & (right < CHANNELS)[None, :],
+            (row_offs < channels)[:, None] & (column_offs < channels)[None, :],
         )
-    else:  # one row of tiles more, for the vector
+    else:  # one more row of tiles, for the vector
         total = tl.zeros((BLOCK_N,), tl.float64)
-        for first in range(0, OUTPUTS, BLOCK_K):
-            rows = first + tl.arange(0, BLOCK_K)
-            inside = rows < OUTPUTS
-            factor, slope = _factor_and_slope(gamma, invstd, dgamma, rows, inside, PIXELS)
-            offset = -tl.load(sum_dz + rows, inside, 0.0) / PIXELS
-            centre = tl.load(mean_y + rows, inside, 0.0).to(tl.float64)
-            each = factor.to(tl.float64) * (offset.to(tl.float64) - slope.to(tl.float64) * centre)
-            w = _tile(weight, rows, right, OUTPUTS, CHANNELS)
-            total += tl.sum(w.to(tl.float64) * each[:, None], 0)
-        tl.store(vector + right, total.to(tl.float32), right < CHANNELS)
-
-
-@triton.jit
-def rectified_mean_kernel(weight, bias, mean, CHANNELS, BLOCK: tl.constexpr):
-    channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = channels < CHANNELS
-    spread = tl.abs(tl.load(weight + channels, inside, 0.0))
-    level = tl.load(bias + channels, inside, 0.0)
-    # Within bounds, so that nothing overflows: far before them both terms are what they are in the limit.
-    ratio = tl.minimum(tl.maximum(level / tl.maximum(spread, 1e-30), -30.0), 30.0)
-    density = tl.exp(-0.5 * ratio * ratio) * 0.3989422804014327
-    below = 0.5 * (1.0 + tl.erf(ratio * 0.7071067811865476))
-    tl.store(mean + channels, level * below + spread * density, inside)
-
-
-def rectified_mean(weight: Tensor, bias: Tensor) -> Tensor:
-    """reference.folded.rectified_mean of two (C,), float32."""
-    mean, block = torch.empty_like(weight), 128
-    launch(
-        rectified_mean_kernel,
-        (cdiv(weight.shape[0], block),),
-        {"weight": weight, "bias": bias, "mean": mean, "CHANNELS": weight.shape[0]},
-        {"BLOCK": block},
-        Config(warps=4, stages=1),
-    )
-    return mean
-
-
-def fold_statistics(
-    weight: Tensor,
-    mean: Tensor,
-    covariance: Tensor,
-    shift: Tensor | None,
-    eps: float,
-    precision: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Statistics of y = c W^T from those of c: mean_y = W mean, var = max(diag(W S W^T), 0), invstd.
-
-    One launch; two where W S has so many steps that its columns are split over programs.
-
-    Args:
-        weight: W, (N, K) or (N, K, 1, 1), float32, bfloat16 or float16.
-        mean, covariance: (K,) and S, (K, K), float32, contiguous.
-        shift: (K,) float32, what was taken from the convolution's input to make c; None for nothing.
-        precision: of W S, as tl.dot takes it; as float32 unless given.
-
-    Returns:
-        mean_y, (c + shift) W^T's mean, var, invstd = 1 / sqrt(var + eps), each (N,), float32.
-    """
-    w = _matrix(weight)
-    outputs, channels = w.shape
-    split = channels >= SPLIT_FROM
-    # More rows read S fewer times; float32 products hold their operands in registers, where more would spill.
-    config = Config(32 if split and w.dtype != torch.float32 else 16, tile(channels, 64), tile(channels, 32))
-    splits = cdiv(channels, config.block_n) if split else 1
-    parts = None if splits == 1 else mean.new_empty(3, splits, outputs, dtype=torch.float64)
-    results = {name: mean.new_empty(outputs) for name in ("mean_y", "true_mean", "var", "invstd")}
-    launch(
-        fold_statistics_kernel,
-        (cdiv(outputs, config.block_m), splits),
-        {
-            "weight": w, "mean": mean, "covariance": covariance, "shift": shift, "parts": parts, **results,
-            "EPS": eps, "OUTPUTS": outputs, "CHANNELS": channels,
-        },
-        {"PRECISION": precision or _as_float32(w.dtype), **config.blocks()},
-        config,
-        flops=2 * outputs * channels * (channels + 2),
-    )  # fmt: skip
-    if parts is not None:
-        block = 128
-        launch(
-            merge_statistics_kernel,
-            (cdiv(outputs, block),),
-            {"parts": parts, **results, "EPS": eps, "SPLITS": splits, "OUTPUTS": outputs},
-            {"AT_ONCE": 1 << (splits - 1).bit_length(), "BLOCK": block},
-            Config(warps=4, stages=1),
-        )
-    return results["mean_y"], results["true_mean"], results["var"], results["invstd"]
+        for first in range(0, outputs, BLOCK_K):
+            output_offs = first + tl.arange(0, BLOCK_K)
+            output_valid = output_offs < outputs
+            factor, slope = _scale_and_slope(gamma, invstd, dgamma, output_offs, output_valid, pixels)
+            offset = -tl.load(sum_dz + output_offs, output_valid, 0.0) / pixels
+            center = tl.load(mean_y + output_offs, output_valid, 0.0).to(tl.float64)
+            coeff = factor.to(tl.float64) * (offset.to(tl.float64) - slope.to(tl.float64) * center)
+            w = load_matrix(weight, output_offs, column_offs, outputs, channels)
+            total += tl.sum(w.to(tl.float64) * coeff[:, None], 0)
+        tl.store(vector + column_offs, total.to(tl.float32), column_offs < channels)
 
 
 def fold_gradients(
@@ -310,11 +154,11 @@ def fold_gradients(
     mean: Tensor | None,
     covariance: Tensor | None,
     sum_dz: Tensor,
-    product: Tensor,
+    q: Tensor,
     pixels: int,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of the parameters, and dc = dz scaled + c matrix^T + vector. Two launches; one if frozen.
+    """Gradients of the parameters, and what dc = dz scaled + c matrix^T + vector is computed from.
 
         dgamma  = invstd (diag(W Q^T) - sum_dz mean_y)
         dweight = scale (Q - invstd dgamma (W S) - sum_dz mean^T)
@@ -322,65 +166,56 @@ def fold_gradients(
         vector  = (scale (-sum_dz / P - slope mean_y)) W
         scaled  = scale W
 
-    Statistics are of this process's pixels alone. Where they are frozen, dweight = scale Q.
+    See docs/training-fold.md. Statistics are of this process's pixels alone. Two launches; one for running statistics,
+    where dweight = scale Q.
 
     Args:
-        weight: W, (N, K) or (N, K, 1, 1), float32, bfloat16 or float16; gamma: (N,) float32, None for ones.
+        weight: W, (N, K) or (N, K, 1, 1), float32, bfloat16 or float16; gamma: (N,) float32 or None.
         mean_y, invstd: (N,) float32, of c W^T.
-        mean, covariance: (K,) and S, (K, K), float32, of c; None where the statistics are frozen.
-        sum_dz: (N,); product: Q = dz^T c, (N, K); float32.
+        mean, covariance: (K,) and S, (K, K), float32, of c; None for running statistics.
+        sum_dz: (N,); q: Q = dz^T c, (N, K); float32.
         pixels: P.
-        precision: of all products, as tl.dot takes it; else W S is as float32, and so is the matrix of a float32
-            weight, while that of another is rounded anyway and made in TF32, whose range is that of float32.
+        precision: input_precision of tl.dot. By default W S has the accuracy of float32, and so has the matrix of a
+            float32 weight; that of a 16-bit weight is rounded anyway and computed in TF32, whose range is float32's.
 
     Returns:
-        dweight (N, K), dgamma (N,), scaled (N, K), matrix (K, K), vector (K,): float32, but scaled and matrix, which
-        are in the weight's dtype.
-        matrix and vector are None where the statistics are frozen.
+        dweight: (N, K), dgamma: (N,), float32; scaled: (N, K) and matrix: (K, K), in the weight's dtype; vector: (K,),
+        float32. matrix and vector are None for running statistics.
     """
-    w = _matrix(weight)
+    w = flat_weight(weight)
     outputs, channels = w.shape
-    sizes = {"OUTPUTS": outputs, "CHANNELS": channels}
-    frozen, exact = mean is None or covariance is None, w.dtype == torch.float32
+    sizes = {"outputs": outputs, "channels": channels}
+    is_running, is_float32 = mean is None or covariance is None, w.dtype == torch.float32
     # Without tensor cores operands are held in registers, and larger tiles would spill.
-    config = Config(16 if exact else 32, tile(channels, 64), tile(channels, 32))
-    dweight, dgamma = product.new_empty(outputs, channels), product.new_empty(outputs)
+    config = Config(16 if is_float32 else 32, tile(channels, 64), tile(channels, 32))
+    dweight, dgamma = q.new_empty(outputs, channels), q.new_empty(outputs)
     scaled = torch.empty_like(w)
     launch(
         fold_dweight_kernel,
         (cdiv(outputs, config.block_m) * cdiv(channels, config.block_n),),
         {
             "weight": w, "gamma": gamma, "mean_y": mean_y, "invstd": invstd,
-            "mean": None if frozen else mean, "covariance": None if frozen else covariance, "sum_dz": sum_dz,
-            "product": product.contiguous(), "dweight": dweight, "dgamma": dgamma,
+            "mean": None if is_running else mean, "covariance": None if is_running else covariance, "sum_dz": sum_dz,
+            "q": q.contiguous(), "dweight": dweight, "dgamma": dgamma,
             "scaled": scaled, **sizes,
         },
-        {"PRECISION": precision or _as_float32(w.dtype), **config.blocks()},
+        {"PRECISION": precision or float32_precision(w.dtype), **config.blocks()},
         config,
-        flops=2 * outputs * channels * (2 if frozen else channels + 3),
+        flops=2 * outputs * channels * (2 if is_running else channels + 3),
     )  # fmt: skip
-    if frozen:
+    if is_running:
         return dweight, dgamma, scaled, None, None
-    config = Config(tile(channels, 32), tile(channels, 64), tile(outputs, 32 if exact else 64))
-    matrix, vector = w.new_empty(channels, channels), product.new_empty(channels)
+    config = Config(tile(channels, 32), tile(channels, 64), tile(outputs, 32 if is_float32 else 64))
+    matrix, vector = w.new_empty(channels, channels), q.new_empty(channels)
     launch(
         fold_matrix_kernel,
         ((cdiv(channels, config.block_m) + 1) * cdiv(channels, config.block_n),),
         {
             "weight": w, "gamma": gamma, "mean_y": mean_y, "invstd": invstd, "sum_dz": sum_dz,
-            "dgamma": dgamma, "matrix": matrix, "vector": vector, **sizes, "PIXELS": pixels,
+            "dgamma": dgamma, "matrix": matrix, "vector": vector, **sizes, "pixels": pixels,
         },
-        {"PRECISION": precision or ("ieee" if exact else "tf32"), **config.blocks()},
+        {"PRECISION": precision or ("ieee" if is_float32 else "tf32"), **config.blocks()},
         config,
         flops=2 * outputs * channels * (channels + 1),
     )  # fmt: skip
     return dweight, dgamma, scaled, matrix, vector
-
-
-def _matrix(weight: Tensor) -> Tensor:
-    return weight.view(weight.shape[:2]).contiguous()
-
-
-def _as_float32(dtype: torch.dtype) -> str:
-    """Products of float32's accuracy; on tensor cores where the activations have fewer bits anyway."""
-    return "ieee" if dtype == torch.float32 else "tf32x3"

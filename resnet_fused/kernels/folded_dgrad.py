@@ -1,7 +1,7 @@
-"""Gradients of the inputs of one or both folded convolutions of a block: da = dz scaled + c matrix^T + vector.
+"""Gradients w.r.t. the inputs of one or both folded convolutions of a block: da = dz scaled + a matrix^T + vector.
 
-For each one GEMM over [dz | c]; dz, the gradient behind the block's ReLU, is read once for both. The epilogue takes the
-sums that the batch norm below needs of da behind its ReLU.
+For each one GEMM over [dz | a]; dz, the gradient before the block's last ReLU, is read once for both. The epilogue
+computes the partial sums that backward of the input's batch norm needs.
 """
 
 from __future__ import annotations
@@ -12,43 +12,50 @@ from torch import Tensor
 
 from resnet_fused.kernels import reductions
 from resnet_fused.kernels.arguments import (
-    activation_fields,
-    every_sizes,
+    activation_arguments,
+    folded_size_arguments,
     mask_words,
     new_activation,
     precision,
-    row_matrix,
-    skip_fields,
-    touched_of_both,
+    skip_arguments,
+    subsampled_bytes,
+    weight_matrix,
 )
 from resnet_fused.kernels.autotune.heuristics import gemm_configs
+from resnet_fused.kernels.bn_coeffs import with_bn_coeffs
 from resnet_fused.kernels.launch import Config, cdiv, launch
-from resnet_fused.kernels.tiles import activation_tile, masked_tile, pixel_of, store_tile_sums, tile_of
+from resnet_fused.kernels.tiles import (
+    load_activation_tile,
+    load_masked_tile,
+    load_tile,
+    store_tile_sums,
+    unravel_pixels,
+)
 from resnet_fused.types import Activation, DgradFactors, Pair
 
 
 @triton.jit
 def _input_gradient(
-    g,
-    mask,
-    scaled,
-    x,
-    mean,
-    bn_coeffs,
-    shift,
-    matrix,
-    vector,
-    da,
-    sums,
-    HEIGHT,
-    WIDTH,
-    CHANNELS,
-    OUT_HEIGHT,
-    OUT_WIDTH,
-    OUTPUTS,
-    PIXELS,
-    EVERY_H,
-    EVERY_W,
+    g,  # (pixels, outputs)
+    mask,  # (pixels, bytes or words)
+    scaled,  # (outputs, channels)
+    matrix,  # (channels, channels) or None
+    vector,  # (channels,) or None
+    x,  # (N, height, width, channels)
+    mean,  # (channels,) or None
+    bn_coeffs,  # (3, channels) or None
+    shift,  # (channels,) or None
+    da,  # (pixels, channels)
+    tile_sums,  # (2, channels, tiles_m) or None
+    height,
+    width,
+    channels,  # of x and da
+    out_height,
+    out_width,
+    outputs,  # channels of dz
+    pixels,
+    input_stride_h,
+    input_stride_w,
     tile_m,
     tiles_m,
     tile_n,
@@ -58,127 +65,126 @@ def _input_gradient(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A tile of da. CHANNELS: of the convolution's input, and of da; OUTPUTS: of dz."""
-    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside, column_inside = rows < PIXELS, columns < CHANNELS
-    whole = inside[:, None] & column_inside[None, :]
-    if sums is not None:  # before the loops, which hide how long that takes
-        below = tile_of(x, rows, inside, columns, column_inside, CHANNELS)
+    """Computes and stores one tile of da; parameters as in folded_dgrad_kernel."""
+    pixel_offs = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column_offs = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    pixel_valid, column_valid = pixel_offs < pixels, column_offs < channels
+    valid = pixel_valid[:, None] & column_valid[None, :]
+    if tile_sums is not None:  # loaded before the loops, which hide the latency
+        x_tile = load_tile(x, pixel_offs, pixel_valid, column_offs, column_valid, channels)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for first in range(0, OUTPUTS, BLOCK_K):
-        outputs = first + tl.arange(0, BLOCK_K)
-        dz = masked_tile(g, mask, rows, inside, first, OUTPUTS, BLOCK_K)
+    for first_output in range(0, outputs, BLOCK_K):
+        output_offs = first_output + tl.arange(0, BLOCK_K)
+        dz = load_masked_tile(g, mask, pixel_offs, pixel_valid, first_output, outputs, BLOCK_K)
         b = tl.load(
-            scaled + outputs[:, None] * CHANNELS + columns[None, :],
-            (outputs < OUTPUTS)[:, None] & column_inside[None, :],
+            scaled + output_offs[:, None] * channels + column_offs[None, :],
+            (output_offs < outputs)[:, None] & column_valid[None, :],
             other=0.0,
         )
         acc = tl.dot(tl.trans(b), tl.trans(dz), acc, input_precision=PRECISION)
     if matrix is not None:
-        source = rows
+        x_offs = pixel_offs
         if not POINTWISE:
-            image, h, w = pixel_of(rows, OUT_HEIGHT, OUT_WIDTH)
-            source = (image * HEIGHT + h * EVERY_H) * WIDTH + w * EVERY_W
-        for first in range(0, CHANNELS, BLOCK_K):
-            channels = first + tl.arange(0, BLOCK_K)
-            c = activation_tile(x, mean, bn_coeffs, shift, source, inside, channels, CHANNELS, False)
+            image, h, w = unravel_pixels(pixel_offs, out_height, out_width)
+            x_offs = (image * height + h * input_stride_h) * width + w * input_stride_w
+        for first_channel in range(0, channels, BLOCK_K):
+            channel_offs = first_channel + tl.arange(0, BLOCK_K)
+            a = load_activation_tile(
+                x, mean, bn_coeffs, shift, x_offs, pixel_valid, channel_offs, channels, False
+            )
             b = tl.load(
-                matrix + columns[:, None] * CHANNELS + channels[None, :],
-                (channels < CHANNELS)[None, :] & column_inside[:, None],
+                matrix + column_offs[:, None] * channels + channel_offs[None, :],
+                (channel_offs < channels)[None, :] & column_valid[:, None],
                 other=0.0,
             )
-            acc = tl.dot(b, tl.trans(c), acc, input_precision=PRECISION)
-        acc += tl.load(vector + columns, column_inside, 0.0)[:, None]
+            acc = tl.dot(b, tl.trans(a), acc, input_precision=PRECISION)
+        acc += tl.load(vector + column_offs, column_valid, 0.0)[:, None]
     out = tl.trans(acc).to(da.dtype.element_ty)
-    tl.store(da + rows[:, None] * CHANNELS + columns[None, :], out, whole)
-    if sums is not None:
+    tl.store(da + pixel_offs[:, None] * channels + column_offs[None, :], out, valid)
+    if tile_sums is not None:
         store_tile_sums(
-            out.to(tl.float32), below, mean, bn_coeffs, sums, tile_m, tiles_m, whole, columns, CHANNELS
-        )
+            out.to(tl.float32), x_tile, mean, bn_coeffs, tile_sums, tile_m, tiles_m, valid, column_offs, channels
+        )  # fmt: skip
 
 
 @triton.jit
 def folded_dgrad_kernel(
-    g,
-    mask,
-    scaled,
-    matrix,
-    vector,
-    x,
-    mean,
-    bn_coeffs,
-    shift,
-    da,
-    sums,
-    skip_scaled,
-    skip_matrix,
-    skip_vector,
-    skip,
-    skip_shift,
-    dskip,
-    HEIGHT,
-    WIDTH,
-    CHANNELS,
-    SKIP_HEIGHT,
-    SKIP_WIDTH,
-    SKIP_CHANNELS,
-    OUT_HEIGHT,
-    OUT_WIDTH,
-    OUTPUTS,
-    PIXELS,
-    EVERY_H,
-    EVERY_W,
-    SKIP_EVERY_H,
-    SKIP_EVERY_W,
-    POINTWISE: tl.constexpr,
+    g,  # (N, out_height, out_width, outputs)
+    mask,  # (pixels, bytes or words)
+    scaled,  # (outputs, channels)
+    matrix,  # (channels, channels) or None
+    vector,  # (channels,) or None
+    x,  # (N, height, width, channels)
+    x_mean,  # (channels,) or None
+    x_bn_coeffs,  # (3, channels) or None
+    x_shift,  # (channels,) or None
+    da,  # (N, out_height, out_width, channels)
+    tile_sums,  # (2, channels, tiles of pixels) float32, see ``store_tile_sums``; or None
+    skip_scaled,  # (outputs, skip_channels) or None
+    skip_matrix,  # (skip_channels, skip_channels) or None
+    skip_vector,  # (skip_channels,) or None
+    skip,  # (N, skip_height, skip_width, skip_channels) or None
+    skip_shift,  # (skip_channels,) or None
+    dskip,  # (N, out_height, out_width, skip_channels) or None
+    height,
+    width,
+    channels,
+    skip_height,
+    skip_width,
+    skip_channels,
+    out_height,
+    out_width,
+    outputs,
+    pixels,  # N * out_height * out_width
+    input_stride_h,
+    input_stride_w,
+    skip_input_stride_h,
+    skip_input_stride_w,
+    POINTWISE: tl.constexpr,  # input strides of 1
     SKIP_POINTWISE: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # pixels
+    BLOCK_N: tl.constexpr,  # channels of da
+    BLOCK_K: tl.constexpr,  # outputs, and channels of a
 ):
-    # Tiles of one row of tiles follow each other, those of the shortcut last: they read the same pixels.
-    tiles = tl.cdiv(CHANNELS, BLOCK_N)
-    both = tiles
+    # Tiles of the same pixels are neighbors, the shortcut's last: they read the same part of g.
+    tiles = tl.cdiv(channels, BLOCK_N)
+    all_tiles = tiles
     if skip is not None:
-        both += tl.cdiv(SKIP_CHANNELS, BLOCK_N)
-    tile_m, tile_n, tiles_m = tl.program_id(0) // both, tl.program_id(0) % both, tl.num_programs(0) // both
+        all_tiles += tl.cdiv(skip_channels, BLOCK_N)
+    tile_m, tile_n = tl.program_id(0) // all_tiles, tl.program_id(0) % all_tiles
+    tiles_m = tl.num_programs(0) // all_tiles
     if tile_n < tiles:
         _input_gradient(
-            g, mask, scaled, x, mean, bn_coeffs, shift, matrix, vector, da, sums, HEIGHT, WIDTH, CHANNELS,
-            OUT_HEIGHT, OUT_WIDTH, OUTPUTS, PIXELS, EVERY_H, EVERY_W, tile_m, tiles_m, tile_n,
+            g, mask, scaled, matrix, vector, x, x_mean, x_bn_coeffs, x_shift, da, tile_sums, height, width, channels,
+            out_height, out_width, outputs, pixels, input_stride_h, input_stride_w, tile_m, tiles_m, tile_n,
             POINTWISE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     elif skip is not None:
         _input_gradient(
-            g, mask, skip_scaled, skip, None, None, skip_shift, skip_matrix, skip_vector, dskip, None,
-            SKIP_HEIGHT, SKIP_WIDTH, SKIP_CHANNELS, OUT_HEIGHT, OUT_WIDTH, OUTPUTS, PIXELS, SKIP_EVERY_H, SKIP_EVERY_W,
-            tile_m, tiles_m, tile_n - tiles, SKIP_POINTWISE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            g, mask, skip_scaled, skip_matrix, skip_vector, skip, None, None, skip_shift, dskip, None,
+            skip_height, skip_width, skip_channels, out_height, out_width, outputs, pixels,
+            skip_input_stride_h, skip_input_stride_w, tile_m, tiles_m, tile_n - tiles,
+            SKIP_POINTWISE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
-def _factors(factors: DgradFactors, like: Tensor, prefix: str = "") -> dict[str, Tensor | None]:
-    matrices = (m if m is None else row_matrix(m, like.dtype) for m in (factors.scaled, factors.matrix))
-    names = (f"{prefix}scaled", f"{prefix}matrix", f"{prefix}vector")
-    return dict(zip(names, (*matrices, factors.vector), strict=True))
-
-
-def _size(factors: DgradFactors) -> int:
-    return sum(m.numel() for m in (factors.scaled, factors.matrix) if m is not None)
+def _factor_arguments(factors: DgradFactors, like: Tensor, prefix: str = "") -> dict[str, Tensor | None]:
+    scaled, matrix = (None if m is None else weight_matrix(m, like.dtype) for m in factors[:2])
+    return {f"{prefix}scaled": scaled, f"{prefix}matrix": matrix, f"{prefix}vector": factors.vector}
 
 
 def configs(
     grad: Tensor,
     mask: Tensor,
     factors: DgradFactors,
-    source: Activation,
+    a: Activation,
     input_stride: Pair,
     skip_factors: DgradFactors,
     skip: Activation | None,
     *_: object,
 ) -> list[Config]:
-    outputs, channels = grad.shape[1], source.x.shape[1] + (0 if skip is None else skip.x.shape[1])
+    outputs, channels = grad.shape[1], a.x.shape[1] + (0 if skip is None else skip.x.shape[1])
     return gemm_configs(grad, grad.numel() // outputs, channels, outputs, epilogue=2)
 
 
@@ -186,46 +192,49 @@ def folded_dgrad(
     grad: Tensor,
     mask: Tensor,
     factors: DgradFactors,
-    source: Activation,
+    a: Activation,
     input_stride: Pair,
     skip_factors: DgradFactors,
     skip: Activation | None,
     skip_input_stride: Pair,
     config: Config,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """da of ``source``, that of ``skip``, and sum_dz, sum_dz_xhat and slopes, where ``source`` has statistics.
+    """da, dskip and the sums of a's batch norm; see reference.folded_conv_bn.folded_dgrad.
 
     Args:
-        grad: (N, outputs, H, W), channels_last; bits: the mask of what it is the gradient of.
-        source, skip: inputs of folded convolutions, channels_last; of their pixels one in so many counts, down and
-            across, and da is that of these alone. ``skip`` has no statistics.
+        grad: (N, outputs, H, W), channels_last; mask: uint8 (N*H*W, ceil(outputs / 8)).
+        a, skip: inputs of folded convolutions with H x W pixels after subsampling, channels_last. ``skip`` has no
+            statistics.
+        factors: of ``a``: scaled (outputs, C, 1, 1), matrix (C, C, 1, 1), vector (C,) float32; skip_factors likewise.
+
+    Returns:
+        da: (N, C, H, W) and dskip: (N, skip's channels, H, W) or None, channels_last.
+        sum_dz, sum_dz_xhat: (C,) and dy_coeffs: (3, C), float32; None where ``a`` has no statistics.
     """
-    source = reductions.with_bn_coeffs(source)
-    x, (images, outputs, height, width) = source.x, grad.shape
-    channels, others = x.shape[1], 0 if skip is None else skip.x.shape[1]
+    a = with_bn_coeffs(a)
+    x, (images, _, height, width) = a.x, grad.shape
+    channels, skip_channels = x.shape[1], 0 if skip is None else skip.x.shape[1]
     pixels = images * height * width
     da = new_activation(x, channels, height, width)
-    dskip = None if skip is None else new_activation(x, others, height, width)
+    dskip = None if skip is None else new_activation(x, skip_channels, height, width)
     tiles = cdiv(pixels, config.block_m)
-    sums = None if source.mean is None else reductions.tile_sums(x, tiles, channels)
+    tile_sums = None if a.mean is None else reductions.new_tile_sums(x, tiles, channels)
+    matrices = (*factors[:2], *skip_factors[:2])
     launch(
         folded_dgrad_kernel,
-        (tiles * (cdiv(channels, config.block_n) + cdiv(others, config.block_n)),),
+        (tiles * (cdiv(channels, config.block_n) + cdiv(skip_channels, config.block_n)),),
         {
-            "g": grad, "mask": mask_words(mask, outputs, config.block_k), **_factors(factors, grad),
-            **activation_fields(source), "da": da, "sums": sums,
-            **_factors(skip_factors, grad, "skip_"), **skip_fields(skip), "dskip": dskip,
-            "HEIGHT": x.shape[2], "WIDTH": x.shape[3], "CHANNELS": channels,
-            "SKIP_HEIGHT": 0 if skip is None else skip.x.shape[2], "SKIP_WIDTH": 0 if skip is None else skip.x.shape[3],
-            "SKIP_CHANNELS": others, "OUT_HEIGHT": height, "OUT_WIDTH": width, "OUTPUTS": outputs, "PIXELS": pixels,
-            **every_sizes(input_stride), **every_sizes(skip_input_stride, "SKIP_"),
+            "g": grad, "mask": mask_words(mask, grad.shape[1], config.block_k), **_factor_arguments(factors, grad),
+            **activation_arguments(a), "da": da, "tile_sums": tile_sums,
+            **_factor_arguments(skip_factors, grad, "skip_"), **skip_arguments(skip), "dskip": dskip,
+            **folded_size_arguments(a, input_stride, skip, skip_input_stride, grad),
         },
         {
             "POINTWISE": input_stride == (1, 1), "SKIP_POINTWISE": skip_input_stride == (1, 1),
             "PRECISION": precision(grad.dtype), **config.blocks(),
         },
         config,
-        flops=2 * pixels * (_size(factors) + _size(skip_factors)),
-        touched=touched_of_both(source, skip, height, width),
+        flops=2 * pixels * sum(m.numel() for m in matrices if m is not None),
+        partial_bytes=subsampled_bytes(height, width, x=x, skip=None if skip is None else skip.x),
     )  # fmt: skip
-    return da, dskip, *((None, None, None) if sums is None else reductions.sum_tiles(sums, source))
+    return da, dskip, *((None, None, None) if tile_sums is None else reductions.sum_tiles(tile_sums, a))

@@ -1,7 +1,7 @@
-"""Q = dz^T c of one or both folded convolutions of a block, with the sums of dz: dz is read once for both.
+"""Q = dz^T a of one or both folded convolutions of a block, and dz summed over the pixels; dz is read once for both.
 
-dz is the gradient behind the block's ReLU, from the gradient of the output and the mask bits. A program makes
-BLOCK_N outputs x BLOCK_K channels of one of the two, of one split of the pixels.
+dz is the gradient before the block's last ReLU: the gradient w.r.t. the block's output times the mask. A program
+computes BLOCK_N outputs x BLOCK_K channels of one of the two from one split of the pixels.
 """
 
 from __future__ import annotations
@@ -12,198 +12,198 @@ from torch import Tensor
 
 from resnet_fused.kernels import reductions
 from resnet_fused.kernels.arguments import (
-    activation_fields,
-    every_sizes,
+    activation_arguments,
+    folded_size_arguments,
     mask_words,
-    new_float,
+    new_sums,
     precision,
-    skip_fields,
-    touched_of_both,
+    skip_arguments,
+    subsampled_bytes,
 )
 from resnet_fused.kernels.autotune.heuristics import sum_configs
+from resnet_fused.kernels.bn_coeffs import with_bn_coeffs
 from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.tiles import (
-    activated,
-    activation_terms,
-    masked_tile,
-    pixel_of,
-    pixels_later,
-    tile_of,
+    advance_pixels,
+    apply_activation,
+    load_activation_coeffs,
+    load_masked_tile,
+    load_tile,
+    unravel_pixels,
 )
 from resnet_fused.types import Activation, Pair
 
 
 @triton.jit
-def _products(
-    g,
-    mask,
-    x,
-    mean,
-    bn_coeffs,
-    shift,
-    part,
-    sums,
-    HEIGHT,
-    WIDTH,
-    CHANNELS,
-    OUT_HEIGHT,
-    OUT_WIDTH,
-    OUTPUTS,
-    PIXELS,
-    EVERY_H,
-    EVERY_W,
-    tile,
+def _q_tile(
+    g,  # (pixels, outputs)
+    mask,  # (pixels, bytes or words)
+    x,  # (N, height, width, channels)
+    mean,  # (channels,) or None
+    bn_coeffs,  # (3, channels) or None
+    shift,  # (channels,) or None
+    q,  # (outputs, channels)
+    sum_dz,  # (outputs,) or None
+    height,
+    width,
+    channels,
+    out_height,
+    out_width,
+    outputs,
+    pixels,
+    input_stride_h,
+    input_stride_w,
+    tile_k,
     POINTWISE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A tile of dz^T c goes to ``part``; with the first of its row the sums of dz to ``sums``, where that is given."""
-    first = tl.program_id(1) * BLOCK_N
-    outputs = first + tl.arange(0, BLOCK_N)
-    channels = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    per_split = tl.cdiv(tl.cdiv(PIXELS, BLOCK_M), tl.num_programs(2))
-    start = tl.program_id(2) * per_split * BLOCK_M
-    LOADED: tl.constexpr = bn_coeffs is None and shift is None  # the first operand, as in wgrad
+    """Computes and stores a tile of q and, with the first tile of its row, sum_dz; see folded_wgrad_kernel."""
+    first_output = tl.program_id(1) * BLOCK_N
+    output_offs = first_output + tl.arange(0, BLOCK_N)
+    channel_offs = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    steps = tl.cdiv(tl.cdiv(pixels, BLOCK_M), tl.num_programs(2))
+    start = tl.program_id(2) * steps * BLOCK_M
+    LOADED: tl.constexpr = bn_coeffs is None and shift is None  # the order of operands, see wgrad_kernel
     acc = tl.zeros((BLOCK_K, BLOCK_N) if LOADED else (BLOCK_N, BLOCK_K), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    channel_inside = channels < CHANNELS
-    centre, scale, offset, level = activation_terms(
-        mean, bn_coeffs, shift, channels, channel_inside, CHANNELS, x.dtype.element_ty
+    channel_valid = channel_offs < channels
+    center, scale, offset, shift_value = load_activation_coeffs(
+        mean, bn_coeffs, shift, channel_offs, channel_valid, channels, x.dtype.element_ty
     )
     if not POINTWISE:
-        image, h, w = pixel_of(start + tl.arange(0, BLOCK_M), OUT_HEIGHT, OUT_WIDTH)
-        more_images, more_h, more_w = pixel_of(BLOCK_M, OUT_HEIGHT, OUT_WIDTH)
-    for step in range(per_split):
-        rows = start + step * BLOCK_M + tl.arange(0, BLOCK_M)
-        inside = rows < PIXELS
-        dz = masked_tile(g, mask, rows, inside, first, OUTPUTS, BLOCK_N)
-        source = rows
+        image, h, w = unravel_pixels(start + tl.arange(0, BLOCK_M), out_height, out_width)
+        step_images, step_h, step_w = unravel_pixels(BLOCK_M, out_height, out_width)
+    for step in range(steps):
+        pixel_offs = start + step * BLOCK_M + tl.arange(0, BLOCK_M)
+        pixel_valid = pixel_offs < pixels
+        dz = load_masked_tile(g, mask, pixel_offs, pixel_valid, first_output, outputs, BLOCK_N)
+        x_offs = pixel_offs
         if not POINTWISE:
-            source = (image * HEIGHT + h * EVERY_H) * WIDTH + w * EVERY_W
-        value = tile_of(x, source, inside, channels, channel_inside, CHANNELS)
-        # dz is 0 in rows outside.
-        c = activated(value, bn_coeffs, shift, centre, scale, offset, level, inside, False)
-        if sums is not None:
+            x_offs = (image * height + h * input_stride_h) * width + w * input_stride_w
+        x_tile = load_tile(x, x_offs, pixel_valid, channel_offs, channel_valid, channels)
+        # Not padded: dz is 0 at pixels outside.
+        a = apply_activation(x_tile, bn_coeffs, shift, center, scale, offset, shift_value, pixel_valid, False)
+        if sum_dz is not None:
             total += tl.sum(dz.to(tl.float32), 0)
         if LOADED:
-            acc = tl.dot(tl.trans(c), dz, acc, input_precision=PRECISION)
+            acc = tl.dot(tl.trans(a), dz, acc, input_precision=PRECISION)
         else:
-            acc = tl.dot(tl.trans(dz), c, acc, input_precision=PRECISION)
+            acc = tl.dot(tl.trans(dz), a, acc, input_precision=PRECISION)
         if not POINTWISE:
-            image, h, w = pixels_later(image, h, w, more_images, more_h, more_w, OUT_HEIGHT, OUT_WIDTH)
+            image, h, w = advance_pixels(image, h, w, step_images, step_h, step_w, out_height, out_width)
     if LOADED:
         acc = tl.trans(acc)
-    whole = (outputs < OUTPUTS)[:, None] & (channels < CHANNELS)[None, :]
-    tl.store(part + outputs[:, None] * CHANNELS + channels[None, :], acc, whole)
-    if sums is not None:
-        tl.store(sums + outputs, total, (outputs < OUTPUTS) & (tile == 0))
+    valid = (output_offs < outputs)[:, None] & (channel_offs < channels)[None, :]
+    tl.store(q + output_offs[:, None] * channels + channel_offs[None, :], acc, valid)
+    if sum_dz is not None:
+        tl.store(sum_dz + output_offs, total, (output_offs < outputs) & (tile_k == 0))
 
 
 @triton.jit
 def folded_wgrad_kernel(
-    g,
-    mask,
-    x,
-    mean,
-    bn_coeffs,
-    shift,
-    skip,
-    skip_shift,
-    parts,
-    HEIGHT,
-    WIDTH,
-    CHANNELS,
-    SKIP_HEIGHT,
-    SKIP_WIDTH,
-    SKIP_CHANNELS,
-    OUT_HEIGHT,
-    OUT_WIDTH,
-    OUTPUTS,
-    PIXELS,
-    EVERY_H,
-    EVERY_W,
-    SKIP_EVERY_H,
-    SKIP_EVERY_W,
-    POINTWISE: tl.constexpr,
+    g,  # (N, out_height, out_width, outputs)
+    mask,  # (pixels, bytes or words)
+    x,  # (N, height, width, channels)
+    x_mean,  # (channels,) or None
+    x_bn_coeffs,  # (3, channels) or None
+    x_shift,  # (channels,) or None
+    skip,  # (N, skip_height, skip_width, skip_channels) or None
+    skip_shift,  # (skip_channels,) or None
+    partial_sums,  # (splits, outputs * (channels + skip_channels + 1)) float32: q, skip_q and sum_dz
+    height,
+    width,
+    channels,
+    skip_height,
+    skip_width,
+    skip_channels,
+    out_height,
+    out_width,
+    outputs,
+    pixels,  # N * out_height * out_width
+    input_stride_h,
+    input_stride_w,
+    skip_input_stride_h,
+    skip_input_stride_w,
+    POINTWISE: tl.constexpr,  # input strides of 1
     SKIP_POINTWISE: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # pixels
+    BLOCK_N: tl.constexpr,  # outputs
+    BLOCK_K: tl.constexpr,  # channels
 ):
-    part = parts + tl.program_id(2) * OUTPUTS * (CHANNELS + SKIP_CHANNELS + 1)
-    skip_part = part + OUTPUTS * CHANNELS
-    sums = skip_part + OUTPUTS * SKIP_CHANNELS
-    tile, tiles = tl.program_id(0), tl.cdiv(CHANNELS, BLOCK_K)
-    if tile < tiles:
-        _products(
-            g, mask, x, mean, bn_coeffs, shift, part, sums, HEIGHT, WIDTH, CHANNELS,
-            OUT_HEIGHT, OUT_WIDTH, OUTPUTS, PIXELS, EVERY_H, EVERY_W, tile,
+    q = partial_sums + tl.program_id(2) * outputs * (channels + skip_channels + 1)
+    skip_q = q + outputs * channels
+    sum_dz = skip_q + outputs * skip_channels
+    tile_k, tiles_k = tl.program_id(0), tl.cdiv(channels, BLOCK_K)
+    if tile_k < tiles_k:
+        _q_tile(
+            g, mask, x, x_mean, x_bn_coeffs, x_shift, q, sum_dz, height, width, channels,
+            out_height, out_width, outputs, pixels, input_stride_h, input_stride_w, tile_k,
             POINTWISE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     elif skip is not None:
-        _products(
-            g, mask, skip, None, None, skip_shift, skip_part, None, SKIP_HEIGHT, SKIP_WIDTH, SKIP_CHANNELS,
-            OUT_HEIGHT, OUT_WIDTH, OUTPUTS, PIXELS, SKIP_EVERY_H, SKIP_EVERY_W, tile - tiles,
+        _q_tile(
+            g, mask, skip, None, None, skip_shift, skip_q, None, skip_height, skip_width, skip_channels,
+            out_height, out_width, outputs, pixels, skip_input_stride_h, skip_input_stride_w, tile_k - tiles_k,
             SKIP_POINTWISE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
 def configs(
-    grad: Tensor, mask: Tensor, source: Activation, input_stride: Pair, skip: Activation | None, *_: object
+    grad: Tensor, mask: Tensor, a: Activation, input_stride: Pair, skip: Activation | None, *_: object
 ) -> list[Config]:
-    outputs, channels = grad.shape[1], source.x.shape[1] + (0 if skip is None else skip.x.shape[1])
-    # Masks take registers too: with larger tiles some would be spilled.
+    outputs, channels = grad.shape[1], a.x.shape[1] + (0 if skip is None else skip.x.shape[1])
+    # Masks take registers too: larger tiles would spill.
     return sum_configs(grad, grad.numel() // outputs, outputs, channels, largest=128 * 128)
 
 
 def folded_wgrad(
     grad: Tensor,
     mask: Tensor,
-    source: Activation,
+    a: Activation,
     input_stride: Pair,
     skip: Activation | None,
     skip_input_stride: Pair,
     config: Config,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Q (outputs, C) of ``source``, that of ``skip``, and the sums of dz (outputs,), float32.
+    """Q of ``a``, that of ``skip``, and dz summed over the pixels; see reference.folded_conv_bn.folded_wgrad.
 
     Args:
-        grad: (N, outputs, H, W), channels_last; bits: the mask of what it is the gradient of.
-        source, skip: inputs of folded convolutions, channels_last; of their pixels one in so many counts, down and
-            across. ``skip`` has no statistics.
+        grad: (N, outputs, H, W), channels_last; mask: uint8 (N*H*W, ceil(outputs / 8)).
+        a, skip: inputs of folded convolutions with H x W pixels after subsampling, channels_last. ``skip`` has no
+            statistics.
+
+    Returns:
+        q: (outputs, C); skip_q: (outputs, skip's channels) or None; sum_dz: (outputs,), float32.
     """
-    source = reductions.with_bn_coeffs(source)
+    a = with_bn_coeffs(a)
     images, outputs, height, width = grad.shape
-    channels, others = source.x.shape[1], 0 if skip is None else skip.x.shape[1]
-    pixels = images * height * width
-    parts = new_float(grad, config.splits, outputs * (channels + others + 1))
+    channels, skip_channels = a.x.shape[1], 0 if skip is None else skip.x.shape[1]
+    partial_sums = new_sums(grad, config.splits, outputs * (channels + skip_channels + 1))
     launch(
         folded_wgrad_kernel,
         (
-            cdiv(channels, config.block_k) + cdiv(others, config.block_k),
+            cdiv(channels, config.block_k) + cdiv(skip_channels, config.block_k),
             cdiv(outputs, config.block_n),
             config.splits,
         ),
         {
             "g": grad, "mask": mask_words(mask, outputs, config.block_n),
-            **activation_fields(source), **skip_fields(skip), "parts": parts,
-            "HEIGHT": source.x.shape[2], "WIDTH": source.x.shape[3], "CHANNELS": channels,
-            "SKIP_HEIGHT": 0 if skip is None else skip.x.shape[2], "SKIP_WIDTH": 0 if skip is None else skip.x.shape[3],
-            "SKIP_CHANNELS": others, "OUT_HEIGHT": height, "OUT_WIDTH": width, "OUTPUTS": outputs, "PIXELS": pixels,
-            **every_sizes(input_stride), **every_sizes(skip_input_stride, "SKIP_"),
+            **activation_arguments(a), **skip_arguments(skip), "partial_sums": partial_sums,
+            **folded_size_arguments(a, input_stride, skip, skip_input_stride, grad),
         },
         {
             "POINTWISE": input_stride == (1, 1), "SKIP_POINTWISE": skip_input_stride == (1, 1),
             "PRECISION": precision(grad.dtype), **config.blocks(),
         },
         config,
-        flops=2 * pixels * outputs * (channels + others),
-        touched=touched_of_both(source, skip, height, width),
+        flops=2 * images * height * width * outputs * (channels + skip_channels),
+        partial_bytes=subsampled_bytes(height, width, x=a.x, skip=None if skip is None else skip.x),
     )  # fmt: skip
-    product, total = new_float(grad, outputs, channels), new_float(grad, outputs)
-    skip_product = None if skip is None else new_float(grad, outputs, others)
-    reductions.sum_splits(parts, product, skip_product, total)
-    return product, skip_product, total
+    q, sum_dz = new_sums(grad, outputs, channels), new_sums(grad, outputs)
+    skip_q = None if skip is None else new_sums(grad, outputs, skip_channels)
+    reductions.sum_splits(partial_sums, q, skip_q, sum_dz)
+    return q, skip_q, sum_dz

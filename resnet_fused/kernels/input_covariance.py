@@ -1,6 +1,7 @@
-"""Products of all pairs of channels of an activation, summed over the pixels: c^T c, the upper half of its tiles.
+"""Mean and covariance of an activation's channels over its pixels: a^T a, of which only the upper half is computed.
 
-Splits as in wgrad; ``reductions.covariance_of`` makes mean and covariance of what they have found.
+A program computes one of the tiles BLOCK_N x BLOCK_N of the upper triangle from one split of the pixels.
+reductions.covariance_of merges the splits.
 """
 
 from __future__ import annotations
@@ -11,120 +12,124 @@ from torch import Tensor
 
 from resnet_fused.kernels import reductions
 from resnet_fused.kernels.arguments import (
-    activation_fields,
-    input_sizes,
-    new_float,
+    activation_arguments,
+    new_sums,
     precision,
-    size_at,
-    touched,
+    size_arguments,
+    subsampled_bytes,
+    subsampled_size,
 )
 from resnet_fused.kernels.autotune.heuristics import sum_configs
+from resnet_fused.kernels.bn_coeffs import with_bn_coeffs
 from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.tiles import (
-    activated,
-    activation_terms,
-    pixel_of,
-    pixels_later,
-    tile_of,
-    unknown_zero,
+    advance_pixels,
+    apply_activation,
+    load_activation_coeffs,
+    load_tile,
+    runtime_zero,
+    unravel_pixels,
 )
 from resnet_fused.types import Activation, Pair
 
 
 @triton.jit
 def input_covariance_kernel(
-    x,
-    mean,
-    bn_coeffs,
-    shift,
-    parts,
-    HEIGHT,
-    WIDTH,
-    CHANNELS,
-    OUT_HEIGHT,
-    OUT_WIDTH,
-    PIXELS,
-    STRIDE_H,
-    STRIDE_W,
-    POINTWISE: tl.constexpr,
+    x,  # (N, height, width, channels)
+    x_mean,  # (channels,) or None
+    x_bn_coeffs,  # (3, channels) or None
+    x_shift,  # (channels,) or None
+    partial_sums,  # (splits, channels * channels + channels) float32: a^T a, upper half, and the sums of a
+    height,
+    width,
+    channels,
+    out_height,  # of the subsampled pixels
+    out_width,
+    pixels,  # N * out_height * out_width
+    input_stride_h,
+    input_stride_w,
+    POINTWISE: tl.constexpr,  # input strides of 1
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ONE_TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # pixels
+    BLOCK_N: tl.constexpr,  # channels, of rows and of columns
+    ONE_TILE: tl.constexpr,  # whether BLOCK_N has all channels
 ):
-    # The n-th tile of the upper triangle: column j has tiles 0..j.
+    # The n-th tile of the upper triangle, row i and column j: column j has the tiles 0..j.
     if ONE_TILE:
         i, j = 0, 0
     else:
-        pair = tl.program_id(0)
-        j = ((tl.sqrt(8.0 * pair.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-        j += ((j + 1) * (j + 2) // 2 <= pair).to(tl.int32)
-        j -= (j * (j + 1) // 2 > pair).to(tl.int32)
-        i = pair - j * (j + 1) // 2
-    left = i * BLOCK_N + tl.arange(0, BLOCK_N)
-    right = j * BLOCK_N + tl.arange(0, BLOCK_N)
-    per_split = tl.cdiv(tl.cdiv(PIXELS, BLOCK_M), tl.num_programs(1))
-    start = tl.program_id(1) * per_split * BLOCK_M
+        n = tl.program_id(0)
+        j = ((tl.sqrt(8.0 * n.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+        j += ((j + 1) * (j + 2) // 2 <= n).to(tl.int32)
+        j -= (j * (j + 1) // 2 > n).to(tl.int32)
+        i = n - j * (j + 1) // 2
+    row_offs = i * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_offs = j * BLOCK_N + tl.arange(0, BLOCK_N)
+    steps = tl.cdiv(tl.cdiv(pixels, BLOCK_M), tl.num_programs(1))
+    start = tl.program_id(1) * steps * BLOCK_M
     acc = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    left_inside, right_inside = left < CHANNELS, right < CHANNELS
-    centre_i, scale_i, offset_i, level_i = activation_terms(
-        mean, bn_coeffs, shift, left, left_inside, CHANNELS, x.dtype.element_ty
+    row_valid, column_valid = row_offs < channels, column_offs < channels
+    center_i, scale_i, offset_i, shift_i = load_activation_coeffs(
+        x_mean, x_bn_coeffs, x_shift, row_offs, row_valid, channels, x.dtype.element_ty
     )
-    zero = unknown_zero(PIXELS)
-    scale_i, level_i = scale_i + zero, level_i + zero
-    centre_j, scale_j, offset_j, level_j = activation_terms(
-        mean, bn_coeffs, shift, right, right_inside, CHANNELS, x.dtype.element_ty
+    zero = runtime_zero(pixels)
+    scale_i, shift_i = scale_i + zero, shift_i + zero
+    center_j, scale_j, offset_j, shift_j = load_activation_coeffs(
+        x_mean, x_bn_coeffs, x_shift, column_offs, column_valid, channels, x.dtype.element_ty
     )
     if not POINTWISE:
-        image, h, w = pixel_of(start + tl.arange(0, BLOCK_M), OUT_HEIGHT, OUT_WIDTH)
-        more_images, more_h, more_w = pixel_of(BLOCK_M, OUT_HEIGHT, OUT_WIDTH)
-    for step in range(per_split):
-        rows = start + step * BLOCK_M + tl.arange(0, BLOCK_M)
-        inside = rows < PIXELS
-        source = rows
+        image, h, w = unravel_pixels(start + tl.arange(0, BLOCK_M), out_height, out_width)
+        step_images, step_h, step_w = unravel_pixels(BLOCK_M, out_height, out_width)
+    for step in range(steps):
+        pixel_offs = start + step * BLOCK_M + tl.arange(0, BLOCK_M)
+        pixel_valid = pixel_offs < pixels
+        x_offs = pixel_offs
         if not POINTWISE:
-            source = (image * HEIGHT + h * STRIDE_H) * WIDTH + w * STRIDE_W
-        value = tile_of(x, source, inside, right, right_inside, CHANNELS)
-        b = activated(value, bn_coeffs, shift, centre_j, scale_j, offset_j, level_j, inside, True)
+            x_offs = (image * height + h * input_stride_h) * width + w * input_stride_w
+        value = load_tile(x, x_offs, pixel_valid, column_offs, column_valid, channels)
+        b = apply_activation(
+            value, x_bn_coeffs, x_shift, center_j, scale_j, offset_j, shift_j, pixel_valid, True
+        )
         a = b
         if not ONE_TILE:
-            value = tile_of(x, source, inside, left, left_inside, CHANNELS)
-            a = activated(value, bn_coeffs, shift, centre_i, scale_i, offset_i, level_i, inside, False)
+            value = load_tile(x, x_offs, pixel_valid, row_offs, row_valid, channels)
+            a = apply_activation(
+                value, x_bn_coeffs, x_shift, center_i, scale_i, offset_i, shift_i, pixel_valid, False
+            )
         total += tl.sum(b.to(tl.float32), 0)
         acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
         if not POINTWISE:
-            image, h, w = pixels_later(image, h, w, more_images, more_h, more_w, OUT_HEIGHT, OUT_WIDTH)
-    part = parts + tl.program_id(1) * (CHANNELS * CHANNELS + CHANNELS)
-    inside = (left < CHANNELS)[:, None] & (right < CHANNELS)[None, :]
-    tl.store(part + left[:, None] * CHANNELS + right[None, :], acc, inside)
-    tl.store(part + CHANNELS * CHANNELS + right, total, (right < CHANNELS) & (i == 0))
+            image, h, w = advance_pixels(image, h, w, step_images, step_h, step_w, out_height, out_width)
+    split_sums = partial_sums + tl.program_id(1) * (channels * channels + channels)
+    valid = (row_offs < channels)[:, None] & (column_offs < channels)[None, :]
+    tl.store(split_sums + row_offs[:, None] * channels + column_offs[None, :], acc, valid)
+    tl.store(split_sums + channels * channels + column_offs, total, (column_offs < channels) & (i == 0))
 
 
-def configs(source: Activation, input_stride: Pair) -> list[Config]:
-    height, width = size_at(source.x, input_stride)
-    channels = source.x.shape[1]
-    return sum_configs(source.x, source.x.shape[0] * height * width, channels, channels, square=True)
+def configs(a: Activation, input_stride: Pair) -> list[Config]:
+    height, width = subsampled_size(a.x, input_stride)
+    channels = a.x.shape[1]
+    return sum_configs(a.x, a.x.shape[0] * height * width, channels, channels, square=True)
 
 
-def input_covariance(source: Activation, input_stride: Pair, config: Config) -> tuple[Tensor, Tensor]:
-    """Mean (C,) and biased covariance (C, C) of an activation's channels over its pixels, float32.
+def input_covariance(a: Activation, input_stride: Pair, config: Config) -> tuple[Tensor, Tensor]:
+    """Mean (C,) and biased covariance (C, C) of ``a`` over every input_stride-th pixel, float32.
 
     Args:
-        source: (N, C, H, W), channels_last.
-        every: of the pixels one in so many, down and across.
+        a: (N, C, H, W), channels_last.
     """
-    source, x = reductions.with_bn_coeffs(source), source.x
-    channels, (height, width) = x.shape[1], size_at(x, input_stride)
+    a, x = with_bn_coeffs(a), a.x
+    channels, (height, width) = x.shape[1], subsampled_size(x, input_stride)
     pixels, tiles = x.shape[0] * height * width, cdiv(channels, config.block_n)
-    parts = new_float(x, config.splits, channels * channels + channels)
+    partial_sums = new_sums(x, config.splits, channels * channels + channels)
     launch(
         input_covariance_kernel,
         (tiles * (tiles + 1) // 2, config.splits),
         {
-            **activation_fields(source), "parts": parts,
-            **input_sizes(x), "OUT_HEIGHT": height, "OUT_WIDTH": width, "PIXELS": pixels,
-            "STRIDE_H": input_stride[0], "STRIDE_W": input_stride[1],
+            **activation_arguments(a), "partial_sums": partial_sums,
+            **size_arguments(x), "out_height": height, "out_width": width, "pixels": pixels,
+            "input_stride_h": input_stride[0], "input_stride_w": input_stride[1],
         },
         {
             "POINTWISE": input_stride == (1, 1), "PRECISION": precision(x.dtype), "BLOCK_M": config.block_m,
@@ -132,6 +137,6 @@ def input_covariance(source: Activation, input_stride: Pair, config: Config) -> 
         },
         config,
         flops=2 * pixels * channels * channels,
-        touched=touched("x", x, height, width),
+        partial_bytes=subsampled_bytes(height, width, x=x),
     )  # fmt: skip
-    return reductions.covariance_of(parts, channels, pixels)
+    return reductions.covariance_of(partial_sums, channels, pixels)

@@ -1,7 +1,7 @@
-"""How a Triton kernel is started: one door for all of them, so that launches can be counted, timed and compiled ahead.
+"""Launches of Triton kernels: all go through ``launch``, so that they can be counted, timed and compiled ahead of time.
 
-On meta tensors nothing runs: the launch is only told to those who observe. That is how a machine without a GPU prints
-what a step would launch.
+On meta tensors no kernel runs, only observers are called. That is how a machine without a GPU lists the launches of a
+step (plan).
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: Of a kernel at run time.
+Argument = Tensor | int | float | None
+
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel divides its work. What a kernel has no use for keeps its default.
+    """Tile sizes and compiler options of a kernel. A field that a kernel does not use has its default.
 
     Args:
-        block_m, block_n, block_k: elements of a tile of the result, and of what is summed at a time.
-        warps, stages: of a program; stages of loads in flight.
-        splits: programs that share one tile of a sum over the pixels.
+        block_m, block_n, block_k: sizes of a tile; the kernels say of what.
+        warps: num_warps of a program; stages: num_stages, stages of the loop's pipelined loads.
+        splits: programs that share the sum over the pixels of one tile.
     """
 
     block_m: int = 1
@@ -43,12 +46,12 @@ class Config:
         return asdict(self)
 
     def blocks(self) -> dict[str, int]:
-        """The sizes of a tile as constants of a kernel."""
+        """The sizes of a tile as tl.constexpr parameters."""
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
 
 
-def _specialization_key(arguments: Mapping[str, Any]) -> list[Any]:
-    """By what Triton compiles kernels anew: types, alignment to 16 bytes, sizes of 1 and multiples of 16."""
+def _specialization_key(arguments: Mapping[str, Argument]) -> list[Any]:
+    """What Triton specializes a kernel for: dtypes, alignment to 16 bytes, integers equal to 1, divisible by 16."""
     return [
         (x.dtype, x.data_ptr() % 16)
         if isinstance(x, Tensor)
@@ -66,11 +69,11 @@ class Launch:
     Args:
         kernel: a triton.jit function.
         grid: programs, up to three numbers.
-        arguments: by name; tensors, numbers or None.
-        constants: the tl.constexpr parameters by name.
-        config: warps and stages are the launch's own; the rest has gone into constants and grid.
+        arguments: tensors, numbers or None by the names of the kernel's parameters, in their order.
+        constants: the tl.constexpr parameters by name, in their order.
+        config: its tile sizes and splits are already part of constants and grid.
         flops: floating point operations, two for a multiply-add.
-        touched: bytes of those tensors of which the kernel touches only a part, by name.
+        partial_bytes: bytes that are read of tensors which the kernel reads only in part, by name.
     """
 
     kernel: Any
@@ -79,7 +82,7 @@ class Launch:
     constants: Mapping[str, Any]
     config: Config
     flops: int = 0
-    touched: Mapping[str, int] | None = None
+    partial_bytes: Mapping[str, int] | None = None
 
     @property
     def name(self) -> str:
@@ -87,27 +90,29 @@ class Launch:
 
     @cached_property
     def bytes(self) -> int:
-        """Read and written: each tensor once."""
-        touched = self.touched or {}
+        """Bytes read and written, each tensor once."""
+        partial = self.partial_bytes or {}
         tensors = {name: x for name, x in self.arguments.items() if isinstance(x, Tensor)}
-        return sum(touched.get(name, x.numel() * x.element_size()) for name, x in tensors.items())
+        return sum(partial.get(name, x.numel() * x.element_size()) for name, x in tensors.items())
 
     def run(self) -> None:
-        """Starts the kernel; what it writes depends on nothing that it wrote before, so it may run again."""
+        """Starts the kernel. It can run again with the same result: no kernel reads what it writes."""
         _start(self.kernel, self.grid, self.arguments, self.constants, self.config)
 
     def compile(self) -> None:
-        """What the first ``run`` would begin with; on a GPU, in any thread.
+        """Compiles the kernel as the first ``run`` would; needs a GPU, from any thread.
 
         Raises:
             triton.TritonError: it does not compile.
-            RuntimeError: it does, to code that would read registers while they change.
+            RuntimeError: the code may read registers while they change (``reads_changing_registers``).
         """
         device = next(iter(self.arguments.values())).device
         options = compiler_options(self.config, architecture(device))
         with torch.cuda.device(device):
-            made = self.kernel.warmup(*self.arguments.values(), grid=self.grid, **self.constants, **options)
-        if made is not None and reads_changing_registers(made.asm.get("ttgir", "")):
+            compiled = self.kernel.warmup(
+                *self.arguments.values(), grid=self.grid, **self.constants, **options
+            )
+        if compiled is not None and reads_changing_registers(compiled.asm.get("ttgir", "")):
             raise RuntimeError(
                 f"{self.name} {self.config} reads registers while they may change (triton#9433)"
             )
@@ -118,16 +123,16 @@ _PARTIAL_WAIT = re.compile(r"\bwarp_group_dot_wait\b.*\bpendings = [1-9]")
 
 
 def reads_changing_registers(ttgir: str) -> bool:
-    """Whether a wgmma has an operand in registers and is not waited for at once: what is next in them it may read.
+    """Whether a wgmma with an operand in registers is not waited for at once: it may read the registers' next values.
 
     Args:
-        ttgir: a kernel as Triton has it before LLVM.
+        ttgir: a kernel in Triton's GPU dialect.
     """
     return bool(_REGISTER_OPERAND.search(ttgir) and _PARTIAL_WAIT.search(ttgir))
 
 
 def cdiv(size: int, part: int) -> int:
-    """Parts that ``size`` has, the last of which may be smaller. Triton's own takes microseconds outside of kernels."""
+    """ceil(size / part). triton.cdiv takes microseconds outside of kernels."""
     return -(-size // part)
 
 
@@ -141,35 +146,35 @@ def architecture(device: torch.device) -> int:
 
 
 def compiler_options(config: Config, arch: int) -> dict[str, Any]:
-    """What a configuration asks of Triton's compiler, for an architecture (90 is sm_90)."""
+    """Options of Triton's compiler for a configuration and an architecture (90 is sm_90)."""
     options: dict[str, Any] = {
         "num_warps": config.warps,
         "num_stages": config.stages,
         "enable_fp_fusion": True,
     }
     if arch not in (0, 90):
-        # ptxas would stop at 80 or 128 registers, to fit more programs, and spill some bytes; on sm_90 it does not.
+        # Else ptxas limits itself to 80 or 128 registers, so that more programs fit, and spills; on sm_90 it does not.
         options["maxnreg"] = 255
     return options
 
 
-#: What is compiled for a device, by all that Triton tells launches apart by.
+#: Compiled kernels, by device and all that Triton specializes for.
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def _start(
     kernel: Any,
     grid: tuple[int, ...],
-    arguments: Mapping[str, Any],
-    constants: Mapping[str, Any],
+    arguments: Mapping[str, Argument],
+    constants: Mapping[str, int | bool | str],
     config: Config,
 ) -> None:
-    device = next(iter(arguments.values())).device
+    device = next(iter(arguments.values())).device  # type: ignore[union-attr]
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return _start(kernel, grid, arguments, constants, config)
-    # Triton's own search takes as long as all else that a launch takes of the processor: it is left out the next time.
-    seen = (
+    # Triton's own look-up takes half of a launch's host time: it is skipped from the second launch on.
+    cache_key = (
         kernel.fn,
         device,
         config.warps,
@@ -177,12 +182,12 @@ def _start(
         *_specialization_key(arguments),
         *constants.values(),
     )
-    found = _compiled.get(seen)
-    if found is None:
+    compiled = _compiled.get(cache_key)
+    if compiled is None:
         options = compiler_options(config, architecture(device))
-        _compiled[seen] = kernel[grid](*arguments.values(), **constants, **options)
+        _compiled[cache_key] = kernel[grid](*arguments.values(), **constants, **options)
     else:
-        found[(*grid, 1, 1)[:3]](*arguments.values(), *constants.values())
+        compiled[(*grid, 1, 1)[:3]](*arguments.values(), *constants.values())
     return None
 
 
@@ -191,44 +196,44 @@ _thread = threading.local()
 
 
 @contextmanager
-def observe_launches(tell: Callable[[Launch], None]) -> Iterator[None]:
-    """Within, ``tell`` is called with every launch of this process, after it was started."""
-    _observers.append(tell)
+def observe_launches(observer: Callable[[Launch], None]) -> Iterator[None]:
+    """In this context ``observer`` is called with every launch of the process, after its start."""
+    _observers.append(observer)
     try:
         yield
     finally:
-        _observers.remove(tell)
+        _observers.remove(observer)
 
 
 @contextmanager
 def capture_launches() -> Iterator[list[Launch]]:
-    """Within, this thread's launches are put into the list instead of being started."""
-    held: list[Launch] = []
-    _thread.held = held
+    """In this context this thread's launches are appended to the list instead of being started."""
+    captured: list[Launch] = []
+    _thread.captured = captured
     try:
-        yield held
+        yield captured
     finally:
-        _thread.held = None
+        _thread.captured = None
 
 
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
-    arguments: Mapping[str, Any],
-    constants: Mapping[str, Any],
+    arguments: Mapping[str, Argument],
+    constants: Mapping[str, int | bool | str],
     config: Config,
     *,
     flops: int = 0,
-    touched: Mapping[str, int] | None = None,
+    partial_bytes: Mapping[str, int] | None = None,
 ) -> None:
-    """Starts a kernel. Arguments: those of ``Launch``, in the order of the kernel's parameters, the first a tensor."""
-    held = getattr(_thread, "held", None)
-    if held is not None:
-        held.append(Launch(kernel, grid, arguments, constants, config, flops, touched))
+    """Starts a kernel. Takes the fields of ``Launch``; the first of ``arguments`` is a tensor."""
+    captured = getattr(_thread, "captured", None)
+    if captured is not None:
+        captured.append(Launch(kernel, grid, arguments, constants, config, flops, partial_bytes))
         return
-    if not next(iter(arguments.values())).is_meta:
+    if not next(iter(arguments.values())).is_meta:  # type: ignore[union-attr]
         _start(kernel, grid, arguments, constants, config)
     if _observers:
-        started = Launch(kernel, grid, arguments, constants, config, flops, touched)
-        for tell in list(_observers):
-            tell(started)
+        started = Launch(kernel, grid, arguments, constants, config, flops, partial_bytes)
+        for observer in list(_observers):
+            observer(started)

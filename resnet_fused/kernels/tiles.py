@@ -1,16 +1,23 @@
-"""What the kernels have in common: how a tile of an activation or of a gradient is made from what lies in memory.
+"""What the kernels share: how a tile of a lazy operand (types) is computed from the tensors that are in memory.
 
-An activation ``a`` is given by up to four pointers: x alone; x and ``shift``: x - shift; x with mean and ``terms`` of
-its batch norm: relu(bn(x)) - shift. A gradient ``dy`` of a convolution's output is given by the gradient g of what
-stands behind the batch norm: g alone; g and mask bits; g, y, mean, terms and, unless the statistics are constants,
-``slopes``. Pointers that are not there are None, which Triton decides when it compiles.
+A kernel takes an operand as pointers, of which some may be None; Triton compiles a variant for each combination.
 
-``terms`` and ``slopes`` (types) are what is left of a batch norm and of its gradient once the sums over
-the pixels are known: one load each of what a loop needs of a channel. Kernels of 16 bits read the first and
-the last row.
+    Activation   x                                        x
+                 x, shift                                 x - shift
+                 x, mean, bn_coeffs                       relu(bn(x))
+                 x, mean, bn_coeffs, shift                relu(bn(x)) - shift
+    Gradient     g                                        g
+                 g, mask                                  g * mask
+                 g, y, mean, bn_coeffs, dy_coeffs         dy, where the mask of relu(bn(y)) is recomputed
+                 g, mask, y, mean, bn_coeffs, dy_coeffs   dy, of dz = g * mask
+    without dy_coeffs the statistics are the running ones: dy = dz * scale
 
-A tile has a row for each of some pixels and a column for each of some channels. Arithmetic is float32; a tile is
-rounded to the activations' dtype before it is multiplied.
+``bn_coeffs`` and ``dy_coeffs`` are (3, C), see types.make_bn_coeffs and types.make_dy_coeffs. Kernels of float32
+activations read mean and the rows 0 and 1, those of 16-bit activations the rows 0 and 2.
+
+Activations are NHWC: a row for each of the N*H*W pixels, a column for each channel. A tile has BLOCK pixels x BLOCK
+channels, given by offsets (``pixel_offs``, ``channel_offs``) and by which of them are inside (``pixel_valid``,
+``channel_valid``). Arithmetic is float32; a tile is rounded to the activations' dtype before tensor cores multiply it.
 """
 
 from __future__ import annotations
@@ -20,243 +27,292 @@ import triton.language as tl
 
 
 @triton.jit
-def affine_terms(mean, bn_coeffs, channels, inside, CHANNELS, dtype: tl.constexpr):
-    """Centre, scale and offset of some channels for ``normed``; zeros outside: what is loaded as zero stays zero."""
-    scale = tl.load(bn_coeffs + channels, inside, 0.0)
-    if dtype == tl.float32:
-        centre = tl.load(mean + channels, inside, 0.0)
-        offset = tl.load(bn_coeffs + CHANNELS + channels, inside, 0.0)
-    else:
-        centre = tl.zeros_like(scale)
-        offset = tl.load(bn_coeffs + 2 * CHANNELS + channels, inside, 0.0)
-    return centre, scale, offset
+def load_bn_coeffs(mean, bn_coeffs, channel_offs, channel_valid, channels, dtype: tl.constexpr):
+    """center, scale and offset for ``apply_bn``, each (BLOCK,); 0 outside, so that what is loaded as 0 stays 0.
 
-
-@triton.jit
-def unknown_zero(COUNT):
-    """0 as only runs can tell, for arithmetic on a tile that is to be a product's operand in registers.
-
-    Triton moves the conversion to that operand's layout up to the loads where all between is elementwise: loads whose
-    values are converted are no asynchronous copies any more, and more registers are held. A splat of this ends that.
+    mean: (C,), bn_coeffs: (3, C), of a batch norm of ``channels`` channels; dtype: of its input.
     """
-    return tl.where(COUNT > 0, 0.0, 1.0)
+    scale = tl.load(bn_coeffs + channel_offs, channel_valid, 0.0)
+    if dtype == tl.float32:
+        center = tl.load(mean + channel_offs, channel_valid, 0.0)
+        offset = tl.load(bn_coeffs + channels + channel_offs, channel_valid, 0.0)
+    else:
+        center = tl.zeros_like(scale)
+        offset = tl.load(bn_coeffs + 2 * channels + channel_offs, channel_valid, 0.0)
+    return center, scale, offset
 
 
 @triton.jit
-def normed(value, centre, scale, offset):
-    """bn(value) of a tile as it was loaded.
+def runtime_zero(count):
+    """0, but the compiler does not know it: for arithmetic on a tile that is to be an operand of tl.dot in registers.
 
-    One multiply-add for 16 bits: what it loses is 2^-24 of mean / std, nothing beside the rounding of such a value.
+    Triton moves the conversion to that operand's layout up to the loads where all between is elementwise. Converted
+    loads are not asynchronous any more, and hold more registers; a splat of this value stops the conversion.
+    """
+    return tl.where(count > 0, 0.0, 1.0)
+
+
+@triton.jit
+def apply_bn(value, center, scale, offset):
+    """bn(value), float32, of a tile (BLOCK, BLOCK) as it was loaded.
+
+    One multiply-add for 16 bits: its rounding error is 2^-24 of mean / std, small beside the rounding of such a value.
     """
     if value.dtype == tl.float32:
-        z = (value - centre[None, :]) * scale[None, :] + offset[None, :]
+        z = (value - center[None, :]) * scale[None, :] + offset[None, :]
     else:
         z = value.to(tl.float32) * scale[None, :] + offset[None, :]
     return z
 
 
 @triton.jit
-def activation_terms(mean, bn_coeffs, shift, channels, inside, CHANNELS, dtype: tl.constexpr):
-    """What ``activated`` needs to know of channels; zeros for what there is not."""
-    nothing = tl.zeros(channels.shape, tl.float32)
-    centre, scale, offset, level = nothing, nothing, nothing, nothing
+def load_activation_coeffs(
+    mean, bn_coeffs, shift, channel_offs, channel_valid, channels, dtype: tl.constexpr
+):
+    """center, scale, offset and the shift's values for ``apply_activation``, each (BLOCK,); 0 where not given.
+
+    mean, shift: (C,) or None; bn_coeffs: (3, C) or None.
+    """
+    zeros = tl.zeros(channel_offs.shape, tl.float32)
+    center, scale, offset, shift_value = zeros, zeros, zeros, zeros
     if bn_coeffs is not None:
-        centre, scale, offset = affine_terms(mean, bn_coeffs, channels, inside, CHANNELS, dtype)
+        center, scale, offset = load_bn_coeffs(mean, bn_coeffs, channel_offs, channel_valid, channels, dtype)
     if shift is not None:
-        level = tl.load(shift + channels, inside, 0.0)
-    return centre, scale, offset, level
+        shift_value = tl.load(shift + channel_offs, channel_valid, 0.0)
+    return center, scale, offset, shift_value
 
 
 @triton.jit
-def activated(value, bn_coeffs, shift, centre, scale, offset, level, row_inside, PADDED: tl.constexpr):
-    """a of a tile as it was loaded. ``PADDED``: it is 0 in rows outside, as padding of a is; else anything finite."""
+def apply_activation(
+    value,  # (BLOCK, BLOCK) tile of x
+    bn_coeffs,  # or None: no batch norm and ReLU
+    shift,  # or None: no shift
+    center,  # (BLOCK,), and the next three: ``load_activation_coeffs``
+    scale,
+    offset,
+    shift_value,
+    pixel_valid,  # (BLOCK,)
+    PADDED: tl.constexpr,  # whether pixels outside are 0, as padding of a is; else they are anything finite
+):
+    """a of a tile of x, in the dtype of x."""
     if bn_coeffs is not None or shift is not None:
         if bn_coeffs is not None:
-            z = normed(value, centre, scale, offset)
+            z = apply_bn(value, center, scale, offset)
             if PADDED and shift is None:
-                z *= row_inside.to(tl.float32)[:, None]  # selecting would be done for every element by itself
+                z *= pixel_valid.to(tl.float32)[
+                    :, None
+                ]  # tl.where would compute a condition for each element
             a = tl.where(z <= 0, 0.0, z)
         else:
             a = value.to(tl.float32)
         if shift is not None:
-            a -= level[None, :]
+            a -= shift_value[None, :]
             if PADDED:
-                a *= row_inside.to(tl.float32)[:, None]
+                a *= pixel_valid.to(tl.float32)[:, None]
         return a.to(value.dtype)
     return value
 
 
 @triton.jit
-def activation_tile(
-    x, mean, bn_coeffs, shift, rows, row_inside, channels, CHANNELS, PADDED: tl.constexpr = True
+def load_activation_tile(
+    x,  # (pixels, channels)
+    mean,  # (channels,) or None
+    bn_coeffs,  # (3, channels) or None
+    shift,  # (channels,) or None
+    pixel_offs,  # (BLOCK,)
+    pixel_valid,  # (BLOCK,)
+    channel_offs,  # (BLOCK,)
+    channels,
+    PADDED: tl.constexpr = True,  # see ``apply_activation``
 ):
-    """a at the pixels ``rows`` of a tensor with CHANNELS channels; ``PADDED`` as in ``activated``."""
-    inside = channels < CHANNELS
-    centre, scale, offset, level = activation_terms(
-        mean, bn_coeffs, shift, channels, inside, CHANNELS, x.dtype.element_ty
+    """A tile of a, (BLOCK, BLOCK)."""
+    channel_valid = channel_offs < channels
+    center, scale, offset, shift_value = load_activation_coeffs(
+        mean, bn_coeffs, shift, channel_offs, channel_valid, channels, x.dtype.element_ty
     )
-    value = tile_of(x, rows, row_inside, channels, inside, CHANNELS)
-    return activated(value, bn_coeffs, shift, centre, scale, offset, level, row_inside, PADDED)
+    value = load_tile(x, pixel_offs, pixel_valid, channel_offs, channel_valid, channels)
+    return apply_activation(value, bn_coeffs, shift, center, scale, offset, shift_value, pixel_valid, PADDED)
 
 
 @triton.jit
-def tile_of(x, rows, row_inside, channels, inside, CHANNELS):
-    """What lies in memory; 0 outside."""
-    places = x + rows[:, None] * CHANNELS + channels[None, :]
-    return tl.load(places, row_inside[:, None] & inside[None, :], other=0.0)
+def load_tile(x, pixel_offs, pixel_valid, channel_offs, channel_valid, channels):
+    """A tile of x, (pixels, channels), as it is in memory; 0 outside."""
+    pointers = x + pixel_offs[:, None] * channels + channel_offs[None, :]
+    return tl.load(pointers, pixel_valid[:, None] & channel_valid[None, :], other=0.0)
 
 
 @triton.jit
-def bits_tile(mask, rows, row_inside, first, CHANNELS, BLOCK: tl.constexpr):
-    """Mask bits of BLOCK channels from ``first``, a multiple of 8, as booleans; ``bits`` are bytes or words."""
+def load_mask_tile(mask, pixel_offs, pixel_valid, first_channel, channels, BLOCK: tl.constexpr):
+    """The mask's bits of BLOCK channels from ``first_channel``, a multiple of 8, as booleans (pixels, BLOCK).
+
+    mask: (pixels, ceil(channels / 8)) bytes, or the same memory as words of 32 bits (arguments.mask_words).
+    """
     WIDTH: tl.constexpr = mask.dtype.element_ty.primitive_bitwidth
-    pitch = (CHANNELS + WIDTH - 1) // WIDTH
-    places = first // WIDTH + tl.arange(0, BLOCK // WIDTH)
+    row_words = (channels + WIDTH - 1) // WIDTH
+    word_offs = first_channel // WIDTH + tl.arange(0, BLOCK // WIDTH)
     packed = tl.load(
-        mask + rows[:, None] * pitch + places[None, :],
-        row_inside[:, None] & (places < pitch)[None, :],
+        mask + pixel_offs[:, None] * row_words + word_offs[None, :],
+        pixel_valid[:, None] & (word_offs < row_words)[None, :],
         other=0,
     )
-    each = (packed.to(tl.int32)[:, :, None] >> tl.arange(0, WIDTH)[None, None, :]) & 1
-    return tl.reshape(each, (rows.shape[0], BLOCK)) != 0
+    bits = (packed.to(tl.int32)[:, :, None] >> tl.arange(0, WIDTH)[None, None, :]) & 1
+    return tl.reshape(bits, (pixel_offs.shape[0], BLOCK)) != 0
 
 
 @triton.jit
-def store_bits(mask, kept, rows, row_inside, first, CHANNELS, BLOCK: tl.constexpr):
-    """Writes a tile of booleans, BLOCK channels from ``first``, as mask bits; the counterpart of ``bits_tile``."""
+def store_mask_tile(mask, value, pixel_offs, pixel_valid, first_channel, channels, BLOCK: tl.constexpr):
+    """Stores booleans (pixels, BLOCK) as bits of the mask; the counterpart of ``load_mask_tile``."""
     WIDTH: tl.constexpr = mask.dtype.element_ty.primitive_bitwidth
-    pitch = (CHANNELS + WIDTH - 1) // WIDTH
-    places = first // WIDTH + tl.arange(0, BLOCK // WIDTH)
-    each = tl.reshape(kept.to(tl.int32), (rows.shape[0], BLOCK // WIDTH, WIDTH))
-    packed = tl.sum(each << tl.arange(0, WIDTH)[None, None, :], 2)
+    row_words = (channels + WIDTH - 1) // WIDTH
+    word_offs = first_channel // WIDTH + tl.arange(0, BLOCK // WIDTH)
+    bits = tl.reshape(value.to(tl.int32), (pixel_offs.shape[0], BLOCK // WIDTH, WIDTH))
+    packed = tl.sum(bits << tl.arange(0, WIDTH)[None, None, :], 2)
     tl.store(
-        mask + rows[:, None] * pitch + places[None, :],
+        mask + pixel_offs[:, None] * row_words + word_offs[None, :],
         packed.to(mask.dtype.element_ty),
-        row_inside[:, None] & (places < pitch)[None, :],
+        pixel_valid[:, None] & (word_offs < row_words)[None, :],
     )
 
 
 @triton.jit
-def gradient_terms(mean, bn_coeffs, dy_coeffs, channels, inside, CHANNELS, dtype: tl.constexpr):
-    """What ``gradient_tile`` needs to know of channels; zeros for what there is not."""
-    nothing = tl.zeros(channels.shape, tl.float32)
-    centre, scale, offset, level, slope = nothing, nothing, nothing, nothing, nothing
+def load_gradient_coeffs(
+    mean, bn_coeffs, dy_coeffs, channel_offs, channel_valid, channels, dtype: tl.constexpr
+):
+    """center, scale, offset, level and slope for ``load_gradient_tile``, each (BLOCK,); 0 where not given.
+
+    mean: (C,) or None; bn_coeffs, dy_coeffs: (3, C) or None.
+    """
+    zeros = tl.zeros(channel_offs.shape, tl.float32)
+    center, scale, offset, level, slope = zeros, zeros, zeros, zeros, zeros
     if bn_coeffs is not None:
-        centre, scale, offset = affine_terms(mean, bn_coeffs, channels, inside, CHANNELS, dtype)
+        center, scale, offset = load_bn_coeffs(mean, bn_coeffs, channel_offs, channel_valid, channels, dtype)
     if dy_coeffs is not None:
-        slope = tl.load(dy_coeffs + channels, inside, 0.0)
+        slope = tl.load(dy_coeffs + channel_offs, channel_valid, 0.0)
         if dtype == tl.float32:
-            level = tl.load(dy_coeffs + CHANNELS + channels, inside, 0.0)
+            level = tl.load(dy_coeffs + channels + channel_offs, channel_valid, 0.0)
         else:
-            level = tl.load(dy_coeffs + 2 * CHANNELS + channels, inside, 0.0)
-    return centre, scale, offset, level, slope
+            level = tl.load(dy_coeffs + 2 * channels + channel_offs, channel_valid, 0.0)
+    return center, scale, offset, level, slope
 
 
 @triton.jit
-def masked_tile(g, mask, rows, row_inside, first, CHANNELS, BLOCK: tl.constexpr):
-    """g, or what of it the mask bits let through, of BLOCK channels from ``first``; 0 outside."""
-    channels = first + tl.arange(0, BLOCK)
-    value = tile_of(g, rows, row_inside, channels, channels < CHANNELS, CHANNELS)
+def load_masked_tile(g, mask, pixel_offs, pixel_valid, first_channel, channels, BLOCK: tl.constexpr):
+    """g * mask (g where mask is None) of BLOCK channels from ``first_channel``; 0 outside.
+
+    g: (pixels, channels); mask: see ``load_mask_tile``.
+    """
+    channel_offs = first_channel + tl.arange(0, BLOCK)
+    value = load_tile(g, pixel_offs, pixel_valid, channel_offs, channel_offs < channels, channels)
     if mask is not None:
-        # Selected, not multiplied: what the ReLU held back may be infinite or NaN.
-        value = tl.where(bits_tile(mask, rows, row_inside, first, CHANNELS, BLOCK), value, 0.0)
+        # Selected, not multiplied: where the mask is 0 the gradient may be infinite or NaN.
+        bits = load_mask_tile(mask, pixel_offs, pixel_valid, first_channel, channels, BLOCK)
+        value = tl.where(bits, value, 0.0)
     return value
 
 
 @triton.jit
-def gradient_tile(
-    g,
-    mask,
-    y,
-    bn_coeffs,
-    dy_coeffs,
-    centre,
+def load_gradient_tile(
+    g,  # (pixels, channels)
+    mask,  # see ``load_mask_tile``, or None
+    y,  # (pixels, channels) or None
+    bn_coeffs,  # (3, channels) or None
+    dy_coeffs,  # (3, channels) or None
+    center,  # (BLOCK,), and the next four: ``load_gradient_coeffs``
     scale,
     offset,
     level,
     slope,
-    zero,
-    rows,
-    row_inside,
-    first,
-    CHANNELS,
+    zero,  # ``runtime_zero``
+    pixel_offs,  # (pixels of the tile,)
+    pixel_valid,  # (pixels of the tile,)
+    first_channel,
+    channels,
     BLOCK: tl.constexpr,
-    PADDED: tl.constexpr,
+    PADDED: tl.constexpr,  # see ``apply_activation``
 ):
-    """dy at the pixels ``rows``, BLOCK channels from ``first``, whose terms are given; ``PADDED`` as in ``activated``.
+    """A tile of dy, BLOCK channels from ``first_channel``, in the dtype of g.
 
-    zero: ``unknown_zero``.
-    dy = dz scale - level - (y - mean) slope; of 16 bits two multiply-adds, as in ``normed``.
+    dy = dz * scale - level - (y - mean) * slope; for 16 bits two multiply-adds, as in ``apply_bn``.
     """
-    value = masked_tile(g, mask, rows, row_inside, first, CHANNELS, BLOCK)
+    value = load_masked_tile(g, mask, pixel_offs, pixel_valid, first_channel, channels, BLOCK)
     if bn_coeffs is not None:
         dz = value.to(tl.float32)
         if mask is None or dy_coeffs is not None:
-            channels = first + tl.arange(0, BLOCK)
-            seen = tile_of(y, rows, row_inside, channels, channels < CHANNELS, CHANNELS)
+            channel_offs = first_channel + tl.arange(0, BLOCK)
+            y_tile = load_tile(y, pixel_offs, pixel_valid, channel_offs, channel_offs < channels, channels)
         if mask is None:
-            dz = tl.where(normed(seen, centre, scale, offset) <= zero, 0.0, dz)
+            dz = tl.where(apply_bn(y_tile, center, scale, offset) <= zero, 0.0, dz)
         if dy_coeffs is None:
             dy = dz * scale[None, :]
         elif value.dtype == tl.float32:
-            dy = dz * scale[None, :] - level[None, :] - (seen - centre[None, :]) * slope[None, :]
+            dy = dz * scale[None, :] - level[None, :] - (y_tile - center[None, :]) * slope[None, :]
         else:
-            dy = dz * scale[None, :] - (seen.to(tl.float32) * slope[None, :] + level[None, :])
+            dy = dz * scale[None, :] - (y_tile.to(tl.float32) * slope[None, :] + level[None, :])
         if PADDED:
-            dy *= row_inside.to(tl.float32)[:, None]
+            dy *= pixel_valid.to(tl.float32)[:, None]
         value = dy.to(value.dtype)
     return value
 
 
 @triton.jit
-def pixel_of(rows, HEIGHT, WIDTH):
-    """Image, row and column of pixels that are counted through images of HEIGHT x WIDTH."""
-    line = rows // WIDTH
-    return line // HEIGHT, line % HEIGHT, rows % WIDTH
+def unravel_pixels(pixel_offs, height, width):
+    """Image, row and column of pixels that are counted through images of height x width."""
+    line = pixel_offs // width
+    return line // height, line % height, pixel_offs % width
 
 
 @triton.jit
-def pixels_later(image, h, w, more_images, more_h, more_w, HEIGHT, WIDTH):
-    """``pixel_of`` of pixels that are later by so many images, rows and columns; divides nothing."""
-    w += more_w
-    over = (w >= WIDTH).to(tl.int32)
-    w -= over * WIDTH
-    h += more_h + over
-    over = (h >= HEIGHT).to(tl.int32)
-    return image + more_images + over, h - over * HEIGHT, w
+def advance_pixels(image, h, w, step_images, step_h, step_w, height, width):
+    """``unravel_pixels`` of pixels that are so many images, rows and columns further; without a division."""
+    w += step_w
+    carry = (w >= width).to(tl.int32)
+    w -= carry * width
+    h += step_h + carry
+    carry = (h >= height).to(tl.int32)
+    return image + step_images + carry, h - carry * height, w
 
 
 @triton.jit
-def taps_inside(first, DILATION, SIZE, TAPS: tl.constexpr):
-    """A bit for each of up to 31 taps, from ``first`` on: whether it is within 0 .. SIZE - 1."""
-    seen = tl.zeros_like(first)
+def valid_taps(first, dilation, size, TAPS: tl.constexpr):
+    """A bit for each of up to 31 kernel positions: whether first + position * dilation is within 0 .. size - 1."""
+    valid = tl.zeros_like(first)
     for tap in tl.static_range(TAPS):
-        at = first + tap * DILATION
-        seen |= ((at >= 0) & (at < SIZE)).to(tl.int32) << tap
-    return seen
+        index = first + tap * dilation
+        valid |= ((index >= 0) & (index < size)).to(tl.int32) << tap
+    return valid
 
 
 @triton.jit
-def next_step(r, s, first, CHANNELS, TAPS_W, BLOCK: tl.constexpr):
-    """Row and column of the tap and the first channel of a loop's next step: counted, since divisions take longer."""
-    first += BLOCK
-    tap_done = first >= CHANNELS
-    first = tl.where(tap_done, 0, first)
+def advance_tap(r, s, first_channel, channels, taps_w, BLOCK: tl.constexpr):
+    """Kernel row and column and first channel of a loop's next step; counted, since divisions take longer."""
+    first_channel += BLOCK
+    tap_done = first_channel >= channels
+    first_channel = tl.where(tap_done, 0, first_channel)
     s = tl.where(tap_done, s + 1, s)
-    row_done = s == TAPS_W
-    return tl.where(row_done, r + 1, r), tl.where(row_done, 0, s), first
+    row_done = s == taps_w
+    return tl.where(row_done, r + 1, r), tl.where(row_done, 0, s), first_channel
 
 
 @triton.jit
-def store_tile_sums(da, value, mean, bn_coeffs, sums, tile, tiles, whole, channels, CHANNELS):
-    """The sums over a tile's pixels of dz and of dz * (y - mean), dz = da behind relu(bn(y)), for ``sum_tiles``.
-
-    ``value``: the tile of y as it was loaded; ``whole``: which elements are inside.
-    """
-    channel_inside = channels < CHANNELS
-    centre, scale, offset = affine_terms(mean, bn_coeffs, channels, channel_inside, CHANNELS, value.dtype)
-    dz = tl.where((normed(value, centre, scale, offset) <= 0) | ~whole, 0.0, da)
-    place = sums + channels * tiles + tile
-    tl.store(place, tl.sum(dz, 0), channel_inside)
-    centred = value.to(tl.float32) - tl.load(mean + channels, channel_inside, 0.0)[None, :]
-    tl.store(place + CHANNELS * tiles, tl.sum(dz * centred, 0), channel_inside)
+def store_tile_sums(
+    da,  # (BLOCK, BLOCK) float32, the gradient w.r.t. relu(bn(x))
+    value,  # (BLOCK, BLOCK) tile of x
+    mean,  # (channels,)
+    bn_coeffs,  # (3, channels)
+    tile_sums,  # (2, channels, tiles)
+    tile,
+    tiles,
+    valid,  # (BLOCK, BLOCK)
+    channel_offs,  # (BLOCK,)
+    channels,
+):
+    """Stores the sums over a tile's pixels of dz = da * mask and of dz * (x - mean), for reductions.sum_tiles."""
+    channel_valid = channel_offs < channels
+    center, scale, offset = load_bn_coeffs(
+        mean, bn_coeffs, channel_offs, channel_valid, channels, value.dtype
+    )
+    dz = tl.where((apply_bn(value, center, scale, offset) <= 0) | ~valid, 0.0, da)
+    pointers = tile_sums + channel_offs * tiles + tile
+    tl.store(pointers, tl.sum(dz, 0), channel_valid)
+    centered = value.to(tl.float32) - tl.load(mean + channel_offs, channel_valid, 0.0)[None, :]
+    tl.store(pointers + channels * tiles, tl.sum(dz * centered, 0), channel_valid)

@@ -1,7 +1,7 @@
-"""Sums over the pixels of products of channels: the gradient of a convolution's weight, dy^T a.
+"""Gradient w.r.t. a convolution's weight: dy^T a, summed over the pixels.
 
-A program makes BLOCK_N outputs x BLOCK_K input channels at one tap of the kernel, of one split of the pixels. What the
-splits have found goes to memory and is summed in a fixed order.
+A program computes BLOCK_N outputs x BLOCK_K input channels at one kernel position (tap) from one split of the pixels.
+The splits write partial sums, which are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -12,142 +12,140 @@ from torch import Tensor
 
 from resnet_fused.kernels import reductions
 from resnet_fused.kernels.arguments import (
-    activation_fields,
-    gradient_fields,
-    input_sizes,
+    activation_arguments,
+    geometry_arguments,
+    gradient_arguments,
     is_pointwise,
-    new_float,
+    new_sums,
     precision,
-    touched,
-    window_sizes,
+    size_arguments,
+    subsampled_bytes,
 )
 from resnet_fused.kernels.autotune.heuristics import sum_configs
+from resnet_fused.kernels.bn_coeffs import with_bn_coeffs, with_dy_coeffs
 from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.tiles import (
-    activated,
-    activation_terms,
-    gradient_terms,
-    gradient_tile,
-    pixel_of,
-    pixels_later,
-    tile_of,
-    unknown_zero,
+    advance_pixels,
+    apply_activation,
+    load_activation_coeffs,
+    load_gradient_coeffs,
+    load_gradient_tile,
+    load_tile,
+    runtime_zero,
+    unravel_pixels,
 )
 from resnet_fused.types import Activation, ConvGeometry, Gradient
 
 
 @triton.jit
 def wgrad_kernel(
-    g,
-    mask,
-    y,
-    mean,
-    bn_coeffs,
-    dy_coeffs,
-    x,
-    x_mean,
-    x_terms,
-    x_shift,
-    parts,
-    HEIGHT,
-    WIDTH,
-    CHANNELS,
-    OUT_HEIGHT,
-    OUT_WIDTH,
-    OUTPUTS,
-    PIXELS,
-    STRIDE_H,
-    STRIDE_W,
-    PAD_H,
-    PAD_W,
-    DILATION_H,
-    DILATION_W,
-    KERNEL_W,
-    POINTWISE: tl.constexpr,
+    g,  # (N, out_height, out_width, outputs)
+    mask,  # (N * out_height * out_width, bytes or words) or None
+    y,  # (N, out_height, out_width, outputs) or None
+    y_mean,  # (outputs,) or None
+    y_bn_coeffs,  # (3, outputs) or None
+    dy_coeffs,  # (3, outputs) or None
+    x,  # (N, height, width, channels)
+    x_mean,  # (channels,) or None
+    x_bn_coeffs,  # (3, channels) or None
+    x_shift,  # (channels,) or None
+    partial_sums,  # (splits, outputs, kernel height, kernel_w, channels) float32
+    height,
+    width,
+    channels,
+    out_height,
+    out_width,
+    outputs,
+    pixels,  # N * out_height * out_width
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    kernel_w,
+    POINTWISE: tl.constexpr,  # 1x1, stride 1, no padding
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # pixels
+    BLOCK_N: tl.constexpr,  # outputs
+    BLOCK_K: tl.constexpr,  # channels
 ):
-    """BLOCK_M pixels at a time."""
-    tiles_k = tl.cdiv(CHANNELS, BLOCK_K)
+    tiles_k = tl.cdiv(channels, BLOCK_K)
     tap, tile_k = tl.program_id(0) // tiles_k, tl.program_id(0) % tiles_k
-    first = tl.program_id(1) * BLOCK_N
-    outputs = first + tl.arange(0, BLOCK_N)
-    channels = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    per_split = tl.cdiv(tl.cdiv(PIXELS, BLOCK_M), tl.num_programs(2))
-    start = tl.program_id(2) * per_split * BLOCK_M
-    down, right = tap // KERNEL_W * DILATION_H - PAD_H, tap % KERNEL_W * DILATION_W - PAD_W
-    output_inside, channel_inside = outputs < OUTPUTS, channels < CHANNELS
-    centre, scale, offset, level, slope = gradient_terms(
-        mean, bn_coeffs, dy_coeffs, outputs, output_inside, OUTPUTS, g.dtype.element_ty
+    first_output = tl.program_id(1) * BLOCK_N
+    output_offs = first_output + tl.arange(0, BLOCK_N)
+    channel_offs = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    steps = tl.cdiv(tl.cdiv(pixels, BLOCK_M), tl.num_programs(2))
+    start = tl.program_id(2) * steps * BLOCK_M
+    tap_h, tap_w = tap // kernel_w * dilation_h - pad_h, tap % kernel_w * dilation_w - pad_w
+    output_valid, channel_valid = output_offs < outputs, channel_offs < channels
+    center, scale, offset, level, slope = load_gradient_coeffs(
+        y_mean, y_bn_coeffs, dy_coeffs, output_offs, output_valid, outputs, g.dtype.element_ty
     )
-    x_centre, x_scale, x_offset, x_level = activation_terms(
-        x_mean, x_terms, x_shift, channels, channel_inside, CHANNELS, x.dtype.element_ty
+    x_center, x_scale, x_offset, x_shift_value = load_activation_coeffs(
+        x_mean, x_bn_coeffs, x_shift, channel_offs, channel_valid, channels, x.dtype.element_ty
     )
-    # On sm_90 the second operand of a product comes from shared memory and the first one does if it is loaded as it
-    # is: what is computed is second. A first operand in registers would change while wgmma may still read it.
-    LOADED: tl.constexpr = x_terms is None and x_shift is None
-    zero = unknown_zero(PIXELS)
+    # On sm_90 the second operand of tl.dot comes from shared memory, and so does the first if it is loaded as it is:
+    # a computed operand is second. A first operand in registers would change while wgmma may still read it.
+    LOADED: tl.constexpr = x_bn_coeffs is None and x_shift is None
+    zero = runtime_zero(pixels)
     acc = tl.zeros((BLOCK_K, BLOCK_N) if LOADED else (BLOCK_N, BLOCK_K), tl.float32)
     if not POINTWISE:
-        image, out_h, out_w = pixel_of(start + tl.arange(0, BLOCK_M), OUT_HEIGHT, OUT_WIDTH)
-        more_images, more_h, more_w = pixel_of(BLOCK_M, OUT_HEIGHT, OUT_WIDTH)
-    for step in range(per_split):
-        rows = start + step * BLOCK_M + tl.arange(0, BLOCK_M)
-        row_inside = rows < PIXELS
-        # a is 0 in rows outside.
-        dy = gradient_tile(
-            g, mask, y, bn_coeffs, dy_coeffs, centre, scale, offset, level, slope, zero, rows, row_inside, first,
-            OUTPUTS, BLOCK_N, False,
+        image, out_h, out_w = unravel_pixels(start + tl.arange(0, BLOCK_M), out_height, out_width)
+        step_images, step_h, step_w = unravel_pixels(BLOCK_M, out_height, out_width)
+    for step in range(steps):
+        pixel_offs = start + step * BLOCK_M + tl.arange(0, BLOCK_M)
+        pixel_valid = pixel_offs < pixels
+        # Not padded: a is 0 at pixels outside.
+        dy = load_gradient_tile(
+            g, mask, y, y_bn_coeffs, dy_coeffs, center, scale, offset, level, slope, zero, pixel_offs, pixel_valid,
+            first_output, outputs, BLOCK_N, False,
         )  # fmt: skip
         if POINTWISE:
-            source, inside = rows, row_inside
+            x_offs, x_valid = pixel_offs, pixel_valid
         else:
-            h, w = out_h * STRIDE_H + down, out_w * STRIDE_W + right
-            inside = row_inside & (h >= 0) & (h < HEIGHT) & (w >= 0) & (w < WIDTH)
-            source = (image * HEIGHT + h) * WIDTH + w
-        value = tile_of(x, source, inside, channels, channel_inside, CHANNELS)
-        a = activated(value, x_terms, x_shift, x_centre, x_scale, x_offset, x_level, inside, True)
+            h, w = out_h * stride_h + tap_h, out_w * stride_w + tap_w
+            x_valid = pixel_valid & (h >= 0) & (h < height) & (w >= 0) & (w < width)
+            x_offs = (image * height + h) * width + w
+        x_tile = load_tile(x, x_offs, x_valid, channel_offs, channel_valid, channels)
+        a = apply_activation(
+            x_tile, x_bn_coeffs, x_shift, x_center, x_scale, x_offset, x_shift_value, x_valid, True
+        )
         if LOADED:
             acc = tl.dot(tl.trans(a), dy, acc, input_precision=PRECISION)
         else:
             acc = tl.dot(tl.trans(dy), a, acc, input_precision=PRECISION)
         if not POINTWISE:
-            image, out_h, out_w = pixels_later(
-                image, out_h, out_w, more_images, more_h, more_w, OUT_HEIGHT, OUT_WIDTH
+            image, out_h, out_w = advance_pixels(
+                image, out_h, out_w, step_images, step_h, step_w, out_height, out_width
             )
     if LOADED:
         acc = tl.trans(acc)
-    columns = tl.num_programs(0) // tiles_k * CHANNELS
-    part = parts + tl.program_id(2) * OUTPUTS * columns
-    inside = output_inside[:, None] & channel_inside[None, :]
-    tl.store(part + outputs[:, None] * columns + tap * CHANNELS + channels[None, :], acc, inside)
+    columns = tl.num_programs(0) // tiles_k * channels
+    split_sums = partial_sums + tl.program_id(2) * outputs * columns
+    pointers = split_sums + output_offs[:, None] * columns + tap * channels + channel_offs[None, :]
+    tl.store(pointers, acc, output_valid[:, None] & channel_valid[None, :])
 
 
-def configs(
-    gradient: Gradient, source: Activation, conv: Tensor, window: ConvGeometry, *_: object
-) -> list[Config]:
-    outputs, channels, *kernel = conv.shape
-    pixels, loaded = gradient.g.numel() // outputs, 2 if gradient.y is None else 3
-    return sum_configs(source.x, pixels, outputs, channels, taps=kernel[0] * kernel[1], loaded=loaded)
+def configs(dy: Gradient, a: Activation, weight: Tensor, geometry: ConvGeometry) -> list[Config]:
+    outputs, channels, *kernel = weight.shape
+    pixels, loaded = dy.g.numel() // outputs, 2 if dy.y is None else 3
+    return sum_configs(a.x, pixels, outputs, channels, taps=kernel[0] * kernel[1], loaded=loaded)
 
 
-def wgrad(
-    gradient: Gradient, source: Activation, conv: Tensor, window: ConvGeometry, config: Config
-) -> Tensor:
-    """dconv (outputs, C, kh, kw), float32, channels_last.
+def wgrad(dy: Gradient, a: Activation, weight: Tensor, geometry: ConvGeometry, config: Config) -> Tensor:
+    """dweight (outputs, C, kh, kw), float32, channels_last; see reference.conv_bn.wgrad.
 
     Args:
-        gradient: (N, outputs, OH, OW), channels_last.
-        source: the convolution's input, (N, C, H, W), channels_last.
-        conv: for its shape.
+        dy: (N, outputs, H', W'), channels_last.
+        a: the convolution's input, (N, C, H, W), channels_last.
+        weight: (outputs, C, kh, kw), given for its shape.
     """
-    gradient, source = reductions.with_dy_coeffs(gradient), reductions.with_bn_coeffs(source)
-    x, g = source.x, gradient.g
-    outputs, channels, kernel_h, kernel_w = conv.shape
+    dy, a = with_dy_coeffs(dy), with_bn_coeffs(a)
+    x, g = a.x, dy.g
+    outputs, channels, kernel_h, kernel_w = weight.shape
     pixels = g.numel() // outputs
-    parts = new_float(x, config.splits, outputs, kernel_h, kernel_w, channels)
+    partial_sums = new_sums(x, config.splits, outputs, kernel_h, kernel_w, channels)
     launch(
         wgrad_kernel,
         (
@@ -156,17 +154,17 @@ def wgrad(
             config.splits,
         ),
         {
-            **gradient_fields(gradient, config.block_n), **activation_fields(source, "x_"), "parts": parts,
-            **input_sizes(x), "OUT_HEIGHT": g.shape[2], "OUT_WIDTH": g.shape[3], "OUTPUTS": outputs, "PIXELS": pixels,
-            **window_sizes(window), "KERNEL_W": kernel_w,
+            **gradient_arguments(dy, config.block_n), **activation_arguments(a), "partial_sums": partial_sums,
+            **size_arguments(x), "out_height": g.shape[2], "out_width": g.shape[3], "outputs": outputs,
+            "pixels": pixels, **geometry_arguments(geometry), "kernel_w": kernel_w,
         },
-        {"POINTWISE": is_pointwise(conv, window), "PRECISION": precision(x.dtype), **config.blocks()},
+        {"POINTWISE": is_pointwise(weight, geometry), "PRECISION": precision(x.dtype), **config.blocks()},
         config,
-        flops=2 * pixels * conv.numel(),
-        touched=touched("x", x, g.shape[2], g.shape[3]) if (kernel_h, kernel_w) == (1, 1) else None,
+        flops=2 * pixels * weight.numel(),
+        partial_bytes=subsampled_bytes(*g.shape[2:], x=x) if (kernel_h, kernel_w) == (1, 1) else None,
     )  # fmt: skip
-    found = parts[0]
+    dweight = partial_sums[0]
     if config.splits > 1:
-        found = new_float(x, *parts.shape[1:])
-        reductions.sum_splits(parts, found)
-    return found.permute(0, 3, 1, 2)
+        dweight = new_sums(x, *partial_sums.shape[1:])
+        reductions.sum_splits(partial_sums, dweight)
+    return dweight.permute(0, 3, 1, 2)

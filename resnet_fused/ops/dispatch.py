@@ -118,9 +118,9 @@ def _autotuner() -> ModuleType:
 @functools.cache
 def coefficient_kernels() -> ModuleType:
     """The kernels that compute ``bn_coeffs`` and ``dy_coeffs``."""
-    from resnet_fused.kernels import reductions
+    from resnet_fused.kernels import bn_coeffs
 
-    return reductions
+    return bn_coeffs
 
 
 #: By op, sizes, dtype and device: the launcher, its configurations and the tuning key, so that a call is cheap.

@@ -1,12 +1,14 @@
-"""Every kernel of a training step, compiled for every architecture without a GPU: nothing spills, nothing is slow.
+"""The kernels of a training step and those that autotuning may choose, compiled for each architecture without a GPU.
 
-With another Triton than the pinned one (make test) for sm_90 alone.
+With the pinned Triton, and in less detail with the oldest one that torch >= 2.11 brings (make test-oldest-triton).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -14,64 +16,82 @@ from torch import Tensor
 
 from benchmarks import counts
 from resnet_fused.kernels.launch import Config, Launch
+from tools.kernel_instructions import Code
 from tools.kernel_resources import (
     ARCHITECTURES,
     REGISTERS,
     Resources,
     Specialisation,
+    binary,
     compile_all,
+    is_unsafe,
     specialisation,
 )
 
 pytest.importorskip("triton")
+from resnet_fused import plan
 
 IS_PINNED = counts.read()["compiler"] == counts.compiler()
-BUILDS: counts.Builds = counts.BUILDS if IS_PINNED else ((counts.ARCHS, "bf16", (90,)),)
+BUILDS: counts.Builds = counts.BUILDS if IS_PINNED else ((("resnet50",), "bf16", (90,)),)
 SAMPLES: counts.Builds = counts.SAMPLES if IS_PINNED else ()
-COMPILED_FOR = sorted({arch for *_, archs in BUILDS + SAMPLES for arch in archs})
+ARCHS = sorted({arch for *_, archs in BUILDS + SAMPLES for arch in archs})
+#: Steps, of a model and a batch, of which all configurations are compiled that autotuning may try.
+TUNED_STEPS = [*itertools.product(counts.ARCHS, (256, 64))] if IS_PINNED else [("resnet50", 256)]
+pinned = pytest.mark.skipif(not IS_PINNED, reason=f"tested with {counts.read()['compiler']}")
 
 
 @dataclass(frozen=True)
 class Built:
-    """A kernel that was compiled for an architecture: one of its launches, and what it needs or why it failed."""
+    """A kernel that was compiled for an architecture.
+
+    Args:
+        launch: one of its launches.
+        resources: or why it does not compile.
+    """
 
     what: Specialisation
     arch: int
     launch: Launch
-    found: Resources | str
+    resources: Resources | str
 
     def __str__(self) -> str:
         return f"{self.what.name} {self.what.config} on sm_{self.arch} ({self.what.details})"
 
 
 def build(launches: Iterable[tuple[Launch, int]]) -> list[Built]:
-    """Compiles launches, each for an architecture; what they have in common once."""
+    """Compiles launches, each for an architecture; a kernel that several launches share once."""
     pairs: dict[tuple[Specialisation, int], Launch] = {}
     for launch, arch in launches:
         pairs.setdefault((specialisation(launch), arch), launch)
-    done = [Built(what, arch, pairs[what, arch], found) for what, arch, found in compile_all(pairs)]
-    return sorted(done, key=str)
+    compiled = [Built(what, arch, pairs[what, arch], found) for what, arch, found in compile_all(pairs)]
+    return sorted(compiled, key=str)
 
 
-def multiplies(launch: Launch) -> bool:
+@pytest.fixture(scope="module")
+def steps() -> list[Built]:
+    """The kernels of the steps of both kinds of blocks."""
+    built = build(counts.step_launches(BUILDS, SAMPLES))
+    assert any(is_gemm(x.launch) for x in built)
+    return built
+
+
+@pytest.fixture(scope="module")
+def candidates() -> list[Launch]:
+    """What autotuning may launch on an H100 in a step of ResNet-50, by kernel and shape the best first."""
+    return plan.candidates("resnet50", 256, "bf16")
+
+
+def is_gemm(launch: Launch) -> bool:
     return "tl.dot(" in launch.kernel.src
 
 
 def rows_are_aligned(launch: Launch) -> bool:
-    """Whether it passes over activations, and the channels of all of them fill 16 bytes again and again."""
-    # Kernels that merge what tiles have left are small, and so are their tiles.
+    """Whether it has activations, each of whose rows of channels starts at a multiple of 16 bytes."""
     activations = [x for x in launch.arguments.values() if isinstance(x, Tensor) and x.dim() == 4]
     return bool(activations) and all(x.shape[1] * x.element_size() % 16 == 0 for x in activations)
 
 
-def failures(built: Iterable[Built], wrong: Callable[[Built, Resources], str]) -> list[str]:
-    """A line for each of which ``wrong`` has something to tell; what did not compile has a test of its own."""
-    told = [(x, wrong(x, x.found)) for x in built if isinstance(x.found, Resources)]
-    return [f"{x}: {why}" for x, why in told if why]
-
-
-def uncompiled(built: Iterable[Built]) -> list[str]:
-    return [x.found for x in built if isinstance(x.found, str)]
+# What is wrong with a compiled kernel: a description, or ""
 
 
 def spills(_: Built, found: Resources) -> str:
@@ -84,12 +104,12 @@ def too_many_registers(_: Built, found: Resources) -> str:
 
 def too_much_shared_memory(x: Built, found: Resources) -> str:
     limit = ARCHITECTURES[x.arch]
-    return f"{found.shared_bytes} bytes, {limit} there are" if found.shared_bytes > limit else ""
+    return f"{found.shared_bytes} bytes of {limit}" if found.shared_bytes > limit else ""
 
 
 def no_tensor_cores(x: Built, found: Resources) -> str:
-    if not multiplies(x.launch) or x.launch.constants.get("PRECISION") == "ieee":
-        return ""  # float32 as it is has no tensor-core instruction
+    if not is_gemm(x.launch) or x.launch.constants.get("PRECISION") == "ieee":
+        return ""  # there is no tensor-core instruction for plain float32
     if not found.mma:
         return "no tensor-core instruction"
     return "no wgmma" if x.arch == 90 and found.operands & {"bf16", "f16"} and not found.wgmma else ""
@@ -106,75 +126,135 @@ def unsafe(_: Built, found: Resources) -> str:
 
 
 def serialized(_: Built, found: Resources) -> str:
-    # ptxas serializes plain products of float16 whose code in bfloat16, alike but for the type, it does not: those are
-    # counted in the table of resources.
+    # ptxas serializes some float16 kernels whose bfloat16 code, equal but for the type, it does not serialize: the
+    # table of resources counts those.
     if "f16" in found.operands:
         return ""
     return "every wgmma waits for the one before it" if found.serialized else ""
 
 
-@pytest.fixture(scope="module")
-def steps() -> list[Built]:
-    """The kernels of the steps of both kinds of blocks."""
-    launches = list(counts.step_launches(BUILDS, SAMPLES))
-    assert any(multiplies(launch) for launch, _ in launches)
-    return build(launches)
+def failures(built: Iterable[Built], check: Callable[[Built, Resources], str]) -> list[str]:
+    """A line for each kernel that fails a check; those that do not compile have a test of their own."""
+    found = [(x, check(x, x.resources)) for x in built if isinstance(x.resources, Resources)]
+    return [f"{x}: {wrong}" for x, wrong in found if wrong]
 
 
-def test_everything_compiles(steps: list[Built]) -> None:
-    assert uncompiled(steps) == []
+def compile_errors(built: Iterable[Built]) -> list[str]:
+    return [x.resources for x in built if isinstance(x.resources, str)]
 
 
-@pytest.mark.parametrize("arch", COMPILED_FOR)
-@pytest.mark.parametrize(
-    "wrong",
-    [spills, too_many_registers, too_much_shared_memory, no_tensor_cores, narrow_loads, unsafe, serialized],
-    ids=lambda wrong: wrong.__name__,
-)
-def test_no_kernel_of_a_step(steps: list[Built], wrong: Callable[[Built, Resources], str], arch: int) -> None:
-    there = [x for x in steps if x.arch == arch]
-    assert there
-    found = failures(there, wrong)
-    assert not found, "\n" + "\n".join(found)
+def test_every_kernel_compiles(steps: list[Built]) -> None:
+    assert compile_errors(steps) == []
 
 
-def test_registers_are_those_of_the_table(steps: list[Built]) -> None:
-    table = counts.read()
-    if not IS_PINNED:
-        pytest.skip(f"the table is of {table['compiler']}, this is {counts.compiler()}")
-    found = counts.resource_counts((x.what, x.arch, x.found) for x in steps)
-    changed = counts.differences(table["resources"], found)
+CHECKS = [
+    spills,
+    too_many_registers,
+    too_much_shared_memory,
+    no_tensor_cores,
+    narrow_loads,
+    unsafe,
+    serialized,
+]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_no_kernel_of_a_step(steps: list[Built], check: Callable[[Built, Resources], str], arch: int) -> None:
+    built = [x for x in steps if x.arch == arch]
+    assert built
+    wrong = failures(built, check)
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+@pinned
+def test_resources_are_those_of_the_table(steps: list[Built]) -> None:
+    resources = counts.resource_counts((x.what, x.arch, x.resources) for x in steps)
+    changed = counts.differences(counts.read()["resources"], resources)
     assert not changed, "\n".join([*changed, counts.ADVICE])
 
 
-def test_what_is_wrong_is_found() -> None:
-    """Toy kernels, each with one fault."""
+# What autotuning may choose on sm_90
+
+
+def test_no_candidate_reads_registers_that_change(steps: list[Built]) -> None:
+    launches = [launch for step in TUNED_STEPS for launch in plan.candidates(*step, "bf16")]
+    needed = dict.fromkeys(specialisation(launch) for launch in launches if launch.name in plan.PASSES)
+    # Configurations that differ in splits alone are one kernel.
+    assert len(needed) > 200
+    checked = {x.what for x in steps if x.arch == 90}  # by test_no_kernel_of_a_step
+    pairs = [(what, 90) for what in needed if what not in checked]
+    wrong = [
+        f"{what.name} {what.config}: {found}" for what, _, found in compile_all(pairs, is_unsafe) if found
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pinned
+@pytest.mark.parametrize("name", ["wgrad", "input_covariance"])
+def test_loads_of_a_computed_first_operand_are_asynchronous(steps: list[Built], name: str) -> None:
+    """Where both operands are computed the first one is in registers; its loads are not (tiles.runtime_zero)."""
+    kernels = [
+        x.what for x in steps if x.what.name == name and x.arch == 90 and "bf16" in str(x.what.signature)
+    ]
+    assert kernels
+    for what in kernels:
+        loop = binary(what, 90).asm["ttgir"].partition("scf.for")[2].partition("scf.yield")[0]
+        assert "async_copy_global_to_local" in loop
+        assert "tt.load" not in loop, f"{what.name} {what.config}"
+
+
+@pinned
+def test_some_candidate_shares_a_multiprocessor(candidates: list[Launch]) -> None:
+    """For the first shape of every kernel in a step: two programs fit on a multiprocessor of an H100."""
+
+    def operands(launch: Launch) -> list[Any]:
+        return [getattr(launch.arguments.get(key), "shape", None) for key in ("x", "g", "weight", "skip")]
+
+    tried: dict[str, list[Launch]] = {name: [] for name in plan.PASSES}
+    for launch in candidates:
+        group = tried.get(launch.name)
+        if group is not None and (not group or operands(launch) == operands(group[0])):
+            group.append(launch)
+    programs = dict.fromkeys(plan.PASSES, 0)
+    # heuristics puts such configurations early: mostly the first three suffice.
+    for part in (slice(0, 3), slice(3, None)):
+        missing = [name for name, count in programs.items() if count < 2]
+        for x in build((launch, 90) for name in missing for launch in tried[name][part]):
+            assert isinstance(x.resources, Resources)
+            code = Code((), 0, x.resources.registers, x.resources.shared_bytes)
+            programs[x.what.name] = max(programs[x.what.name], code.programs(x.what.warps))
+    assert min(programs.values()) > 1, programs
+
+
+# That the checks find what is wrong
+
+
+def test_checks_find_faults() -> None:
+    """In toy kernels with one fault each."""
     from tests.kernels.test_kernel_resources import SPILLING, product, scale, wrong
 
     slow = product(config=Config(16, 16, 16, 4, 3))  # too small for wgmma
-    ieee = product(torch.float32, precision="ieee")  # as it should be
+    ieee = product(torch.float32, precision="ieee")  # without fault
     toys = (product(), product(), slow, ieee, scale(**SPILLING), wrong())
     built = build([(launch, 90) for launch in toys])
     assert len(built) == 5
-    assert [line.partition(" on ")[0] for line in uncompiled(built)] == ["wrong 3 4w3s"]
-
-    def faulty(check: Callable[[Built, Resources], str]) -> list[str]:
-        return [line.partition(" on ")[0] for line in failures(built, check)]
-
-    assert faulty(spills) == ["scale 16384 1w3s"]
-    assert faulty(too_many_registers) == faulty(too_much_shared_memory) == []
-    (told,) = failures(built, no_tensor_cores)
-    assert told.startswith("product 16x16x16 4w3s on ") and told.endswith(": no wgmma")
+    assert [line.partition(" on ")[0] for line in compile_errors(built)] == ["wrong 3 4w3s"]
+    (spilling,) = failures(built, spills)
+    assert spilling.startswith("scale 16384 1w3s on ")
+    assert failures(built, too_many_registers) == failures(built, too_much_shared_memory) == []
+    (without_wgmma,) = failures(built, no_tensor_cores)
+    assert without_wgmma.startswith("product 16x16x16 4w3s on ") and without_wgmma.endswith(": no wgmma")
 
 
 def test_narrow_loads_are_found() -> None:
     from tests.kernels.test_kernel_resources import product
 
     aligned = product()
-    arguments = {**aligned.arguments, "N": 250, "K": 250}  # the kernel is not told that rows are aligned
-    hidden = Launch(aligned.kernel, (1,), arguments, aligned.constants, aligned.config)
-    odd = product(size=33)  # cannot be aligned
-    assert rows_are_aligned(aligned) and rows_are_aligned(hidden) and not rows_are_aligned(odd)
-    (line,) = failures(build([(aligned, 80), (hidden, 80)]), narrow_loads)
+    arguments = {**aligned.arguments, "N": 250, "K": 250}  # the compiler does not know that rows are aligned
+    unknown = Launch(aligned.kernel, (1,), arguments, aligned.constants, aligned.config)
+    odd = product(size=33)  # can't be aligned
+    assert rows_are_aligned(aligned) and rows_are_aligned(unknown) and not rows_are_aligned(odd)
+    (line,) = failures(build([(aligned, 80), (unknown, 80)]), narrow_loads)
     assert "not by 16: N K" in line
     assert failures(build([(odd, 80)]), narrow_loads) == []

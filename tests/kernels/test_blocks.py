@@ -1,16 +1,20 @@
-"""Whole blocks through Triton kernels: the accuracy rule, launches, determinism, CUDA graphs."""
+"""Whole blocks through Triton kernels, on a GPU or in the interpreter: accuracy, launches, verification, graphs."""
 
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
-from resnet_fused.ops.passes import runs_triton
-from torch import Tensor
+from torch import Tensor, nn
 
 import resnet_fused
-from resnet_fused.kernels.launch import Launch, observe_launches
+from resnet_fused.kernels.autotune import search, verification
+from resnet_fused.kernels.autotune.tunable import Tunable
+from resnet_fused.kernels.autotune.verification import EPS, Rejected, Verifier
+from resnet_fused.kernels.launch import Config, Launch, observe_launches
+from resnet_fused.ops.dispatch import runs_triton
 from resnet_fused.plan import PASSES
 from tests.accuracy import HOSTILE_CASES
 from tests.kernels.devices import DEVICES, DTYPES
@@ -24,9 +28,12 @@ from tests.ops.test_residual_block import (
     results,
 )
 
+on_devices = pytest.mark.parametrize("device", DEVICES)
+in_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+@on_devices
+@in_dtypes
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_accuracy(name: str, training: bool, dtype: torch.dtype, device: str) -> None:
@@ -34,8 +41,8 @@ def test_accuracy(name: str, training: bool, dtype: torch.dtype, device: str) ->
         check_accuracy(name, "plain", training, dtype, device)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_devices
+@in_dtypes
 @pytest.mark.parametrize("hostile", [case for case in HOSTILE_CASES if case != "plain"])
 def test_hostile_input(hostile: str, dtype: torch.dtype, device: str) -> None:
     with resnet_fused.backend("triton"):
@@ -43,86 +50,128 @@ def test_hostile_input(hostile: str, dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.gpu
-def test_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As accurate as eager convolutions in TF32: eps of the rule is that of float32 still, but eager's error is not."""
+@pytest.mark.parametrize("name", ["bottleneck", "basic_block_stride"])
+def test_tf32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """eps of the rule is that of float32 still; eager's error is that of TF32 convolutions."""
     monkeypatch.setattr("torch.backends.cudnn.allow_tf32", True)
-    for name in ("bottleneck", "basic_block_stride"):
-        with resnet_fused.backend("triton"):
-            check_accuracy(name, "plain", True, torch.float32, "cuda")
+    with resnet_fused.backend("triton"):
+        check_accuracy(name, "plain", True, torch.float32, "cuda")
 
 
 def step(device: str, choice: str) -> tuple[dict[str, Tensor], list[Launch]]:
+    """Results and launches of a bottleneck in float32, forward and backward."""
     torch.manual_seed(0)
     case = make_case("bottleneck", "plain", torch.float32, device)
     grad = gradient_for(plain(case.to(torch.float64), True).detach(), torch.float32)
-    seen: list[Launch] = []
-    with resnet_fused.backend(choice), observe_launches(seen.append):
-        return results(fused, case, grad, True, None), seen
+    launches: list[Launch] = []
+    with resnet_fused.backend(choice), observe_launches(launches.append):
+        return results(fused, case, grad, True, None), launches
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_devices
 def test_launches_of_a_bottleneck(device: str) -> None:
-    """conv, conv, gram, end; then Q, da, and a gradient of weight and input for each of the two convolutions."""
-    _, seen = step(device, "triton")
-    passes = [launch.name for launch in seen if launch.name in PASSES]
-    ends = ["gram", "expand", "folded_wgrad", "folded_dgrad"]
-    assert passes == ["conv", "conv", *ends, "wgrad", "dgrad", "wgrad", "dgrad"]
+    """The first two convolutions, then the folded one, forward and backward; then backward of the other two."""
+    _, launches = step(device, "triton")
+    passes = [launch.name for launch in launches if launch.name in PASSES]
+    folded = ["input_covariance", "conv1x1_bn_add_relu", "folded_wgrad", "folded_dgrad"]
+    assert passes == ["conv_bn_stats", "conv_bn_stats", *folded, "wgrad", "dgrad", "wgrad", "dgrad"]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_devices
 def test_steps_repeat_bit_for_bit(device: str) -> None:
     (first, _), (second, _) = step(device, "triton"), step(device, "triton")
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_launch_may_run_again(device: str) -> None:
-    """What benchmarks rely on: no kernel reads what it writes."""
-    _, seen = step(device, "triton")
-    for launch in seen:
-        before = [x.clone() for x in launch.arguments.values() if isinstance(x, Tensor)]
+@on_devices
+def test_a_launch_can_run_again(device: str) -> None:
+    """Benchmarks rely on it: no kernel reads what it writes."""
+    _, launches = step(device, "triton")
+    for launch in launches:
+        tensors = [x for x in launch.arguments.values() if isinstance(x, Tensor)]
+        before = [x.clone() for x in tensors]
         launch.run()
-        after = [x for x in launch.arguments.values() if isinstance(x, Tensor)]
-        same = [
-            torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in zip(before, after, strict=True)
-        ]
-        assert all(same), launch.name
+        for x, y in zip(tensors, before, strict=True):
+            assert torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)), launch.name
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_the_vendor_can_be_asked_for(device: str) -> None:
-    _, seen = step(device, "vendor")
-    assert not seen
+@on_devices
+def test_backend_vendor_launches_no_kernel(device: str) -> None:
+    _, launches = step(device, "vendor")
+    assert not launches
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_who_is_served(device: str) -> None:
-    def serves(dtype: torch.dtype, groups: int = 1) -> bool:
+@on_devices
+def test_runs_triton(device: str) -> None:
+    def runs(dtype: torch.dtype, groups: int = 1) -> bool:
         return runs_triton(torch.empty(2, 2, 2, 2, dtype=dtype, device=device), groups)
 
     with resnet_fused.backend("triton"):
-        assert serves(torch.float16) and serves(torch.float32)
-        assert not serves(torch.float64) and not serves(torch.float32, groups=2)
-    with resnet_fused.backend("vendor"):
-        assert not serves(torch.float32)
-    with resnet_fused.backend("reference"):
-        assert not serves(torch.float32)
+        assert runs(torch.float16) and runs(torch.float32)
+        assert not runs(torch.float64) and not runs(torch.float32, groups=2)
+    for choice in ("vendor", "reference"):
+        with resnet_fused.backend(choice):
+            assert not runs(torch.float32)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_devices
 def test_large_tensors_are_left_to_the_vendor(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resnet_fused.ops.passes.COUNTABLE", 1000)
-    results, seen = step(device, "triton")
-    assert not [launch.name for launch in seen if launch.name in PASSES]
+    for module in ("dispatch", "conv_bn", "folded_conv_bn"):
+        monkeypatch.setattr(f"resnet_fused.ops.{module}.MAX_NUMEL", 1000)
+    found, launches = step(device, "triton")
+    assert not [launch.name for launch in launches if launch.name in PASSES]
     for name, value in step(device, "vendor")[0].items():
-        torch.testing.assert_close(results[name], value, rtol=1e-3, atol=1e-4 * float(value.abs().max()))
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4 * float(value.abs().max()))
+
+
+@on_devices
+@in_dtypes
+def test_every_kernel_passes_verification(
+    dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As autotuning verifies it; with the last row of its largest result unwritten it is rejected."""
+    torch.use_deterministic_algorithms(False)  # memory is poisoned by the verification
+    verified = set()
+
+    def last_row_unwritten(tunable: Tunable) -> list[Tensor]:
+        tensors = verification._results(tunable.run(tunable.configs[0]))
+        largest = max(tensors, key=Tensor.numel)
+        largest[-1] = torch.empty_like(largest[-1])
+        return tensors
+
+    def choose(tunable: Tunable, device: torch.device) -> Config:
+        with torch.no_grad():
+            verifier = Verifier(tunable.exact, tunable.vendor, EPS[tunable.key.dtype], device)
+            verifier.check(functools.partial(tunable.run, tunable.configs[0]))
+            with pytest.raises(Rejected):
+                verifier.check(functools.partial(last_row_unwritten, tunable))
+        verified.add(tunable.key.kernel)
+        return tunable.configs[0]
+
+    def choose_sharing(tunables: list[Tunable], shared: Tunable, device: torch.device) -> list[Config]:
+        return [choose(tunable, device) for tunable in tunables]
+
+    if device == "cpu":
+        monkeypatch.setattr(verification, "wait", lambda device: None)
+        monkeypatch.setattr(verification, "RUNS", 2)
+    monkeypatch.setattr(search, "choose", choose)
+    monkeypatch.setattr(search, "choose_sharing", choose_sharing)
+    with resnet_fused.backend("triton"):
+        case = make_case("bottleneck_stride", "plain", dtype, device)
+        grad = gradient_for(plain(case.to(torch.float64), True).detach(), dtype)
+        results(fused, case, grad, True, None)
+    assert verified == set(PASSES)
+
+
+def small_model() -> tuple[nn.Module, Tensor]:
+    model = resnet_fused.resnet18(num_classes=10).cuda().to(memory_format=torch.channels_last)
+    return model, torch.randn(4, 3, 64, 64, device="cuda").to(memory_format=torch.channels_last)
 
 
 @pytest.mark.gpu
 def test_replay_of_a_captured_step() -> None:
-    model = resnet_fused.resnet18(num_classes=10).cuda().to(memory_format=torch.channels_last)
-    x = torch.randn(4, 3, 64, 64, device="cuda").to(memory_format=torch.channels_last)
+    model, x = small_model()
 
     def train() -> Tensor:
         for p in model.parameters():
@@ -132,12 +181,12 @@ def test_replay_of_a_captured_step() -> None:
         loss.backward()
         return loss
 
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
+    side_stream = torch.cuda.Stream()
+    side_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream):
         for _ in range(3):
             train()
-    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.current_stream().wait_stream(side_stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = train()
@@ -147,26 +196,24 @@ def test_replay_of_a_captured_step() -> None:
         graph.replay()
         expected = train()
         torch.testing.assert_close(captured, expected, rtol=1e-3, atol=0)
-        for ours, p in zip(gradients, model.parameters(), strict=True):
-            torch.testing.assert_close(ours, p.grad, rtol=1e-3, atol=1e-3 * float(p.grad.abs().max()))
+        for grad, p in zip(gradients, model.parameters(), strict=True):
+            torch.testing.assert_close(grad, p.grad, rtol=1e-3, atol=1e-3 * float(p.grad.abs().max()))
 
 
 @pytest.mark.gpu
 def test_graphed_callables() -> None:
     """PyTorch's recipe for small batches."""
-    model = resnet_fused.resnet18(num_classes=10).cuda().to(memory_format=torch.channels_last)
-    x = torch.randn(4, 3, 64, 64, device="cuda").to(memory_format=torch.channels_last)
+    model, x = small_model()
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
         graphed = torch.cuda.make_graphed_callables(copy.deepcopy(model), (x,))
         for _ in range(2):
             x = torch.randn_like(x)
-            outputs = [one(x) for one in (graphed, model)]
-            for one, output in zip((graphed, model), outputs, strict=True):
-                one.zero_grad()
+            outputs = [module(x) for module in (graphed, model)]
+            for module, output in zip((graphed, model), outputs, strict=True):
+                module.zero_grad()
                 output.float().square().mean().backward()
             torch.testing.assert_close(*outputs, rtol=1e-2, atol=1e-2)
             for ours, p in zip(graphed.parameters(), model.parameters(), strict=True):
                 assert ours.grad is not None and p.grad is not None
-                torch.testing.assert_close(
-                    ours.grad, p.grad, rtol=1e-3, atol=1e-3 * float(p.grad.abs().max())
-                )
+                atol = 1e-3 * float(p.grad.abs().max())
+                torch.testing.assert_close(ours.grad, p.grad, rtol=1e-3, atol=atol)

@@ -1,4 +1,4 @@
-"""Blocks of Triton kernels are still the modules that they stand for: compiled, shared, frozen, used in odd ways."""
+"""Modules that run Triton kernels behave like PyTorch's: compiled, shared, frozen, checkpointed. In the interpreter."""
 
 from __future__ import annotations
 
@@ -13,16 +13,26 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import resnet_fused
 from resnet_fused import models, reference
 from resnet_fused.kernels.launch import Launch, observe_launches
+from resnet_fused.plan import PASSES
 from tests.model_pairs import scrambled
-from tests.ops.test_passes import CASES, OPS, SIZES, Maker, check_promises
+from tests.ops.operands import CASES, SIZES, Maker, op_of
 
 pytestmark = pytest.mark.interpreter
-SHARES = (3, 2)
+#: Cases that Triton kernels serve: convolutions without groups, whose coefficients are needed.
+KERNEL_CASES = {
+    case: make
+    for case, make in CASES.items()
+    if op_of(case) not in ("folded_backward", "add_gemm_") and not case.endswith(("groups", "neither"))
+} | {"conv_bn_stats-plain": lambda m: (*CASES["conv_bn_stats-plain"](m)[:-1], True)}
+#: Images of each process.
+PER_RANK = (3, 2)
 SIZE = 8
 
 
@@ -32,7 +42,7 @@ def _by_triton() -> Iterator[None]:
         yield
 
 
-def made(library: Any = models, norm: Callable[..., nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
+def blocks(library: Any = models, norm: Callable[..., nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
     """A bottleneck with a folded shortcut, one without, and a basic block with a stride."""
     torch.manual_seed(0)
 
@@ -47,27 +57,27 @@ def made(library: Any = models, norm: Callable[..., nn.Module] = nn.BatchNorm2d)
     return nn.Sequential(*blocks).to(memory_format=torch.channels_last)
 
 
-def images(count: int = sum(SHARES)) -> Tensor:
+def images(count: int = sum(PER_RANK)) -> Tensor:
     torch.manual_seed(1)
     return torch.randn(count, 8, SIZE, SIZE).to(memory_format=torch.channels_last)
 
 
-def trained(model: nn.Module, x: Tensor, step: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+def train(model: nn.Module, x: Tensor, step: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
     """Output, gradients and buffers of a step."""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     out = (step or model)(x)
     out.square().sum().backward()
-    found = {"output": out.detach(), "input gradient": x.grad}
-    found |= {f"{name} gradient": p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return found | {name: buffer.clone() for name, buffer in model.named_buffers()}
+    results = {"output": out.detach(), "input gradient": x.grad}
+    results |= {f"{name} gradient": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return results | {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """To what a few sums of float32 in another order make of it, relative to each tensor's largest element."""
-    assert found.keys() == expected.keys()
+def assert_same(results: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Up to sums of float32 in another order, relative to each tensor's largest element."""
+    assert results.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(
-            found[name],
+            results[name],
             value,
             rtol=1e-3,
             atol=1e-4 * float(value.abs().max()),
@@ -77,50 +87,51 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @functools.cache
 def step_by_triton() -> dict[str, Tensor]:
-    """What several tests compare with."""
+    """A step that several tests compare with."""
     with resnet_fused.backend("triton"):
-        return trained(made(), images())
+        return train(blocks(), images())
 
 
 def launched(run: Callable[[], Any]) -> list[Launch]:
-    seen: list[Launch] = []
-    with observe_launches(seen.append):
+    launches: list[Launch] = []
+    with observe_launches(launches.append):
         run()
-    return seen
+    return launches
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("case", [case for case in CASES if not case.endswith(("groups", "neither"))])
+@pytest.mark.parametrize("case", KERNEL_CASES)
 def test_opcheck(case: str, dtype: torch.dtype) -> None:
-    """Of the launchers; fakes do not depend on the backend, so the layout of results may not either."""
-    name = case.partition("-")[0]
-    arguments = CASES[case](Maker(dtype))
+    """Fakes do not depend on the backend, so the layout of results must not either."""
+    op = getattr(torch.ops.resnet_fused, op_of(case)).default
     utils = ("test_schema", "test_faketensor")
-    seen = launched(lambda: torch.library.opcheck(getattr(OPS, name).default, arguments, test_utils=utils))
-    assert seen
-    check_promises(name, CASES[case](Maker(dtype, SIZES["one_pixel"])))
+    assert launched(lambda: torch.library.opcheck(op, KERNEL_CASES[case](Maker(dtype)), test_utils=utils))
+    # opcheck ignores the strides of dimensions of size 1.
+    arguments = KERNEL_CASES[case](Maker(dtype, SIZES["one_pixel"]))
+    with FakeTensorMode() as mode:
+        fake = tree_leaves(op(*tree_map_only(Tensor, mode.from_tensor, arguments)))
+    results = tree_leaves(op(*arguments))
+    assert [(x.shape, x.stride(), x.dtype) for x in fake] == [(x.shape, x.stride(), x.dtype) for x in results]
 
 
 def test_a_step_is_that_of_plain_modules() -> None:
-    found: dict[str, Tensor] = {}
-    seen = launched(lambda: found.update(trained(made(), images())))
-    assert {"conv", "gram", "expand", "folded_wgrad", "folded_dgrad", "wgrad", "dgrad"} <= {
-        x.name for x in seen
-    }
-    assert_same(found, trained(made(reference), images()))
+    results: dict[str, Tensor] = {}
+    launches = launched(lambda: results.update(train(blocks(), images())))
+    assert set(PASSES) <= {launch.name for launch in launches}
+    assert_same(results, train(blocks(reference), images()))
 
 
 def test_compiled_without_a_break() -> None:
     torch._dynamo.reset()
-    model, found = made(), {}
+    model, results = blocks(), {}
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    seen = launched(lambda: found.update(trained(model, images(), compiled)))
-    assert any(launch.name == "folded_dgrad" for launch in seen)
-    assert_same(found, step_by_triton())
+    launches = launched(lambda: results.update(train(model, images(), compiled)))
+    assert any(launch.name == "folded_dgrad" for launch in launches)
+    assert_same(results, step_by_triton())
 
 
 def test_no_two_results_of_backward_share_memory() -> None:
-    model, x, saved = made(), images().requires_grad_(), []
+    model, x, saved = blocks(), images().requires_grad_(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         out = model(x)
     grad = torch.randn_like(out)
@@ -130,9 +141,9 @@ def test_no_two_results_of_backward_share_memory() -> None:
     assert not memory & {t.untyped_storage().data_ptr() for t in (*saved, grad, out, x)}
 
 
-def test_hooks_may_change_the_strides_of_saved_tensors_and_users_the_biases() -> None:
-    """The first bit for bit. Kernels take biases of forward from the statistics' terms."""
-    model, x = made(), images()
+def test_saved_tensor_hooks() -> None:
+    """Saved tensors may come back with other strides, and biases change before backward: the gradients are equal."""
+    model, x = blocks(), images()
 
     def step(pack: Callable[[Tensor], Tensor], change: float) -> dict[str, Tensor]:
         def run(x: Tensor) -> Tensor:
@@ -145,19 +156,19 @@ def test_hooks_may_change_the_strides_of_saved_tensors_and_users_the_biases() ->
             return out
 
         model.zero_grad()
-        return {name: value for name, value in trained(model, x, run).items() if "gradient" in name}
+        return {name: value for name, value in train(model, x, run).items() if "gradient" in name}
 
     expected = step(lambda t: t, 0.0)
-    for found in (step(scrambled, 0.0), step(lambda t: torch.from_numpy(t.numpy().copy()), 5.0)):
-        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    for results in (step(scrambled, 0.0), step(lambda t: torch.from_numpy(t.numpy().copy()), 5.0)):
+        assert all(torch.equal(results[name], value) for name, value in expected.items())
 
 
 def test_frozen_statistics() -> None:
-    ours, theirs = made(), made(reference)
+    ours, theirs = blocks(), blocks(reference)
     for model in (ours, theirs):
-        model(images())  # statistics that are not the initial ones
+        model(images())  # so that the running statistics are not the initial ones
         model.eval()
-    assert_same(trained(ours, images()), trained(theirs, images()))
+    assert_same(train(ours, images()), train(theirs, images()))
 
 
 @pytest.mark.parametrize(
@@ -169,34 +180,34 @@ def test_batch_norms_of_all_kinds(options: dict[str, Any]) -> None:
     def norm(channels: int) -> nn.Module:
         return nn.BatchNorm2d(channels, **options)
 
-    assert_same(trained(made(norm=norm), images(3)), trained(made(reference, norm), images(3)))
+    assert_same(train(blocks(norm=norm), images(3)), train(blocks(reference, norm), images(3)))
 
 
-def test_what_needs_no_gradient_gets_none() -> None:
-    model, other = made(), made(reference)
+def test_parameters_that_need_no_gradient() -> None:
+    model, other = blocks(), blocks(reference)
     for m in (model, other):
         m[0].conv2.weight.requires_grad_(False)
         m[1].bn3.weight.requires_grad_(False)
-    assert_same(trained(model, images()), trained(other, images()))
+    assert_same(train(model, images()), train(other, images()))
 
 
 def test_an_input_that_needs_no_gradient() -> None:
-    """As that of a first block: parameters get theirs, and no pass makes one for the input."""
-    model = made()
-    seen = launched(lambda: model(images()).square().sum().backward())
+    """As that of a first block: no kernel computes one for the input."""
+    model = blocks()
+    launches = launched(lambda: model(images()).square().sum().backward())
     expected = step_by_triton()
     gradients = {f"{name} gradient": p.grad for name, p in model.named_parameters()}
     assert_same(gradients, {name: expected[name] for name in gradients})
-    # A bottleneck's chain has two convolutions, a basic block's end is not folded: 2 + 2 + 2, the first left out.
-    assert [launch.name for launch in seen].count("dgrad") == 5
+    # Two convolutions of each block are not folded; the first one needs no input gradient: 2 + 2 + 2 - 1.
+    assert [launch.name for launch in launches].count("dgrad") == 5
 
 
 def test_autocast() -> None:
-    """Bit for bit a step whose convolutions are float16 already, which test_blocks.py holds to the accuracy rule.
+    """Equals a step whose convolutions are float16 already (test_blocks.py checks the accuracy of that).
 
-    Beside eager modules only ReLUs that flip would be seen: three blocks on, one of them is percents of a gradient.
+    Against eager modules only ReLUs that flip would show: after three blocks one of them is percents of a gradient.
     """
-    mixed, narrow = made(), made()
+    mixed, narrow = blocks(), blocks()
     for module in narrow.modules():
         if isinstance(module, nn.Conv2d):
             module.half()
@@ -205,31 +216,31 @@ def test_autocast() -> None:
         with torch.autocast("cpu", torch.float16):
             return mixed(x).float()
 
-    found: dict[str, Tensor] = {}
-    seen = launched(lambda: found.update(trained(mixed, images(3), step)))
-    convolved = [launch.arguments["x"].dtype for launch in seen if launch.name == "conv"]
+    results: dict[str, Tensor] = {}
+    launches = launched(lambda: results.update(train(mixed, images(3), step)))
+    convolved = [launch.arguments["x"].dtype for launch in launches if launch.name == "conv_bn_stats"]
     assert convolved and set(convolved) == {torch.float16}
     assert {p.grad.dtype for p in mixed.parameters()} == {torch.float32}
-    expected = trained(narrow, images(3), lambda x: narrow(x.half()).float())
-    assert found.keys() == expected.keys()
+    expected = train(narrow, images(3), lambda x: narrow(x.half()).float())
+    assert results.keys() == expected.keys()
     for name, value in expected.items():
-        assert torch.equal(found[name].to(value.dtype), value), name
+        assert torch.equal(results[name].to(value.dtype), value), name
 
 
 def test_called_twice_before_backward() -> None:
     def twice(model: nn.Module) -> Callable[[Tensor], Tensor]:
         return lambda x: model(x) + model(x.flip(0)).flip(0)
 
-    ours, theirs = made(), made(reference)
-    assert_same(trained(ours, images(), twice(ours)), trained(theirs, images(), twice(theirs)))
+    ours, theirs = blocks(), blocks(reference)
+    assert_same(train(ours, images(), twice(ours)), train(theirs, images(), twice(theirs)))
 
 
 def test_recomputed_under_checkpointing() -> None:
-    model = made()
-    found = trained(model, images(), lambda x: checkpoint(model, x, use_reentrant=False))
-    plain = made(reference)
-    expected = trained(plain, images(), lambda x: checkpoint(plain, x, use_reentrant=False))
-    assert_same(found, expected)  # running statistics too, which either forward pass updates
+    model = blocks()
+    results = train(model, images(), lambda x: checkpoint(model, x, use_reentrant=False))
+    plain = blocks(reference)
+    expected = train(plain, images(), lambda x: checkpoint(plain, x, use_reentrant=False))
+    assert_same(results, expected)  # running statistics too, which either forward pass updates
 
 
 def test_double_backward() -> None:
@@ -238,21 +249,21 @@ def test_double_backward() -> None:
         (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
         return list(torch.autograd.grad(grad.square().sum(), list(model.parameters())))
 
-    ours, theirs = penalty(made()), penalty(made(reference))
-    for found, expected in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
+    ours, theirs = penalty(blocks()), penalty(blocks(reference))
+    for results, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(results, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("options", [{}, {"track_running_stats": False}, {"affine": False}], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("place", ["0.bn1", "0.bn2", "0.bn3", "0.downsample.1"])
-def test_a_norm_of_another_width(place: str, training: bool, options: dict[str, Any]) -> None:
-    """Refused with the words of plain modules: kernels would read past its end."""
+@pytest.mark.parametrize("name", ["0.bn1", "0.bn2", "0.bn3", "0.downsample.1"])
+def test_a_batch_norm_of_another_width(name: str, training: bool, options: dict[str, Any]) -> None:
+    """Raises PyTorch's error: kernels would read past its end."""
     messages = []
     for library in (models, reference):
-        model = made(library)
-        width = model.get_submodule(place).num_features - 1
-        model.set_submodule(place, nn.BatchNorm2d(width, **options))
+        model = blocks(library)
+        width = model.get_submodule(name).num_features - 1
+        model.set_submodule(name, nn.BatchNorm2d(width, **options))
         with pytest.raises(RuntimeError, match="should contain") as caught:
             model.train(training)(images())
         messages.append(str(caught.value))
@@ -260,41 +271,41 @@ def test_a_norm_of_another_width(place: str, training: bool, options: dict[str, 
 
 
 def test_other_inputs() -> None:
-    contiguous = trained(made(), images().contiguous())
-    assert_same(contiguous, trained(made(reference), images().contiguous()))
+    contiguous = train(blocks(), images().contiguous())
+    assert_same(contiguous, train(blocks(reference), images().contiguous()))
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
-        made()(torch.randn(1, 8, 1, 1).to(memory_format=torch.channels_last))
-    copied = copy.deepcopy(made())
-    assert_same(trained(copied, images()), step_by_triton())
+        blocks()(torch.randn(1, 8, 1, 1).to(memory_format=torch.channels_last))
+    copied = copy.deepcopy(blocks())
+    assert_same(train(copied, images()), step_by_triton())
 
 
-def work(rank: int, folder: str) -> None:
+def train_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(SHARES))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(PER_RANK))
     try:
-        synced = nn.SyncBatchNorm.convert_sync_batchnorm(made())
-        mine = slice(sum(SHARES[:rank]), sum(SHARES[: rank + 1]))
+        synced = nn.SyncBatchNorm.convert_sync_batchnorm(blocks())
+        mine = slice(sum(PER_RANK[:rank]), sum(PER_RANK[: rank + 1]))
         with resnet_fused.backend("triton"):
-            found: dict[str, Tensor] = {}
-            seen = launched(lambda: found.update(trained(synced, images()[mine])))
-        assert any(launch.name == "folded_wgrad" for launch in seen)
-        torch.save(found, f"{folder}/{rank}.pt")
+            results: dict[str, Tensor] = {}
+            launches = launched(lambda: results.update(train(synced, images()[mine])))
+        assert any(launch.name == "folded_wgrad" for launch in launches)
+        torch.save(results, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
 def test_statistics_shared_by_two_processes(tmp_path: Path) -> None:
-    mp.spawn(work, (str(tmp_path),), nprocs=len(SHARES))
+    mp.spawn(train_rank, (str(tmp_path),), nprocs=len(PER_RANK))
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     whole = step_by_triton()
     joined = {}
     for name, value in whole.items():
-        found = [part[name] for part in parts]
+        results = [part[name] for part in parts]
         if name in ("output", "input gradient"):
-            joined[name] = torch.cat(found)
+            joined[name] = torch.cat(results)
         elif name.endswith("gradient"):
-            joined[name] = found[0] + found[1]
+            joined[name] = results[0] + results[1]
         else:
-            assert torch.equal(*found), name
-            joined[name] = found[0].to(value.dtype)
+            assert torch.equal(*results), name
+            joined[name] = results[0].to(value.dtype)
     assert_same(joined, whole)

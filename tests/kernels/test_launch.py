@@ -1,4 +1,4 @@
-"""How launches are started: what is compiled anew, on which device, and what is held back. No kernel runs."""
+"""``launch``: what is compiled again, on which device kernels start, captured launches. No kernel runs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_fused.kernels import launch as home
+from resnet_fused.kernels import launch as module
 from resnet_fused.kernels.launch import Config, capture_launches, cdiv, launch, observe_launches
 
 
 class Kernel:
-    """As a triton.jit function: ``compiled`` and ``ran`` have the arguments that it was called with."""
+    """Stands for a triton.jit function; ``compiled`` and ``ran`` have the arguments that it was called with."""
 
     def __init__(self, on_start: Callable[[], None] = lambda: None) -> None:
         self.compiled: list[tuple[Any, ...]] = []
@@ -23,7 +23,7 @@ class Kernel:
         self.on_start = on_start
 
     def fn(self) -> None:
-        raise AssertionError("a kernel is not called")
+        raise AssertionError("kernels are launched, not called")
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         def first(*arguments: Any, **constants_and_options: Any) -> Any:
@@ -41,23 +41,23 @@ class Kernel:
             return lambda *arguments: self.kernel.ran.append((grid, *arguments))
 
 
-class Elsewhere:
-    """What is looked at of a tensor on the second GPU."""
+class TensorOnSecondGPU:
+    """What ``launch`` uses of a tensor."""
 
     device, is_meta = torch.device("cuda", 1), False
 
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    monkeypatch.setattr(home, "_compiled", {})
+    monkeypatch.setattr(module, "_compiled", {})
     return Kernel()
 
 
 def start(kernel: Kernel, x: Tensor, size: int = 5, block: int = 32, warps: int = 4) -> None:
-    launch(kernel, (2,), {"x": x, "absent": None, "SIZE": size}, {"BLOCK": block}, Config(warps=warps))
+    launch(kernel, (2,), {"x": x, "absent": None, "size": size}, {"BLOCK": block}, Config(warps=warps))
 
 
-def test_a_launch_like_the_last_is_not_searched_for_again(kernel: Kernel) -> None:
+def test_a_second_launch_uses_the_compiled_kernel(kernel: Kernel) -> None:
     x, other = torch.empty(8), torch.empty(9)
     start(kernel, x)
     start(kernel, other)
@@ -66,7 +66,7 @@ def test_a_launch_like_the_last_is_not_searched_for_again(kernel: Kernel) -> Non
 
 
 @pytest.mark.parametrize("size", [21, 37])
-def test_sizes_alike_are_not_compiled_apart(kernel: Kernel, size: int) -> None:
+def test_sizes_of_one_specialization_are_compiled_once(kernel: Kernel, size: int) -> None:
     start(kernel, torch.empty(8))
     start(kernel, torch.empty(8), size=size)
     assert len(kernel.compiled) == 1 and kernel.ran[0][3] == size
@@ -82,9 +82,9 @@ def test_sizes_alike_are_not_compiled_apart(kernel: Kernel, size: int) -> None:
         {"block": 64},
         {"warps": 8},
     ],
-    ids=["dtype", "alignment", "by 16", "one", "constant", "warps"],
+    ids=["dtype", "alignment", "divisible by 16", "one", "constant", "warps"],
 )
-def test_what_triton_tells_apart_is_compiled_apart(kernel: Kernel, other: dict[str, Any]) -> None:
+def test_other_specializations_are_compiled(kernel: Kernel, other: dict[str, Any]) -> None:
     start(kernel, torch.empty(8))
     start(kernel, **{"x": torch.empty(8)} | other)
     assert len(kernel.compiled) == 2 and not kernel.ran
@@ -104,23 +104,36 @@ def test_kernels_start_on_the_device_of_their_tensors(
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(home, "architecture", lambda device: 90)
-    seen: list[int] = []
-    kernel.on_start = lambda: seen.append(current[0])
-    start(kernel, Elsewhere())  # type: ignore[arg-type]
-    assert seen == [1] and current == [0]
+    monkeypatch.setattr(module, "architecture", lambda device: 90)
+    devices: list[int] = []
+    kernel.on_start = lambda: devices.append(current[0])
+    start(kernel, TensorOnSecondGPU())  # type: ignore[arg-type]
+    assert devices == [1] and current == [0]
 
 
-def test_held_back_launches_do_not_start(kernel: Kernel) -> None:
+def test_captured_launches_do_not_start(kernel: Kernel) -> None:
     x = torch.empty(8)
-    with observe_launches(lambda _: pytest.fail("seen")), capture_launches() as held:
+    with observe_launches(lambda _: pytest.fail("observed")), capture_launches() as captured:
         start(kernel, x)
     assert not kernel.compiled
-    assert [each.grid for each in held] == [(2,)]
+    assert [captured_launch.grid for captured_launch in captured] == [(2,)]
     start(kernel, x)
-    assert len(kernel.compiled) == 1 and len(held) == 1
+    assert len(kernel.compiled) == 1 and len(captured) == 1
 
 
 @pytest.mark.parametrize(("size", "part", "parts"), [(0, 4, 0), (1, 4, 1), (4, 4, 1), (5, 4, 2), (8, 1, 8)])
 def test_cdiv(size: int, part: int, parts: int) -> None:
     assert cdiv(size, part) == parts
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_arguments_are_in_the_order_of_the_parameters(arch: str, dtype: str) -> None:
+    """They are passed by position."""
+    pytest.importorskip("triton")
+    from resnet_fused.plan import launches
+
+    found = launches(arch, 8, dtype, 64)
+    assert found
+    for each in found:
+        assert [*each.arguments, *each.constants] == each.kernel.arg_names, each.name

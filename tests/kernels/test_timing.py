@@ -1,4 +1,4 @@
-"""What is timed is the device, however slow the processor is: on clocks that are invented."""
+"""timing.measure times the device, however slow the host is: with simulated clocks."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_fused.kernels.autotune import search, timing
-from tests.kernels.invented_gpu import FIRST, GPU, SECOND, THIRD, VENDOR, Bench
+from resnet_fused.kernels.autotune import measurement, search, timing
+from tests.kernels.simulated_gpu import DEVICE, FIRST, SECOND, THIRD, VENDOR, SimulatedGPU
 
 CYCLES_PER_MS = 1.7e6
 
 
 class Timeline:
-    """Milliseconds at which the processor is, and at which the device will have done what it was given."""
+    """Milliseconds: the time on the host, and when the device will have finished what is queued."""
 
     def __init__(self) -> None:
-        self.processor, self.device = 0.0, 0.0
+        self.host, self.device = 0.0, 0.0
 
     def start(self, launching: float, running: float) -> None:
-        self.processor += launching
-        self.device = max(self.device, self.processor) + running
+        self.host += launching
+        self.device = max(self.device, self.host) + running
 
     def event(self, enable_timing: bool = False) -> Event:
         return Event(self)
@@ -36,13 +36,13 @@ class Event:
         self.timeline, self.at = timeline, 0.0
 
     def record(self) -> None:
-        self.at = max(self.timeline.device, self.timeline.processor)
+        self.at = max(self.timeline.device, self.timeline.host)
 
     def query(self) -> bool:
-        return self.at <= self.timeline.processor
+        return self.at <= self.timeline.host
 
     def synchronize(self) -> None:
-        self.timeline.processor = max(self.timeline.processor, self.at)
+        self.timeline.host = max(self.timeline.host, self.at)
 
     def elapsed_time(self, end: Event) -> float:
         return end.at - self.at
@@ -54,12 +54,12 @@ def timeline(monkeypatch: pytest.MonkeyPatch) -> Timeline:
     monkeypatch.setattr(torch.cuda, "Event", clocks.event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: clocks.start(0.005, cycles / CYCLES_PER_MS))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clocks.processor / 1e3))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clocks.host / 1e3))
     timing._cycles_per_ms.cache_clear()
     return clocks
 
 
-def naively(timeline: Timeline, run: Callable[[], Any], repetitions: int) -> float:
+def without_sleep(timeline: Timeline, run: Callable[[], Any], repetitions: int) -> float:
     start, end = timeline.event(), timeline.event()
     start.record()
     for _ in range(repetitions):
@@ -72,37 +72,37 @@ def naively(timeline: Timeline, run: Callable[[], Any], repetitions: int) -> flo
 @pytest.mark.parametrize("launching", [0.0, 0.01, 0.09, 0.4, 3.0])
 @pytest.mark.parametrize("running", [0.004, 0.02, 2.0])
 def test_the_device_is_timed(timeline: Timeline, launching: float, running: float, repetitions: int) -> None:
-    found = timing.measure(lambda: timeline.start(launching, running), GPU, repetitions)
+    found = timing.measure(lambda: timeline.start(launching, running), DEVICE, repetitions)
     assert found == pytest.approx(running)
 
 
-def test_what_waits_for_the_device_ends(timeline: Timeline) -> None:
+def test_a_run_that_synchronizes(timeline: Timeline) -> None:
     def run() -> None:
         timeline.start(0.01, 0.02)
-        timeline.processor = max(timeline.processor, timeline.device)
+        timeline.host = max(timeline.host, timeline.device)
 
-    assert timing.measure(run, GPU, 20) >= 0.02
-    assert timeline.processor < timing.ATTEMPTS * (timing.MOST + 20)
+    assert timing.measure(run, DEVICE, 20) >= 0.02
+    assert timeline.host < timing.ATTEMPTS * (timing.MAX_SLEEP + 20)
 
 
 def test_a_slow_launcher_changes_no_choice(
-    bench: Bench, timeline: Timeline, monkeypatch: pytest.MonkeyPatch
+    sim: SimulatedGPU, timeline: Timeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A launcher that takes 90 us, of a kernel that takes 20, and others that take 10 and 30."""
+    """Launching takes 90 us and the kernel 20; for all others it is 10 and 30."""
     launching_running: dict[Any, tuple[float, float]] = dict.fromkeys((FIRST, THIRD, VENDOR), (0.01, 0.03))
     launching_running[SECOND] = (0.09, 0.02)
-    plain = bench.result
+    plain = sim.result
 
     def result(what: Any) -> list[Tensor]:
         timeline.start(*launching_running[what])
         return plain(what)
 
-    monkeypatch.setattr(bench, "result", result)
-    slow, quick = (
-        naively(timeline, lambda config=config: bench.run(config), 20) for config in (SECOND, FIRST)
+    monkeypatch.setattr(sim, "result", result)
+    slow, fast = (
+        without_sleep(timeline, lambda config=config: sim.run(config), 20) for config in (SECOND, FIRST)
     )
-    assert slow > quick, "nothing is shown"
-    monkeypatch.setattr(search, "measure", timing.measure)
-    assert bench.choose() == SECOND
+    assert slow > fast, "the test shows nothing"
+    monkeypatch.setattr(measurement, "measure", timing.measure)
+    assert sim.choose() == SECOND
     ((_, config, ms),) = search.entries()
     assert config == SECOND and ms == pytest.approx(0.02)

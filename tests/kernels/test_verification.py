@@ -1,4 +1,4 @@
-"""A configuration whose results are wrong is never chosen. The GPU is invented; the results are computed on the CPU."""
+"""A configuration with wrong results is never chosen, on a simulated GPU."""
 
 from __future__ import annotations
 
@@ -12,52 +12,53 @@ import torch
 from torch import Tensor
 
 import resnet_fused
-from resnet_fused.kernels.autotune import search, verification
-from resnet_fused.kernels.autotune.search import TuningKey
+from resnet_fused.kernels.autotune import measurement, search, verification
+from resnet_fused.kernels.autotune.tunable import TuningKey
 from resnet_fused.kernels.autotune.verification import PoisonedMemory
-from tests.kernels.invented_gpu import (
-    CANDIDATES,
+from tests.kernels.simulated_gpu import (
+    CONFIGS,
     CONV,
+    DEVICE,
     DGRAD,
     FIRST,
-    GPU,
     SECOND,
     THIRD,
     VENDOR,
-    Bench,
+    SimulatedGPU,
     cache_file,
+    forget_all,
     only_warning,
 )
 
 Results = list[Tensor]
+Change = Callable[[Results], Results]
 PASS_FAILED = RuntimeError("PassManager::run failed")
 
 
-def a_wrong_tile(results: Results) -> Results:
+def wrong_tile(results: Results) -> Results:
     results[0][16:32, :16] = results[0][32:48, :16]
     return results
 
 
-def a_nan(results: Results) -> Results:
+def nan(results: Results) -> Results:
     results[0][3, 5] = math.nan
     return results
 
 
-def an_unwritten_tile(results: Results) -> Results:
+def unwritten_tile(results: Results) -> Results:
     out = torch.empty_like(results[0])
     out[:48] = results[0][:48]
     return [out]
 
 
-def an_unwritten_workspace(results: Results) -> Results:
-    """Of a sum in parts one that no program wrote."""
-    parts = results[0].new_empty(4, *results[0].shape)
-    parts[0] = results[0]
-    parts[1:3] = 0
-    return [parts.sum(0)]
+def unwritten_partial_sum(results: Results) -> Results:
+    partial_sums = results[0].new_empty(4, *results[0].shape)
+    partial_sums[0] = results[0]
+    partial_sums[1:3] = 0
+    return [partial_sums.sum(0)]
 
 
-def another_shape(results: Results) -> Results:
+def other_shape(results: Results) -> Results:
     return [results[0][:, :32]]
 
 
@@ -65,155 +66,148 @@ def no_result(results: Results) -> Results:
     return []
 
 
-WRONG = [a_wrong_tile, a_nan, an_unwritten_tile, an_unwritten_workspace, another_shape, no_result]
-
-
-def now_and_then(input_stride: int) -> Callable[[Results], Results]:
-    """One element of one run in so many is off by its last bit."""
+def unstable(period: int) -> Change:
+    """One element of every ``period``-th run differs in its last bit."""
     calls = 0
 
     def change(results: Results) -> Results:
         nonlocal calls
         calls += 1
-        if calls % input_stride == 0:
+        if calls % period == 0:
             results[0].view(torch.int16)[7, 7] ^= 1
         return results
 
     return change
 
 
+def raises(error: Exception) -> Change:
+    def change(results: Results) -> Results:
+        raise error
+
+    return change
+
+
+#: By the reason of the rejection.
+REJECTED: dict[str, dict[str, Change]] = {
+    "wrong result": {
+        f.__name__: f
+        for f in (wrong_tile, nan, unwritten_tile, unwritten_partial_sum, other_shape, no_result)
+    },
+    "unstable result": {f"every_{period}": unstable(period) for period in (2, 3)},
+    "compile error": {"pass_failed": raises(PASS_FAILED)},
+}
+
+
 @pytest.fixture(autouse=True)
 def _plain_memory() -> None:
-    """What the other tests get from conftest has to come from verification here."""
+    """Without the poisoned memory of the other tests: it has to come from the verification."""
     torch.use_deterministic_algorithms(False)
 
 
-def rows() -> list[dict[str, object]]:
-    (entry,) = json.loads(cache_file().read_text())["entries"]
-    return list(entry["times"])
-
-
-def check_refused(bench: Bench, caplog: pytest.LogCaptureFixture, reason: str) -> None:
-    """SECOND, the fastest, is not chosen, now or later; it is logged and written why."""
+@pytest.mark.parametrize(
+    ("reason", "name"), [(reason, name) for reason, changes in REJECTED.items() for name in changes]
+)
+def test_rejection(sim: SimulatedGPU, caplog: pytest.LogCaptureFixture, reason: str, name: str) -> None:
+    """SECOND, the fastest, is not chosen, now or later; the reason is logged and stored."""
+    sim.results[SECOND] = REJECTED[reason][name]
     with caplog.at_level(logging.WARNING, "resnet_fused"):
-        assert bench.choose() is None
-    (record,) = [record for record in caplog.records if "refused" in record.message]
+        assert sim.choose() is None
+    (record,) = [record for record in caplog.records if "rejected" in record.message]
     assert record.levelname == "WARNING" and record.name == "resnet_fused"
     assert all(part in record.message for part in (str(SECOND), str(CONV), reason))
-    assert SECOND not in bench.measured and set(bench.measured) == {FIRST, THIRD, VENDOR}
-    (row,) = [row for row in rows() if "refused" in row]
-    assert row["config"] == SECOND.as_dict() and str(row["refused"]).startswith(reason)
-    before = bench.measured.copy(), bench.verified.copy()
+    assert SECOND not in sim.measured and set(sim.measured) == {FIRST, THIRD, VENDOR}
+    (entry,) = json.loads(cache_file().read_text())["entries"]
+    (row,) = [row for row in entry["timings"] if "rejection" in row]
+    assert row["config"] == SECOND.as_dict() and row["rejection"].startswith(reason)
+    before = sim.measured.copy(), sim.ran.copy()
     for _ in range(2):
-        assert bench.choose() is None
+        assert sim.choose() is None
         with resnet_fused.backend("triton"):
-            assert bench.choose() == FIRST
-            assert bench.choose(candidates=[SECOND, THIRD]) == THIRD
-            assert bench.choose(candidates=[SECOND]) is None
+            assert sim.choose() == FIRST
+            assert sim.choose(configs=[SECOND, THIRD]) == THIRD
+            assert sim.choose(configs=[SECOND]) is None
         assert search.summary()[reason] == 1
-        search.clear_cache()
-    assert (bench.measured, bench.verified) == before
+        search.forget_measurements()
+    assert (sim.measured, sim.ran) == before
 
 
-@pytest.mark.parametrize("change", WRONG, ids=lambda f: f.__name__)
-def test_a_wrong_configuration_is_refused(
-    bench: Bench, caplog: pytest.LogCaptureFixture, change: Callable[[Results], Results]
-) -> None:
-    bench.results[SECOND] = change
-    check_refused(bench, caplog, "wrong")
-
-
-@pytest.mark.parametrize("every", [2, 3])
-def test_an_unstable_configuration_is_refused(
-    bench: Bench, caplog: pytest.LogCaptureFixture, input_stride: int
-) -> None:
-    bench.results[SECOND] = now_and_then(input_stride)
-    check_refused(bench, caplog, "unstable")
-
-
-def test_an_error_of_a_compiler_pass_refuses(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    bench.errors[SECOND] = PASS_FAILED
-    check_refused(bench, caplog, "compile")
-
-
-def test_a_refusal_is_in_the_table_that_is_shipped(bench: Bench) -> None:
-    bench.results[SECOND] = a_wrong_tile
-    bench.choose()
+def test_a_shipped_table_has_rejections(sim: SimulatedGPU) -> None:
+    sim.results[SECOND] = wrong_tile
+    sim.choose()
     table = cache_file().parents[2] / "h100.json"
-    search.write_table(table, GPU)
-    cache_file().unlink()
-    search.clear_cache()
+    search.write_table(table, DEVICE)
+    forget_all()
     with resnet_fused.backend("triton"):
-        assert bench.choose() == FIRST
-    assert bench.choose() is None
-    assert search.summary()["wrong"] == 1
+        assert sim.choose() == FIRST
+    assert sim.choose() is None
+    assert search.summary()["wrong result"] == 1
     assert not cache_file().exists()
 
 
-def test_where_all_are_refused_the_vendor_runs(bench: Bench) -> None:
-    bench.results = dict.fromkeys(CANDIDATES, a_nan)
-    with only_warning("no configuration", "wrong"):
-        assert bench.choose() is None
+def test_where_all_are_rejected_the_vendor_runs(sim: SimulatedGPU) -> None:
+    sim.results = dict.fromkeys(CONFIGS, nan)
+    with only_warning("every configuration", "wrong result"):
+        assert sim.choose() is None
     with resnet_fused.backend("triton"):
-        assert bench.choose() is None
-        search.clear_cache()
-        assert bench.choose() is None
-    with only_warning("no configuration"), pytest.raises(ValueError, match="neither"):
-        bench.choose(DGRAD, vendor=False)
+        assert sim.choose() is None
+        search.forget_measurements()
+        assert sim.choose() is None
+    with only_warning("every configuration"), pytest.raises(ValueError, match="neither"):
+        sim.choose(DGRAD, vendor=False)
 
 
-def errors_of_the_device() -> list[Exception]:
-    text = "CUDA error: an illegal memory access was encountered"
-    return [torch.AcceleratorError(text), RuntimeError(text)]
+ILLEGAL_ACCESS = "CUDA error: an illegal memory access was encountered"
 
 
-@pytest.mark.parametrize("error", errors_of_the_device(), ids=lambda error: type(error).__name__)
-def test_an_error_of_the_device_gets_out(bench: Bench, error: Exception) -> None:
-    bench.errors[SECOND] = error
+@pytest.mark.parametrize("error", [torch.AcceleratorError, RuntimeError], ids=lambda error: error.__name__)
+def test_a_device_error_is_raised(sim: SimulatedGPU, error: type[Exception]) -> None:
+    sim.errors[SECOND] = error(ILLEGAL_ACCESS)
     with pytest.raises(RuntimeError, match="illegal memory access") as caught:
-        bench.choose()
+        sim.choose()
     assert str(SECOND) in str(caught.value) and str(CONV) in str(caught.value)
     assert not cache_file().exists() and search.entries() == []
 
 
-def test_an_error_that_the_device_keeps_gets_out(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's launcher says it in other words; or it shows when the device is waited for."""
+def test_an_error_that_synchronizing_shows_is_raised(
+    sim: SimulatedGPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton's launcher reports it in other words, or not at all."""
 
     def wait(device: torch.device) -> None:
-        if bench.last == SECOND:
+        if sim.last == SECOND:
             raise torch.AcceleratorError("CUDA error: unspecified launch failure")
 
-    def launch(results: Results) -> Results:
-        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
-
     monkeypatch.setattr(verification, "wait", wait)
-    for change in (launch, lambda results: results):
-        bench.results[SECOND] = change
-        with pytest.raises(RuntimeError, match="nothing on it can be trusted") as caught:
-            bench.choose()
+    error = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+    for change in (raises(error), lambda results: results):
+        sim.results[SECOND] = change
+        with pytest.raises(RuntimeError, match="no result can be trusted") as caught:
+            sim.choose()
         assert str(SECOND) in str(caught.value)
 
 
-def test_what_fails_only_when_it_is_timed_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_configuration_that_fails_while_it_is_timed(
+    sim: SimulatedGPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = 0
 
     def measure(run: Callable[[], object], device: torch.device, repetitions: int = 1) -> float:
         nonlocal calls
-        ms = bench.measure(run, device, repetitions)
-        calls += bench.last == SECOND
-        if bench.last == SECOND and calls == 3:
+        ms = sim.measure(run, device, repetitions)
+        calls += sim.last == SECOND
+        if sim.last == SECOND and calls == 3:
             raise PASS_FAILED
         return ms
 
-    monkeypatch.setattr(search, "measure", measure)
-    assert bench.choose() is None
-    assert search.summary()["compile"] == 1
+    monkeypatch.setattr(measurement, "measure", measure)
+    assert sim.choose() is None
+    assert search.summary()["compile error"] == 1
 
 
-# What the rule allows
+# The limit of the accuracy rule
 
 
-def off_by(size: float) -> Callable[[Results], Results]:
+def off_by(size: float) -> Change:
     def change(results: Results) -> Results:
         noise = torch.randn(results[0].shape, generator=torch.Generator().manual_seed(1))
         return [(results[0].float() + size * noise).bfloat16(), *results[1:]]
@@ -222,29 +216,27 @@ def off_by(size: float) -> Callable[[Results], Results]:
 
 
 @pytest.mark.parametrize(
-    ("candidate", "vendor", "right"),
+    ("error", "vendor_error", "allowed"),
     [(0.02, 0.0, True), (0.05, 0.0, False), (0.13, 0.1, True), (0.2, 0.1, False), (1.0, 1.0, True)],
 )
-def test_the_limit_is_the_vendors_error_and_four_roundings(
-    bench: Bench, candidate: float, vendor: float, right: bool
-) -> None:
-    bench.results |= {SECOND: off_by(candidate), VENDOR: off_by(vendor)}
-    assert bench.choose() == (SECOND if right else None)
+def test_limit(sim: SimulatedGPU, error: float, vendor_error: float, allowed: bool) -> None:
+    sim.results |= {SECOND: off_by(error), VENDOR: off_by(vendor_error)}
+    assert sim.choose() == (SECOND if allowed else None)
 
 
-def test_without_a_vendor_four_roundings_are_allowed(bench: Bench) -> None:
-    bench.results[SECOND] = off_by(0.05)
-    assert bench.choose(vendor=False) == FIRST
-    bench.results[SECOND] = off_by(0.02)
-    assert bench.choose(DGRAD, vendor=False) == SECOND
+def test_limit_without_a_vendor(sim: SimulatedGPU) -> None:
+    sim.results[SECOND] = off_by(0.05)
+    assert sim.choose(vendor=False) == FIRST
+    sim.results[SECOND] = off_by(0.02)
+    assert sim.choose(DGRAD, vendor=False) == SECOND
 
 
-def test_eps_is_that_of_the_problem(bench: Bench) -> None:
-    """Results of float32 that were made in TF32 have its roundings."""
-    bench.results[SECOND] = lambda results: [(bench.exact[0] + 2e-3 * results[0].float().roll(1))]
-    bench.results |= dict.fromkeys((FIRST, THIRD, VENDOR), lambda results: [*bench.exact])
-    assert bench.choose(TuningKey("conv", (1,), "fp32")) is None
-    assert bench.choose(TuningKey("conv", (1,), "tf32")) == SECOND
+def test_eps_is_that_of_the_key(sim: SimulatedGPU) -> None:
+    """float32 results of TF32 GEMMs have the rounding of TF32."""
+    sim.results[SECOND] = lambda results: [(sim.exact[0] + 2e-3 * results[0].float().roll(1))]
+    sim.results |= dict.fromkeys((FIRST, THIRD, VENDOR), lambda results: [*sim.exact])
+    assert sim.choose(TuningKey("conv_bn_stats", (1,), "fp32")) is None
+    assert sim.choose(TuningKey("conv_bn_stats", (1,), "tf32")) == SECOND
 
 
 def with_mask(results: Results) -> Results:
@@ -253,78 +245,78 @@ def with_mask(results: Results) -> Results:
 
 
 @pytest.fixture
-def masked(bench: Bench) -> Iterator[Bench]:
-    bench.exact = with_mask(bench.exact)
+def masked(sim: SimulatedGPU) -> Iterator[SimulatedGPU]:
+    sim.exact = with_mask(sim.exact)
 
     def rounded(results: Results) -> Results:
         return with_mask(results[:1])
 
-    bench.results = dict.fromkeys((*CANDIDATES, VENDOR), rounded)
-    yield bench
+    sim.results = dict.fromkeys((*CONFIGS, VENDOR), rounded)
+    yield sim
 
 
-@pytest.mark.parametrize(("mask", "right"), [(0, True), (16, True), (18, False), (500, False)])
-def test_bits_of_a_mask_may_differ_in_one_of_a_thousand(masked: Bench, mask: int, right: bool) -> None:
+@pytest.mark.parametrize(("bits", "allowed"), [(0, True), (16, True), (18, False), (500, False)])
+def test_one_bit_of_a_thousand_of_a_mask_may_differ(masked: SimulatedGPU, bits: int, allowed: bool) -> None:
     def change(results: Results) -> Results:
         results = with_mask(results[:1])
-        results[1][:mask] ^= 1
+        results[1][:bits] ^= 1
         return results
 
     masked.results[SECOND] = change
-    assert masked.choose() == (SECOND if right else None)
+    assert masked.choose() == (SECOND if allowed else None)
     masked.results[VENDOR] = change
     assert masked.choose(DGRAD) == SECOND
 
 
-def test_an_unwritten_mask_is_refused(masked: Bench) -> None:
+def test_an_unwritten_mask_is_rejected(masked: SimulatedGPU) -> None:
     masked.results[SECOND] = lambda results: [results[0], torch.empty(2048, dtype=torch.uint8)]
     assert masked.choose() is None
 
 
-# What can't be verified
+# Operands that verify nothing
 
 
-def test_operands_that_show_nothing_are_asked_for_again(
-    bench: Bench, caplog: pytest.LogCaptureFixture
+def test_operands_that_verify_nothing_are_tried_again(
+    sim: SimulatedGPU, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An overflow under a loss scale, or a gradient that is zero, say nothing of a kernel."""
-    good = bench.exact
+    """With an overflow under a loss scale, or a gradient of zero, a wrong kernel would pass."""
+    good = sim.exact
     for bad in (good[0] * math.inf, good[0] * 0):
-        bench.exact = [bad]
-        assert bench.choose() is None
-        assert not bench.measured and not cache_file().exists()
-        assert search.summary()["problems"] == 0
+        sim.exact = [bad]
+        assert sim.choose() is None
+        assert not sim.measured and not cache_file().exists()
+        assert search.summary()["tuning keys"] == 0
     assert len([r for r in caplog.records if r.levelname == "WARNING" and "not measured" in r.message]) == 1
-    bench.exact = good
-    assert bench.choose() == SECOND
+    sim.exact = good
+    assert sim.choose() == SECOND
 
 
-def test_they_are_asked_for_a_few_times_only(bench: Bench) -> None:
-    good, bench.exact = bench.exact, [bench.exact[0] * 0]
-    for _ in range(search.TRIES):
-        assert bench.choose() is None
-    bench.exact = good
-    assert bench.choose() is None
-    assert search.summary()["unknown"] == 1 and not bench.measured
-    search.clear_cache()
-    assert bench.choose() == SECOND
+def test_after_some_attempts_the_vendor_stays(sim: SimulatedGPU) -> None:
+    good, sim.exact = sim.exact, [sim.exact[0] * 0]
+    for _ in range(search.MAX_ATTEMPTS):
+        assert sim.choose() is None
+    sim.exact = good
+    assert sim.choose() is None
+    assert search.summary()["not measured"] == 1 and not sim.measured
+    search.forget_measurements()
+    assert sim.choose() == SECOND
 
 
-def test_too_little_memory_refuses_nothing(bench: Bench) -> None:
-    bench.errors[SECOND] = torch.OutOfMemoryError("CUDA out of memory")
-    assert bench.choose() is None
+def test_too_little_memory_rejects_nothing(sim: SimulatedGPU) -> None:
+    sim.errors[SECOND] = torch.OutOfMemoryError("CUDA out of memory")
+    assert sim.choose() is None
     assert not cache_file().exists()
-    bench.errors.clear()
-    assert bench.choose() == SECOND
+    sim.errors.clear()
+    assert sim.choose() == SECOND
 
     def exact() -> Results:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    assert bench.choose(DGRAD, exact=exact) is None
-    assert bench.choose(DGRAD) == SECOND
+    assert sim.choose(DGRAD, exact=exact) is None
+    assert sim.choose(DGRAD) == SECOND
 
 
-def test_exact_and_vendor_are_computed_once(bench: Bench) -> None:
+def test_exact_and_vendor_are_computed_once(sim: SimulatedGPU) -> None:
     calls = 0
 
     def exact() -> Results:
@@ -332,31 +324,37 @@ def test_exact_and_vendor_are_computed_once(bench: Bench) -> None:
         calls += 1
         assert not torch.backends.cudnn.allow_tf32
         assert torch.get_float32_matmul_precision() == "highest"
-        return bench.exact
+        return sim.exact
 
     before = torch.backends.cudnn.allow_tf32
-    bench.choose(exact=exact)
+    sim.choose(exact=exact)
     assert calls == 1
     assert torch.backends.cudnn.allow_tf32 == before
-    assert bench.verified[VENDOR] == 1 + bench.measured[VENDOR]
-    assert bench.verified[SECOND] == 1 + verification.RUNS + bench.measured[SECOND]
+    assert sim.ran[VENDOR] == 1 + sim.measured[VENDOR]
+    assert sim.ran[SECOND] == 1 + verification.RUNS + sim.measured[SECOND]
 
 
-def test_summary(bench: Bench) -> None:
-    bench.results = {SECOND: a_nan, THIRD: now_and_then(2)}
-    bench.choose()
-    bench.errors[SECOND] = PASS_FAILED
-    bench.times[FIRST] = 1.5
-    bench.choose(DGRAD)
+def test_summary(sim: SimulatedGPU) -> None:
+    sim.results = {SECOND: nan, THIRD: unstable(2)}
+    sim.choose()
+    sim.errors[SECOND] = PASS_FAILED
+    sim.times[FIRST] = 1.5
+    sim.choose(DGRAD)
     assert search.summary() == {
-        "problems": 2, "candidates": 6, "compile": 1, "wrong": 1, "unstable": 2, "vendor": 1, "unknown": 0
-    }  # fmt: skip
+        "tuning keys": 2,
+        "configurations": 6,
+        "compile error": 1,
+        "wrong result": 1,
+        "unstable result": 2,
+        "vendor fastest": 1,
+        "not measured": 0,
+    }
 
 
 # Poisoned memory
 
 
-def test_memory_is_poisoned_in_an_op_of_the_dispatcher() -> None:
+def test_memory_is_poisoned_within_ops() -> None:
     library = torch.library.Library("resnet_fused_test", "FRAGMENT")
     library.define("allocate(Tensor x) -> Tensor[]")
 
