@@ -23,8 +23,8 @@ def readme_sentences() -> list[str]:
     eager = step("resnet50", 256, 224, "bf16", "eager")
     ours, theirs = (f"{sum(x.bytes for x in xs) / 256e6:.0f} MB" for xs in (passes, eager))
     return [
-        f"{len(passes)} passes over activations that move {ours} an image in bf16",
-        f"where eager PyTorch has {len(eager)} and {theirs}",
+        f"takes {len(passes)} passes over activations that move {ours} per image in bf16",
+        f"eager PyTorch takes {len(eager)} and {theirs}",
     ]
 
 

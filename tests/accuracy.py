@@ -7,11 +7,9 @@ inputs, and eager PyTorch runs on the same inputs and device. There are no other
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,25 +118,6 @@ def shift_from_zero(values: Tensor) -> Tensor:
     width, below = inner.diff(dim=1).max(1, keepdim=True)
     middle = inner.gather(1, below) + width / 2
     return torch.where(width > 1e-6, -middle, 0.0).flatten()
-
-
-def in_some_draw(test: Callable[..., None]) -> Callable[..., None]:
-    """For a test that draws its own inputs: the rule has to hold in one of four draws.
-
-    Where a sum cancels luck breaks it in up to one of fifty draws, for results whose errors are eager's on median; what
-    is less accurate by its making breaks it in all. Whatever else is asserted has to hold in every draw.
-    """
-
-    @functools.wraps(test)
-    def drawn(*args: Any, **kwargs: Any) -> None:
-        for left in reversed(range(4)):
-            try:
-                return test(*args, **kwargs)
-            except Inaccurate:
-                if not left:
-                    raise
-
-    return drawn
 
 
 @dataclass

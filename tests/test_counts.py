@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks import counts
 from resnet_fused import models, native
-from resnet_fused.ops.registry import COMPOSITIONS
+from resnet_fused.ops.dispatch import IMPLEMENTATIONS, Implementations
 
 needs_extension = pytest.mark.skipif(not native.is_loaded, reason="without the extension ops run unfused")
 
@@ -58,13 +58,14 @@ def test_one_activation_more_is_counted(monkeypatch: pytest.MonkeyPatch) -> None
 def test_one_tensor_more_inside_an_op_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.resnet50().to(memory_format=torch.channels_last)
     large = counts.large_tensors(model)
-    plain, calls = COMPOSITIONS["folded_add_relu"], 0
+    plain, calls = IMPLEMENTATIONS["conv1x1_bn_add_relu"].composed, 0
+    assert plain is not None
 
-    def wasteful(y: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    def wasteful(a: list[Tensor], *rest: Tensor) -> tuple[Tensor, ...]:
         nonlocal calls
         calls += 1
-        found: tuple[Tensor, ...] = plain(y.clone(), *rest)
+        found: tuple[Tensor, ...] = plain([a[0].clone(), *a[1:]], *rest)
         return found
 
-    monkeypatch.setitem(COMPOSITIONS, "folded_add_relu", wasteful)
+    monkeypatch.setitem(IMPLEMENTATIONS, "conv1x1_bn_add_relu", Implementations(wasteful, True))
     assert counts.large_tensors(model) == (large[0] + calls, large[1]) and calls > 0

@@ -232,7 +232,7 @@ def test_the_launches_that_are_profiled(monkeypatch: pytest.MonkeyPatch, tmp_pat
     profiling = [False]
 
     def step() -> None:
-        for name, flops in (("conv", 1), ("sum", 9), ("conv", 2), ("dgrad", 3)):
+        for name, flops in (("conv_bn_stats", 1), ("sum", 9), ("conv_bn_stats", 2), ("dgrad", 3)):
             launch(SimpleNamespace(__name__=f"{name}_kernel"), (1,), {"x": x}, {}, Config(), flops=flops)
 
     x = torch.empty(1, device="meta")
@@ -242,8 +242,10 @@ def test_the_launches_that_are_profiled(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr("torch.cuda.profiler.start", lambda: profiling.append(True))
     monkeypatch.setattr("torch.cuda.profiler.stop", lambda: profiling.append(False))
     assert gpu_stages.main(["launch_profiled", str(tmp_path)]) == 0
-    assert ran == [("conv", 2, True), ("dgrad", 3, True)]
-    assert gpu_stages.most_operations([("conv", 7), ("conv", 7), ("sum", 9)]) == {"conv": 0}
+    assert ran == [("conv_bn_stats", 2, True), ("dgrad", 3, True)]
+    assert gpu_stages.most_operations([("conv_bn_stats", 7), ("conv_bn_stats", 7), ("sum", 9)]) == {
+        "conv_bn_stats": 0
+    }
 
 
 def test_what_nsight_compute_reports() -> None:
@@ -285,15 +287,15 @@ def test_an_interrupted_search_leaves_its_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
-    tuning = SimpleNamespace(
-        write_table=lambda path: path.write_text("{}"), entries=list, summary=lambda: {"problems": 3}
-    )
+    search = "resnet_fused.kernels.autotune.search"
+    monkeypatch.setattr(f"{search}.write_table", lambda path: path.write_text("{}"))
+    monkeypatch.setattr(f"{search}.entries", list)
+    monkeypatch.setattr(f"{search}.summary", lambda: {"tuning keys": 3})
 
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("resnet_fused.ops.passes.kernels", lambda family: tuning)
     monkeypatch.setattr("tools.kernel_times.make_step", lambda *_: interrupted)
     assert gpu_stages.main(["tune", str(tmp_path)]) == 130
     assert os.listdir(tmp_path) == ["tuned.json"]
-    assert "problems 3; cache hits 0 of 0" in capsys.readouterr().out
+    assert "tuning keys 3; cache hits 0 of 0" in capsys.readouterr().out

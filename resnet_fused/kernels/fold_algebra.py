@@ -140,9 +140,11 @@ def fold_matrix_kernel(
             factor, slope = _scale_and_slope(gamma, invstd, dgamma, output_offs, output_valid, pixels)
             offset = -tl.load(sum_dz + output_offs, output_valid, 0.0) / pixels
             center = tl.load(mean_y + output_offs, output_valid, 0.0).to(tl.float64)
-            coeff = factor.to(tl.float64) * (offset.to(tl.float64) - slope.to(tl.float64) * center)
-            w = load_matrix(weight, output_offs, column_offs, outputs, channels)
-            total += tl.sum(w.to(tl.float64) * coeff[:, None], 0)
+            w = load_matrix(weight, output_offs, column_offs, outputs, channels) * factor[:, None]
+            # Of the scaled weight as it is rounded: then dz scaled + vector sums to zero over the pixels.
+            scaled = w.to(matrix.dtype.element_ty).to(tl.float64)
+            along_y = w.to(tl.float64) * (slope.to(tl.float64) * center)[:, None]
+            total += tl.sum(scaled * offset.to(tl.float64)[:, None] - along_y, 0)
         tl.store(vector + column_offs, total.to(tl.float32), column_offs < channels)
 
 
