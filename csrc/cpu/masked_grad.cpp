@@ -1,4 +1,5 @@
-// The gradient w.r.t. a ReLU's input from its saved mask, written or added to what is there, and its sum by channel.
+// The gradient w.r.t. a ReLU's input from its saved mask, written or added to what is there, and its sum by
+// channel.
 #include "blocks.h"
 
 namespace resnet_fused::cpu {

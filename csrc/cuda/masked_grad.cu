@@ -1,5 +1,5 @@
-// The gradient w.r.t. a ReLU's input from its saved mask, written or added to what is there; in a second pass its
-// sum.
+// The gradient w.r.t. a ReLU's input from its saved mask, written or added to what is there; in a second pass
+// its sum.
 #include "elementwise.cuh"
 #include "reduce.cuh"
 

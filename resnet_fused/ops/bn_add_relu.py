@@ -5,6 +5,7 @@ Backward needs neither the residual nor the output: one mask bit per element say
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from resnet_fused.ops._autograd import (
     save,
     saved,
 )
-from resnet_fused.ops.bn_stats import BatchNorm, in_statistics_dtype, shared_sums, stats_for
+from resnet_fused.ops.bn_stats import in_statistics_dtype, parameter_gradients, stats_for
 from resnet_fused.ops.registry import register_op
 from resnet_fused.reference import bn_add_relu as reference
+from resnet_fused.types import BatchNorm, BatchStats
 
 
 def _fake_forward(y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -79,16 +81,14 @@ class _BnAddRelu(torch.autograd.Function):
         residual: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        mean: Tensor,
-        invstd: Tensor,
-        count_fraction: Tensor | None,
+        stats: BatchStats,
         training: bool,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
         out: Tensor
-        out, mask = bn_add_relu_forward(y, mean, invstd, weight, bias, residual)
+        out, mask = bn_add_relu_forward(y, stats.mean, stats.invstd, weight, bias, residual)
         ctx.training, ctx.group = training, group
-        save(ctx, [y], [mask, weight, mean, invstd, count_fraction])
+        save(ctx, [y], [mask, weight, *stats[:3]])
         return out
 
     @staticmethod
@@ -103,22 +103,17 @@ class _BnAddRelu(torch.autograd.Function):
 
             dy, dweight = differentiable_backward(again, (y, weight), (needs_y, needs_weight), dz, ctx.group)
             dbias = bias_gradient(dz) if needs_bias else None
-            return dy, dz if needs_residual else None, dweight, dbias, *[None] * 5
-        dbias = dweight = None
-        sums: list[Tensor | None] = [None, None]
-        if ctx.training or needs_weight or needs_bias:
-            dbias, dweight = bn_add_relu_backward_reduce(grad, mask, y, mean, invstd)
-            if ctx.training:
-                sums = [*shared_sums((dbias, dweight), ctx.group, count_fraction)]
+            return dy, dz if needs_residual else None, dweight, dbias, *[None] * 3
+        reduce = functools.partial(bn_add_relu_backward_reduce, grad, mask, y, mean, invstd)
+        shared = ctx.training, ctx.group, count_fraction
+        dweight, dbias, sums = parameter_gradients(reduce, (needs_weight, needs_bias), *shared)
         dy, dresidual = bn_add_relu_backward(grad, mask, y, mean, invstd, weight, *sums)
-        return dy, dresidual, dweight if needs_weight else None, dbias if needs_bias else None, *[None] * 5
+        return dy, dresidual, dweight, dbias, *[None] * 3
 
 
 def bn_add_relu(y: Tensor, residual: Tensor, bn: BatchNorm) -> Tensor:
     """relu(batch_norm(y) + residual) of activations (N, C, H, W), in their dtype and y's layout."""
-    mean, invstd, count_fraction, _ = stats_for(y, bn)
+    stats = stats_for(y, bn)
     weight, bias = in_statistics_dtype(bn.weight, y), in_statistics_dtype(bn.bias, y)
-    out: Tensor = _BnAddRelu.apply(
-        y, residual, weight, bias, mean, invstd, count_fraction, bn.training, bn.group
-    )
+    out: Tensor = _BnAddRelu.apply(y, residual, weight, bias, stats, bn.training, bn.group)
     return out

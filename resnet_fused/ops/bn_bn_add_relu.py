@@ -17,9 +17,10 @@ from resnet_fused.ops._autograd import (
     save,
     saved,
 )
-from resnet_fused.ops.bn_stats import BatchNorm, BatchStats, in_statistics_dtype, shared_sums, stats_for
+from resnet_fused.ops.bn_stats import in_statistics_dtype, shared_sums, stats_for
 from resnet_fused.ops.registry import register_op
 from resnet_fused.reference import bn_bn_add_relu as reference
+from resnet_fused.types import BatchNorm, BatchStats
 
 
 def _fake_forward(y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

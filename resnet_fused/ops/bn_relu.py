@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -12,14 +13,14 @@ from torch import Tensor
 from resnet_fused.layout import dense
 from resnet_fused.ops._autograd import differentiable_backward, needs_plain_backward, normalized, save, saved
 from resnet_fused.ops.bn_stats import (
-    BatchNorm,
     bias_for_backward,
     in_statistics_dtype,
-    shared_sums,
+    parameter_gradients,
     stats_for,
 )
 from resnet_fused.ops.registry import register_op
 from resnet_fused.reference import bn_relu as reference
+from resnet_fused.types import BatchNorm, BatchStats
 
 
 def _like_y(y: Tensor, *_: Any) -> Tensor:
@@ -56,15 +57,13 @@ class _BnRelu(torch.autograd.Function):
         y: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        mean: Tensor,
-        invstd: Tensor,
-        count_fraction: Tensor | None,
+        stats: BatchStats,
         training: bool,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
         ctx.training, ctx.group = training, group
-        save(ctx, [y], [weight, bias, mean, invstd, count_fraction])
-        out: Tensor = bn_relu_forward(y, mean, invstd, weight, bias, None)
+        save(ctx, [y], [weight, bias, *stats[:3]])
+        out: Tensor = bn_relu_forward(y, stats.mean, stats.invstd, weight, bias, None)
         return out
 
     @staticmethod
@@ -77,20 +76,17 @@ class _BnRelu(torch.autograd.Function):
                 return F.relu(normalized(y, weight, bias, mean, invstd, ctx.training).to(y.dtype))
 
             grads = differentiable_backward(again, (y, weight, bias), needs_grad, grad, ctx.group)
-            return *grads, *[None] * 5
-        dbias = dweight = None
-        sums: list[Tensor | None] = [None, None]
-        if ctx.training or any(needs_grad[1:]):
-            dbias, dweight = bn_relu_backward_reduce(grad, y, mean, invstd, weight, bias)
-            if ctx.training:
-                sums = [*shared_sums((dbias, dweight), ctx.group, count_fraction)]
+            return *grads, *[None] * 3
+        reduce = functools.partial(bn_relu_backward_reduce, grad, y, mean, invstd, weight, bias)
+        shared = ctx.training, ctx.group, count_fraction
+        dweight, dbias, sums = parameter_gradients(reduce, needs_grad[1:], *shared)
         dy = bn_relu_backward(grad, y, mean, invstd, weight, bias, *sums) if needs_grad[0] else None
-        return dy, dweight if needs_grad[1] else None, dbias if needs_grad[2] else None, *[None] * 5
+        return dy, dweight, dbias, *[None] * 3
 
 
 def bn_relu(y: Tensor, bn: BatchNorm) -> Tensor:
     """relu(batch_norm(y)) of an activation (N, C, H, W), in its dtype and layout."""
-    mean, invstd, count_fraction, _ = stats_for(y, bn)
+    stats = stats_for(y, bn)
     weight, bias = in_statistics_dtype(bn.weight, y), bias_for_backward(bn.bias, y)
-    out: Tensor = _BnRelu.apply(y, weight, bias, mean, invstd, count_fraction, bn.training, bn.group)
+    out: Tensor = _BnRelu.apply(y, weight, bias, stats, bn.training, bn.group)
     return out

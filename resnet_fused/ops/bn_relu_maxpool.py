@@ -6,6 +6,7 @@ the size of the result, never exists.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -23,9 +24,10 @@ from resnet_fused.ops._autograd import (
     save,
     saved,
 )
-from resnet_fused.ops.bn_stats import BatchNorm, in_statistics_dtype, shared_sums, stats_for
+from resnet_fused.ops.bn_stats import in_statistics_dtype, parameter_gradients, stats_for
 from resnet_fused.ops.registry import register_op
 from resnet_fused.reference import bn_relu_maxpool as reference
+from resnet_fused.types import BatchNorm, BatchStats
 
 
 def _out_and_indices(y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -68,17 +70,15 @@ class _BnReluMaxpool(torch.autograd.Function):
         y: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        mean: Tensor,
-        invstd: Tensor,
-        count_fraction: Tensor | None,
+        stats: BatchStats,
         training: bool,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
         out: Tensor
-        out, indices = bn_relu_maxpool_forward(y, mean, invstd, weight, bias)
+        out, indices = bn_relu_maxpool_forward(y, stats.mean, stats.invstd, weight, bias)
         ctx.training, ctx.group = training, group
         remember(ctx, [bias])
-        save(ctx, [y, indices], [weight, mean, invstd, count_fraction])
+        save(ctx, [y, indices], [weight, *stats[:3]])
         return out
 
     @staticmethod
@@ -93,22 +93,19 @@ class _BnReluMaxpool(torch.autograd.Function):
 
             (bias,) = remembered(ctx)
             grads = differentiable_backward(again, (y, weight, bias), needs_grad, grad, ctx.group)
-            return *grads, *[None] * 5
-        dbias = dweight = None
-        sums: list[Tensor | None] = [None, None]
-        if ctx.training or any(needs_grad[1:]):
-            dbias, dweight = bn_relu_maxpool_backward_reduce(grad, indices, y, mean, invstd)
-            if ctx.training:
-                sums = [*shared_sums((dbias, dweight), ctx.group, count_fraction)]
+            return *grads, *[None] * 3
+        reduce = functools.partial(bn_relu_maxpool_backward_reduce, grad, indices, y, mean, invstd)
+        shared = ctx.training, ctx.group, count_fraction
+        dweight, dbias, sums = parameter_gradients(reduce, needs_grad[1:], *shared)
         dy = (
             bn_relu_maxpool_backward(grad, indices, y, mean, invstd, weight, *sums) if needs_grad[0] else None
         )
-        return dy, dweight if needs_grad[1] else None, dbias if needs_grad[2] else None, *[None] * 5
+        return dy, dweight, dbias, *[None] * 3
 
 
 def bn_relu_maxpool(y: Tensor, bn: BatchNorm) -> Tensor:
     """max_pool2d(relu(batch_norm(y)), 3, stride=2, padding=1) of an activation (N, C, H, W)."""
-    mean, invstd, count_fraction, _ = stats_for(y, bn)
+    stats = stats_for(y, bn)
     weight, bias = in_statistics_dtype(bn.weight, y), in_statistics_dtype(bn.bias, y)
-    out: Tensor = _BnReluMaxpool.apply(y, weight, bias, mean, invstd, count_fraction, bn.training, bn.group)
+    out: Tensor = _BnReluMaxpool.apply(y, weight, bias, stats, bn.training, bn.group)
     return out

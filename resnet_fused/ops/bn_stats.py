@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -167,6 +167,28 @@ def shared_sums(
     stacked = torch.stack(sums)
     dist.all_reduce(stacked, group=group)
     return list((stacked * count_fraction).unbind())
+
+
+def parameter_gradients(
+    reduce: Callable[[], tuple[Tensor, Tensor]],
+    needs: Sequence[bool],
+    training: bool,
+    group: dist.ProcessGroup | None,
+    count_fraction: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """dweight and dbias of a batch norm, and the two sums that the gradient w.r.t. its input is computed from.
+
+    Args:
+        reduce: returns sum_dz and sum_dz_xhat of this process; called where they are needed.
+        needs: whether dweight is needed, and dbias.
+    """
+    if not (training or any(needs)):
+        return None, None, [None, None]
+    sum_dz, sum_dz_xhat = reduce()
+    sums: list[Tensor | None] = [None, None]
+    if training:
+        sums = [*shared_sums((sum_dz, sum_dz_xhat), group, count_fraction)]
+    return sum_dz_xhat if needs[0] else None, sum_dz if needs[1] else None, sums
 
 
 def in_statistics_dtype(vector: Tensor | None, y: Tensor) -> Tensor | None:
