@@ -1,7 +1,6 @@
 // The ops as torch calls them: each hands plain pointers to its kernels. Only this file and bindings_common.h
 // know torch. Schemas and their documentation live in resnet_fused/ops/. Built on the stable ABI, so that one
-// binary serves torch >= 2.10.
-#include <Python.h>
+// binary serves torch >= 2.11.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -384,26 +383,3 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) { resnet_fused::register_kernels
 #ifdef USE_CUDA
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CUDA, m) { resnet_fused::register_kernels(m); }
 #endif
-
-// Importing the module is what loads the library; ops are not called through it.
-static PyObject* built_with_cuda(PyObject*, PyObject*) {
-#ifdef USE_CUDA
-  Py_RETURN_TRUE;
-#else
-  Py_RETURN_FALSE;
-#endif
-}
-
-static PyObject* release_buffers(PyObject*, PyObject*) {
-  return PyLong_FromLongLong(resnet_fused::cpu::release_large_buffers());
-}
-
-static PyMethodDef methods[] = {
-    {"built_with_cuda", built_with_cuda, METH_NOARGS, "Whether the CUDA kernels were compiled in."},
-    {"release_buffers", release_buffers, METH_NOARGS, "Unmaps idle buffers; returns their bytes."},
-    {nullptr, nullptr, 0, nullptr}};
-
-static PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
-
-PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

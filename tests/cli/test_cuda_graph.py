@@ -14,7 +14,7 @@ from resnet_fused.cli import train as training
 from resnet_fused.cli.distributed import World
 from resnet_fused.cli.learner import why_no_cuda_graph
 from tests.cli.conftest import Cli, assert_same_run, load
-from tests.test_cuda_graph import StepOnCPU
+from tests.graphed_steps import StepOnCPU
 
 REASON = "resnet_fused: trains without --cuda-graph: it needs a CUDA GPU, and this run is on cpu\n"
 

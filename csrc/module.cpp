@@ -1,0 +1,26 @@
+// The Python module resnet_fused._C. Importing it is what loads the library; ops are not called through it.
+#include <Python.h>
+
+#include "cpu/large_buffers.h"
+
+static PyObject* built_with_cuda(PyObject*, PyObject*) {
+#ifdef USE_CUDA
+  Py_RETURN_TRUE;
+#else
+  Py_RETURN_FALSE;
+#endif
+}
+
+static PyObject* release_buffers(PyObject*, PyObject*) {
+  return PyLong_FromLongLong(resnet_fused::cpu::release_large_buffers());
+}
+
+static PyMethodDef methods[] = {
+    {"built_with_cuda", built_with_cuda, METH_NOARGS, "Whether the CUDA kernels were compiled in."},
+    {"release_buffers", release_buffers, METH_NOARGS, "Unmaps idle buffers; returns their bytes."},
+    {nullptr, nullptr, 0, nullptr}};
+
+static PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
