@@ -1,6 +1,6 @@
 // The ops as torch calls them: each hands plain pointers to its kernels. Only this file and bindings_common.h
 // know torch. Schemas and their documentation live in resnet_fused/ops/. Built on the stable ABI, so that one
-// binary serves torch >= 2.11.
+// binary supports torch >= 2.11.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
