@@ -24,7 +24,7 @@ def readme_sentences() -> list[str]:
     ours, theirs = (f"{sum(x.bytes for x in xs) / 256e6:.0f} MB" for xs in (passes, eager))
     return [
         f"takes {len(passes)} passes over activations that move {ours} per image in bf16",
-        f"eager PyTorch takes {len(eager)} and {theirs}",
+        f"eager PyTorch takes {len(eager)} passes that move {theirs}",
     ]
 
 

@@ -264,9 +264,9 @@ def comparison(row: Any) -> str:
 
 def readme(found: list[Device]) -> str:
     parts = [
-        "Times and ratios are medians, with the 20th and the 80th percentile, or geometric means over as many cases\n"
-        "as the line says; above 1x fused is faster. Charts, other implementations and how near each is to the\n"
-        "limit of the device: [benchmarks/RESULTS.md](benchmarks/RESULTS.md)."
+        "Times and ratios are medians, with the 20th and the 80th percentile, or geometric means over the number of\n"
+        "cases given in the row; above 1x fused is faster. Charts, other implementations and how close each is to\n"
+        "the roofline: [benchmarks/RESULTS.md](benchmarks/RESULTS.md)."
     ]
     for device in found:
         sources = [
@@ -290,7 +290,7 @@ def readme_models(rows: pd.DataFrame) -> str:
         line |= {"fused ms": ours.why or spread(ours, TIME, ms), "img/s": amount(ours.rate)}
         for impl, head in BASELINES.items():
             line[head] = (spread(by_impl[impl], RATIO, times) or by_impl[impl].why) if impl in by_impl else ""
-        line["memory, fused / eager"] = times(by_impl[EAGER].memory) if EAGER in by_impl else ""
+        line["peak memory, fused / eager"] = times(by_impl[EAGER].memory) if EAGER in by_impl else ""
         lines.append(line)
     table = pd.DataFrame(lines)
     return markdown(table.loc[:, (table != "").any()]) if lines else ""

@@ -78,16 +78,16 @@ def why_mask_is_wrong(different: Tensor, by_vendor: Tensor | int, size: int) -> 
     A bit may differ where the rounded sum is next to zero: one of a thousand, and one of twenty in a part.
     """
     allowed = 1.5 * torch.as_tensor(by_vendor, dtype=torch.float64, device=different.device)
-    found, most = int(different.sum()), float(allowed.sum()) + 1e-3 * 8 * size
-    if found > most:
-        return f"{found} bits of a mask differ, {most:.0f} may"
+    bits, most = int(different.sum()), float(allowed.sum()) + 1e-3 * 8 * size
+    if bits > most:
+        return f"{bits} bits of a mask differ, {most:.0f} may"
     # The last part may be a few bytes, in which one bit is much.
     over = different - allowed - 0.05 * 8 * MASK_PART
     over[-1] += 0.05 * 8 * (-size % MASK_PART) - 8
     if bool((over > 0).any()):
         worst = int(over.argmax())
-        found, start = int(different[worst]), worst * MASK_PART
-        return f"{found} bits of a mask differ in {MASK_PART} bytes from {start} on"
+        bits, start = int(different[worst]), worst * MASK_PART
+        return f"{bits} bits of a mask differ in {MASK_PART} bytes from {start} on"
     return None
 
 

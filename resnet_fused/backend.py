@@ -70,7 +70,7 @@ def uses_reference() -> bool:
 
 
 def why_not_native(device_type: str) -> str | None:
-    """Why the native kernels do not serve a device type ("cpu", "cuda", ...); None when they do."""
+    """Why the native kernels do not support a device type ("cpu", "cuda", ...); None when they do."""
     if device_type == "meta":
         return None
     if not native.is_loaded:
@@ -93,7 +93,7 @@ def _is_too_old(device: int) -> bool:
 
 
 def why_not_triton(device_type: str) -> str | None:
-    """Why Triton kernels do not serve a device type; None when they do, if only where they are the fastest."""
+    """Why Triton kernels do not support a device type; None when they do, if only where they are the fastest."""
     if _choice in ("vendor", "reference"):
         return "switched off by the backend setting"
     if device_type == "cpu" and not (interprets() and _choice == "triton"):
@@ -110,7 +110,7 @@ def why_not_triton(device_type: str) -> str | None:
 
 
 def why_not_fused(device_type: str) -> str | None:
-    """Why blocks on a device type run their plain composition; None when they run fused."""
+    """Why blocks on a device type run unfused PyTorch; None when they run fused."""
     return None if uses_reference() else why_not_native(device_type)
 
 

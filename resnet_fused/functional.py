@@ -6,8 +6,8 @@ the statistics are the batch's and the running ones are updated in place, by
 ``running = (1 - momentum) * running + momentum * batch`` with the unbiased variance; otherwise the running
 statistics normalize. Gradients flow to the activations, weights and biases, to any order.
 
-Under transforms that fused ops do not serve (torch.func, forward-mode AD, torch.export, torch.jit.trace), and on empty
-activations, they run as plain PyTorch.
+Under transforms that fused ops do not support (torch.func, forward-mode AD, torch.export, torch.jit.trace), and on
+empty activations, they run as plain PyTorch.
 
 Errors of all of them, which are those of torch.nn.functional.batch_norm where it has them:
 
@@ -111,8 +111,8 @@ def _batch_norm(y: Tensor, bn: BatchNorm) -> Tensor:
 
 def _check(y: Tensor, bn: BatchNorm) -> None:
     if not isinstance(y, Tensor) or y.dtype not in _DTYPES:
-        found = y.dtype if isinstance(y, Tensor) else type(y).__name__
-        raise TypeError(f"expected a float32, float64, bfloat16 or float16 tensor, got {found}")
+        given = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(f"expected a float32, float64, bfloat16 or float16 tensor, got {given}")
     if y.dim() != 4:
         raise ValueError(f"expected 4D input (got {y.dim()}D input)")
     if bn.training and len(y) * y.shape[2] * y.shape[3] == 1:
@@ -132,8 +132,8 @@ def _check(y: Tensor, bn: BatchNorm) -> None:
 def _partner(other: Tensor, y: Tensor, name: str) -> Tensor:
     """The second activation, fit to be added to the first."""
     if not isinstance(other, Tensor) or other.dtype != y.dtype:
-        found = other.dtype if isinstance(other, Tensor) else type(other).__name__
-        raise TypeError(f"{name} must have the activation's dtype {y.dtype}, got {found}")
+        given = other.dtype if isinstance(other, Tensor) else type(other).__name__
+        raise TypeError(f"{name} must have the activation's dtype {y.dtype}, got {given}")
     if other.shape != y.shape:
         raise ValueError(
             f"{name} must have the activation's shape {tuple(y.shape)}, got {tuple(other.shape)}"

@@ -34,7 +34,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 def is_channels_last(x: Tensor) -> bool:
     """Whether a dense activation counts as channels_last.
 
-    Where both descriptions fit, images of one pixel are rows of channels, and images of one channel planes.
+    If both layouts fit, 1x1 images count as channels_last and single-channel images as contiguous.
     """
     pixels = x.shape[2] * x.shape[3]
     return x.is_contiguous(memory_format=torch.channels_last) and not (x.is_contiguous() and pixels > 1)

@@ -2,8 +2,8 @@
 
 Only ``forward`` differs from resnet_fused.reference. On channels_last input a block is one op (ops.residual_block).
 On contiguous input, or where a convolution was changed so that the op could not stand for it, convolutions are called
-as the modules they are, with fused ops around them. A block with another norm layer, a hook on one, ... runs the plain
-composition. ``explain(model, x)`` says which and why.
+as the modules they are, with fused ops around them. A block with another norm layer, a hook on one, ... runs unfused
+PyTorch. ``explain(model, x)`` says which and why.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Modules as operands: what ops need of convolutions and batch norms, and whether ops may stand in for the modules.
 
-``why_plain`` says why a block or stem runs the plain composition, ``one_op`` why a block that does not do so runs as
-fused ops around its convolutions. Every forward asks: an answer takes a few microseconds.
+``why_plain`` says why a block or stem runs unfused PyTorch, ``one_op`` why another block runs as fused ops around its
+convolutions. Every forward asks: an answer takes a few microseconds.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _changed(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str | Non
 
 
 def _changed_bn(bn: nn.Module) -> str | None:
-    """What about a batch norm asks for the plain composition."""
+    """What about a batch norm requires unfused PyTorch."""
     if problem := _changed(bn, _NORMS):
         return problem
     assert isinstance(bn, _NORMS)
@@ -51,7 +51,7 @@ def _changed_bn(bn: nn.Module) -> str | None:
 
 
 def _why_changed(owner: nn.Module, bns: Names) -> str | None:
-    """Why a block or stem runs its plain composition, as far as its modules tell."""
+    """Why a block or stem runs unfused PyTorch, as far as its modules tell."""
     for name in bns:
         if problem := _changed_bn(owner.get_submodule(name)):
             return f"{name} {problem}"
@@ -70,7 +70,7 @@ def _why_changed(owner: nn.Module, bns: Names) -> str | None:
 
 
 def why_plain(x: Any, owner: nn.Module, bns: Names) -> str | None:
-    """Why a block or stem runs its plain composition on ``x``; None when it runs fused."""
+    """Why a block or stem runs unfused PyTorch on ``x``; None when it runs fused."""
     if not isinstance(x, Tensor):
         return f"the input is a {type(x).__name__}"  # a torch.fx.Proxy
     if x.dtype not in _FUSED_DTYPES:
@@ -81,7 +81,7 @@ def why_plain(x: Any, owner: nn.Module, bns: Names) -> str | None:
 
 
 def why_module_plain(owner: nn.Module, bns: Names, device_type: str) -> str | None:
-    """Why a block or stem runs its plain composition, whatever its input."""
+    """Why a block or stem runs unfused PyTorch, whatever its input."""
     return why_not_fused(device_type) or why_not_here() or _why_changed(owner, bns)
 
 
@@ -151,11 +151,11 @@ def _conv_bn(conv: nn.Module, bn: nn.Module) -> ConvBN:
 
 def _conv_bns(block: nn.Module, convs: Names, bns: Names) -> list[tuple[str, Any, str, Any]]:
     """Names and modules of the convolutions and their batch norms, the shortcut's last."""
-    found = [(c, getattr(block, c), n, getattr(block, n)) for c, n in zip(convs, bns, strict=True)]
+    conv_bns = [(c, getattr(block, c), n, getattr(block, n)) for c, n in zip(convs, bns, strict=True)]
     downsample = getattr(block, "downsample", None)
     if downsample is not None:
-        found.append(("downsample.0", downsample[0], "downsample.1", downsample[1]))
-    return found
+        conv_bns.append(("downsample.0", downsample[0], "downsample.1", downsample[1]))
+    return conv_bns
 
 
 def why_not_one_op(block: nn.Module, convs: Names, bns: Names) -> str | None:

@@ -31,10 +31,10 @@ class _Build(TypedDict):
 
 def _read_build() -> _Build:
     try:
-        found: _Build = json.loads((_FOLDER / "_build.json").read_text())
+        build: _Build = json.loads((_FOLDER / "_build.json").read_text())
     except FileNotFoundError:  # never built, or only _C was copied here
         return {"extension": True, "missing": None, "asked": False}
-    return found
+    return build
 
 
 def _installed_elsewhere() -> Path | None:

@@ -41,7 +41,8 @@ class BatchStats(NamedTuple):
     """Mean and 1/sqrt(var + eps) per channel, in the statistics dtype.
 
     ``count_fraction``: this process's part of the pixels that the statistics were computed over, a scalar tensor; None
-    where they are all its own. ``bn_coeffs``: ``make_bn_coeffs`` of the statistics, where they are known already.
+    where they are all its own. ``bn_coeffs``: ``make_bn_coeffs`` of the statistics, a cache; results do not
+    depend on whether they are given.
     """
 
     mean: Tensor
@@ -94,7 +95,7 @@ class InputCovariance(NamedTuple):
 class Activation(NamedTuple):
     """x; x - shift; or, where statistics are given, relu(bn(x)) - shift.
 
-    bn_coeffs: ``make_bn_coeffs`` of the statistics, where they are known already; they change no value.
+    bn_coeffs: ``make_bn_coeffs`` of the statistics, a cache; results do not depend on whether they are given.
     """
 
     x: Tensor
@@ -112,7 +113,7 @@ class Gradient(NamedTuple):
     mask: a ReLU's mask (layout.pack_mask) that g is still to be multiplied with. Where y and statistics are given and
     the mask is not, g is w.r.t. relu(bn(y)), whose mask is recomputed from y. Without statistics dy is g * mask.
     Both sums None: the statistics are the running ones. bn_coeffs, dy_coeffs: ``make_bn_coeffs`` and
-    ``make_dy_coeffs``, where they are known already; they change no value.
+    ``make_dy_coeffs``, a cache; results do not depend on whether they are given.
     """
 
     g: Tensor

@@ -264,7 +264,7 @@ def test_transforms_of_functions(name: str) -> None:
 
 
 def test_compiled_functional_gradient(memory_format: torch.memory_format) -> None:
-    """torch.compile inlines what torch.func asks for: the plain composition there too."""
+    """torch.compile traces what runs under torch.func: unfused PyTorch there too."""
     fused, eager = (m.double().eval().to(memory_format=memory_format) for m in pair("basic"))
     x = torch.randn(2, 3, 32, 32, dtype=F64).to(memory_format=memory_format)
     parameters = {name: p.detach() for name, p in eager.named_parameters()}

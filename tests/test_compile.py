@@ -1,4 +1,4 @@
-"""torch.compile sees fused ops as single nodes; exports are of the plain composition. Both give the eager result."""
+"""torch.compile sees fused ops as single nodes; exports are of unfused PyTorch. Both give the eager result."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_onnx(dynamo: bool, layout: torch.memory_format, tmp_path: Path) -> None
 @pytest.mark.parametrize("way", [torch.jit.script, torch.jit.trace], ids=["script", "trace"])
 @pytest.mark.parametrize("arch", KINDS)
 def test_torchscript(arch: str, way: Any, layout: torch.memory_format) -> None:
-    """Of the plain composition, with the model's own parameters; the model itself stays fused."""
+    """Of unfused PyTorch, with the model's own parameters; the model itself stays fused."""
     model, _ = pair(arch)
     model.double().eval().to(memory_format=layout)
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64).to(memory_format=layout)

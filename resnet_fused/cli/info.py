@@ -1,4 +1,4 @@
-"""`python -m resnet_fused info`: what is installed, what this machine has, and what serves which op."""
+"""`python -m resnet_fused info`: what is installed, what this machine has, and which implementation runs each op."""
 
 import importlib
 import importlib.util
@@ -13,7 +13,7 @@ from resnet_fused.ops.dispatch import status
 
 
 def info() -> None:
-    """Prints versions, devices, and which implementation serves each op."""
+    """Prints versions, devices, and which implementation runs each op."""
     print("\n".join(columns([*versions(), *devices()])))
     rows = status()
     head = ("op", "device", "implementation", "reason")

@@ -64,7 +64,7 @@ def make_parser() -> Parser:
     # An option that is not given stays away: a checkpoint that is resumed may have it.
     info = commands.add_parser(
         "info",
-        help="versions, devices, and which backend serves which op",
+        help="versions, devices, and which implementation runs each op",
         argument_default=argparse.SUPPRESS,
     )
     info.set_defaults(command=_info)

@@ -70,8 +70,8 @@ def bn_coeffs_kernel(
     channel_offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channel_valid = channel_offs < channels
     center = tl.load(mean + channel_offs, channel_valid, 0.0)
-    rate = tl.load(invstd + channel_offs, channel_valid, 0.0)
-    store_bn_coeffs(center, rate, gamma, beta, bn_coeffs, channel_offs, channel_valid, channels)
+    invstd_value = tl.load(invstd + channel_offs, channel_valid, 0.0)
+    store_bn_coeffs(center, invstd_value, gamma, beta, bn_coeffs, channel_offs, channel_valid, channels)
 
 
 def bn_coeffs_of(mean: Tensor, invstd: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
@@ -113,9 +113,18 @@ def dy_coeffs_kernel(
     channel_valid = channel_offs < channels
     total = tl.load(sum_dz + channel_offs, channel_valid, 0.0)
     total_xhat = tl.load(sum_dz_xhat + channel_offs, channel_valid, 0.0)
-    rate = tl.load(invstd + channel_offs, channel_valid, 0.0)
+    invstd_value = tl.load(invstd + channel_offs, channel_valid, 0.0)
     store_dy_coeffs(
-        total, total_xhat, mean, rate, bn_coeffs, dy_coeffs, channel_offs, channel_valid, pixels, channels
+        total,
+        total_xhat,
+        mean,
+        invstd_value,
+        bn_coeffs,
+        dy_coeffs,
+        channel_offs,
+        channel_valid,
+        pixels,
+        channels,
     )
 
 

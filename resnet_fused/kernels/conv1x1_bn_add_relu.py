@@ -1,4 +1,4 @@
-"""The end of a block with a folded 1x1 convolution: relu(bn(a W^T) + shortcut), and the mask of its ReLU.
+"""The last ops of a block with a folded 1x1 convolution: relu(bn(a W^T) + shortcut), and the mask of its ReLU.
 
 The batch norm is known before the convolution runs: batch norm, shortcut, ReLU and mask are the epilogue of one GEMM.
 The shortcut is the block's input, or the output of a convolution with its batch norm, or a second folded convolution,

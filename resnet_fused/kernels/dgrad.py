@@ -1,4 +1,4 @@
-"""Gradient w.r.t. a convolution's input, gathered: an input pixel sums over the output pixels that depend on it.
+"""Gradient w.r.t. a convolution's input, computed as a gather: each input pixel sums over the outputs that it affects.
 
 The prologue computes dy. The epilogue adds the gradient that comes through the shortcut, or computes the partial sums
 that backward of the input's batch norm needs.

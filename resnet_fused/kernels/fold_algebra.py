@@ -68,9 +68,9 @@ def fold_dweight_kernel(
         w_dot_q += w.to(tl.float64) * q_tile.to(tl.float64)
     sum_dz_value = tl.load(sum_dz + output_offs, output_valid, 0.0)
     center = tl.load(mean_y + output_offs, output_valid, 0.0)
-    rate = tl.load(invstd + output_offs, output_valid, 0.0)
+    invstd_value = tl.load(invstd + output_offs, output_valid, 0.0)
     centered = tl.sum(w_dot_q, 1) - sum_dz_value.to(tl.float64) * center.to(tl.float64)
-    dgamma_value = (centered * rate.to(tl.float64)).to(tl.float32)
+    dgamma_value = (centered * invstd_value.to(tl.float64)).to(tl.float32)
     tl.store(dgamma + output_offs, dgamma_value, output_valid & (tile_n == 0))
     value = load_matrix(q, output_offs, channel_offs, outputs, channels)
     if covariance is not None:
@@ -78,8 +78,8 @@ def fold_dweight_kernel(
             weight, covariance, output_offs, channel_offs, outputs, channels, PRECISION, BLOCK_K
         )
         m = tl.load(mean + channel_offs, channel_offs < channels, 0.0)
-        value = value - sum_dz_value[:, None] * m[None, :] - (rate * dgamma_value)[:, None] * acc
-    factor = _scale(gamma, rate, output_offs, output_valid)[:, None]
+        value = value - sum_dz_value[:, None] * m[None, :] - (invstd_value * dgamma_value)[:, None] * acc
+    factor = _scale(gamma, invstd_value, output_offs, output_valid)[:, None]
     valid = output_valid[:, None] & (channel_offs < channels)[None, :]
     offs = output_offs[:, None] * channels + channel_offs[None, :]
     tl.store(dweight + offs, factor * value, valid)
@@ -90,9 +90,9 @@ def fold_dweight_kernel(
 @triton.jit
 def _scale_and_slope(gamma, invstd, dgamma, output_offs, output_valid, pixels):
     """scale and slope = -invstd dgamma / P of some outputs; gamma: (outputs,) or None; invstd, dgamma: (outputs,)."""
-    rate = tl.load(invstd + output_offs, output_valid, 0.0)
-    slope = -rate * tl.load(dgamma + output_offs, output_valid, 0.0) / pixels
-    return _scale(gamma, rate, output_offs, output_valid), slope
+    invstd_value = tl.load(invstd + output_offs, output_valid, 0.0)
+    slope = -invstd_value * tl.load(dgamma + output_offs, output_valid, 0.0) / pixels
+    return _scale(gamma, invstd_value, output_offs, output_valid), slope
 
 
 @triton.jit

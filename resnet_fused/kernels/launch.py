@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Of a kernel at run time.
+#: A run-time argument of a kernel.
 Argument = Tensor | int | float | None
 
 

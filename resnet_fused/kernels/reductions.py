@@ -39,7 +39,7 @@ def norm_statistics_kernel(
 ):
     channel_offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channel_valid = channel_offs < channels
-    # Relative to the first tile's mean: then sums of squares cancel no more than the tiles differ.
+    # Relative to the first tile's mean, so that cancellation depends only on the spread of the tile means.
     origin = tl.load(tile_stats + channel_offs * tiles, channel_valid, 0.0).to(tl.float64)
     total = tl.zeros((BLOCK, TILES), tl.float64)
     squares = tl.zeros((BLOCK, TILES), tl.float64)
@@ -56,12 +56,12 @@ def norm_statistics_kernel(
     center = origin + shift
     variance = tl.sum(squares, 1) / pixels - shift * shift
     variance = tl.where(variance < 0.0, 0.0, variance)
-    rate = (1.0 / tl.sqrt(variance + eps)).to(tl.float32)
+    invstd_value = (1.0 / tl.sqrt(variance + eps)).to(tl.float32)
     tl.store(mean + channel_offs, center.to(tl.float32), channel_valid)
     tl.store(var + channel_offs, variance.to(tl.float32), channel_valid)
-    tl.store(invstd + channel_offs, rate, channel_valid)
+    tl.store(invstd + channel_offs, invstd_value, channel_valid)
     store_bn_coeffs(
-        center.to(tl.float32), rate, gamma, beta, bn_coeffs, channel_offs, channel_valid, channels
+        center.to(tl.float32), invstd_value, gamma, beta, bn_coeffs, channel_offs, channel_valid, channels
     )
 
 
@@ -122,13 +122,22 @@ def sum_tiles_kernel(
         valid = channel_valid[:, None] & (tile < tiles)[None, :]
         dz += tl.load(pointers, valid, other=0.0)
         dz_centered += tl.load(pointers + channels * tiles, valid, other=0.0)
-    rate = tl.load(invstd + channel_offs, channel_valid, 0.0)
+    invstd_value = tl.load(invstd + channel_offs, channel_valid, 0.0)
     total = tl.sum(dz, 1).to(tl.float32)
-    total_xhat = (tl.sum(dz_centered, 1) * rate).to(tl.float32)
+    total_xhat = (tl.sum(dz_centered, 1) * invstd_value).to(tl.float32)
     tl.store(sum_dz + channel_offs, total, channel_valid)
     tl.store(sum_dz_xhat + channel_offs, total_xhat, channel_valid)
     store_dy_coeffs(
-        total, total_xhat, mean, rate, bn_coeffs, dy_coeffs, channel_offs, channel_valid, pixels, channels
+        total,
+        total_xhat,
+        mean,
+        invstd_value,
+        bn_coeffs,
+        dy_coeffs,
+        channel_offs,
+        channel_valid,
+        pixels,
+        channels,
     )
 
 

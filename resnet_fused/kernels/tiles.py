@@ -44,7 +44,7 @@ def load_bn_coeffs(mean, bn_coeffs, channel_offs, channel_valid, channels, dtype
 
 @triton.jit
 def runtime_zero(count):
-    """0, but the compiler does not know it: for arithmetic on a tile that is to be an operand of tl.dot in registers.
+    """A run-time 0 that the compiler can't constant-fold; it keeps loads of a computed operand of tl.dot asynchronous.
 
     Triton moves the conversion to that operand's layout up to the loads where all between is elementwise. Converted
     loads are not asynchronous any more, and hold more registers; a splat of this value stops the conversion.
@@ -92,7 +92,7 @@ def apply_activation(
     offset,
     shift_value,
     pixel_valid,  # (BLOCK,)
-    PADDED: tl.constexpr,  # whether pixels outside are 0, as padding of a is; else they are anything finite
+    PADDED: tl.constexpr,  # whether pixels outside are 0, as padding of a is; otherwise arbitrary but finite
 ):
     """a of a tile of x, in the dtype of x."""
     if bn_coeffs is not None or shift is not None:
@@ -263,7 +263,7 @@ def unravel_pixels(pixel_offs, height, width):
 
 @triton.jit
 def advance_pixels(image, h, w, step_images, step_h, step_w, height, width):
-    """``unravel_pixels`` of pixels that are so many images, rows and columns further; without a division."""
+    """``unravel_pixels`` of pixels advanced by step_images, step_h and step_w; without a division."""
     w += step_w
     carry = (w >= width).to(tl.int32)
     w -= carry * width

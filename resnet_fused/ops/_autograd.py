@@ -31,7 +31,7 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]
 
 
 def save(ctx: Any, activations: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> None:
-    """Saves tensors for backward: activations, for whose layout the first one's stands, and others."""
+    """Saves tensors for backward: activations, all in the first one's layout, and other tensors."""
     assert activations[0] is not None
     ctx.layout = memory_format(dense(activations[0]))
     ctx.given = tuple(t is not None for t in activations), tuple(t is not None for t in others)
@@ -49,7 +49,7 @@ def saved(ctx: Any) -> tuple[list[Any], list[Any]]:
 
 
 def remember(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
-    """Keeps inputs that only ``needs_plain_backward`` asks for, so that they may be changed in place before others."""
+    """Holds inputs that only double backward needs, outside saved_tensors: an in-place change fails only that."""
     if any(ctx.needs_input_grad) and not torch.compiler.is_compiling():
         ctx.remembered = [(t, None if t is None else t._version) for t in tensors]
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from resnet_fused.layout import STATISTICS_DTYPES
 from resnet_fused.ops._operands import (
     MOST,
-    Fields,
     Operand,
     activation,
     device_of,
@@ -49,8 +48,8 @@ def _output_shape(
         or not (0 < dilation[0] < MOST and 0 < dilation[1] < MOST)
         or not 0 < groups < MOST
     ):
-        found = (*map(tuple, (stride, padding, dilation)), groups)
-        refuse(op, "geometry", "two strides, paddings and dilations of a convolution, and groups", found)
+        geometry = (*map(tuple, (stride, padding, dilation)), groups)
+        refuse(op, "geometry", "two strides, paddings and dilations of a convolution, and groups", geometry)
     outputs, _, down, across = weight.shape
     x.check_weight(op, "weight", weight, (outputs, x.channels // groups, down, across))
     if max(stride) > 1 and max(stride) * max(x.channels, outputs, 16) >= _MOST_APART:
@@ -70,7 +69,7 @@ def _output_shape(
 
 
 def conv_bn_stats(
-    a: Fields,
+    a: Sequence[Tensor | None],
     weight: Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -88,20 +87,20 @@ def conv_bn_stats(
     return x.is_empty
 
 
-def input_covariance(a: Fields, input_stride: Sequence[int]) -> bool:
+def input_covariance(a: Sequence[Tensor | None], input_stride: Sequence[int]) -> bool:
     x = activation("input_covariance", "a", a)
     x.subsampled("input_covariance", "input_stride", input_stride)
     return x.is_empty
 
 
 def conv1x1_bn_add_relu(
-    a: Fields,
+    a: Sequence[Tensor | None],
     weight: Tensor | None,
-    bn: Fields,
+    bn: Sequence[Tensor | None],
     skip: Tensor,
     skip_shift: Tensor | None,
     skip_weight: Tensor | None,
-    skip_bn: Fields,
+    skip_bn: Sequence[Tensor | None],
     input_stride: Sequence[int],
 ) -> bool:
     op = "conv1x1_bn_add_relu"
@@ -130,7 +129,7 @@ def conv1x1_bn_add_relu(
 
 
 def _folded_branch(
-    op: str, operand: str, grad: Operand, fields: Fields, input_stride: Sequence[int]
+    op: str, operand: str, grad: Operand, fields: Sequence[Tensor | None], input_stride: Sequence[int]
 ) -> Operand:
     """The input of a folded convolution whose output has the pixels of ``grad``."""
     x = activation(op, operand, fields)
@@ -151,9 +150,9 @@ def _folded_branch(
 def folded_wgrad(
     grad: Tensor,
     mask: Tensor,
-    a: Fields,
+    a: Sequence[Tensor | None],
     input_stride: Sequence[int],
-    skip: Fields,
+    skip: Sequence[Tensor | None],
     skip_input_stride: Sequence[int],
 ) -> bool:
     op = "folded_wgrad"
@@ -167,7 +166,9 @@ def folded_wgrad(
     return g.is_empty or g.channels == 1
 
 
-def _check_factors(op: str, operand: str, factors: Fields, g: Operand, channels: int) -> None:
+def _check_factors(
+    op: str, operand: str, factors: Sequence[Tensor | None], g: Operand, channels: int
+) -> None:
     if len(factors) != 3 or (factors[1] is None) != (factors[2] is None):
         refuse(op, operand, "scaled, and both or neither of matrix and vector", given(factors))
     scaled, matrix, vector = factors
@@ -180,11 +181,11 @@ def _check_factors(op: str, operand: str, factors: Fields, g: Operand, channels:
 def folded_dgrad(
     grad: Tensor,
     mask: Tensor,
-    factors: Fields,
-    a: Fields,
+    factors: Sequence[Tensor | None],
+    a: Sequence[Tensor | None],
     input_stride: Sequence[int],
-    skip_factors: Fields,
-    skip: Fields,
+    skip_factors: Sequence[Tensor | None],
+    skip: Sequence[Tensor | None],
     skip_input_stride: Sequence[int],
 ) -> bool:
     op = "folded_dgrad"
@@ -203,8 +204,8 @@ def folded_dgrad(
 
 
 def conv_backward(
-    dy: Fields,
-    a: Fields,
+    dy: Sequence[Tensor | None],
+    a: Sequence[Tensor | None],
     weight: Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -240,7 +241,12 @@ def _matrix(op: str, weight: Tensor | None) -> tuple[int, int]:
 
 
 def _check_wide(
-    op: str, weight: Tensor, names: Sequence[str], operands: Fields, size: tuple[int, ...], optional: int = 0
+    op: str,
+    weight: Tensor,
+    names: Sequence[str],
+    operands: Sequence[Tensor | None],
+    size: tuple[int, ...],
+    optional: int = 0,
 ) -> None:
     """``operands``: vectors or matrices of ``size`` in the statistics dtype of ``weight``; the first may be None."""
     wide, device = STATISTICS_DTYPES[weight.dtype], device_of(weight)

@@ -76,7 +76,7 @@ class Backward:
         factors: list[list[Tensor | None]] = []
         if folded:
             *qs, sum_dz = folded_wgrad(grad, self.mask, *operands)
-        # In the order of the branches, whichever are folded: processes that share sums may differ in that.
+        # By branch, so that all ranks issue their all-reduces in the same order, even if they fold different branches.
         for k in range(count):
             if k in folded:
                 factors.append([*self.fold_gradients(k, sum_dz, qs[len(factors)])])

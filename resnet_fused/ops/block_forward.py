@@ -23,7 +23,7 @@ SAMPLE = 4096
 
 
 class Parameters(NamedTuple):
-    """Of one convolution and its batch norm, as autograd knows them."""
+    """The differentiable parameters of one convolution and its batch norm."""
 
     weight: Tensor
     gamma: Tensor | None
@@ -31,7 +31,7 @@ class Parameters(NamedTuple):
 
 
 class ConvSpec(NamedTuple):
-    """What of a ConvBN is not differentiated.
+    """The non-differentiable fields of a ConvBN.
 
     input_stride: of a 1x1 convolution of the shortcut, instead of its stride: its input is subsampled first.
     running_stats: the statistics to normalize with; None: the batch's.
@@ -70,7 +70,7 @@ class Forwarded(NamedTuple):
 
 
 def cast_weights(parameters: Sequence[Parameters], dtype: torch.dtype, lazy: bool) -> list[Tensor]:
-    """Once, instead of in every op; Triton kernels read them channels_last."""
+    """Casts the weights once per block, not in every op; Triton kernels read them channels_last."""
     memory_format = torch.channels_last if lazy else torch.preserve_format
     return [p.weight.to(dtype, memory_format=memory_format) for p in parameters]
 
@@ -186,7 +186,7 @@ def _is_centered(spec: ConvSpec) -> bool:
 
 
 def _relu_mean(p: Parameters, stats: BatchStats) -> Tensor:
-    """What nearly centers relu(bn(y)), known before any pass over y."""
+    """An approximate mean of relu(bn(y)), used as shift; it takes no pass over y."""
     gamma = torch.ones_like(stats.mean) if p.gamma is None else p.gamma
     beta = torch.zeros_like(stats.mean) if p.beta is None else p.beta
     mean: Tensor = rectified_mean(gamma, beta)
@@ -194,9 +194,9 @@ def _relu_mean(p: Parameters, stats: BatchStats) -> Tensor:
 
 
 def _sample_mean(x: Tensor) -> Tensor:
-    """What nearly centers the input of a folded shortcut, in the activations' dtype: the mean of some pixels.
+    """An approximate mean of the input of a folded shortcut, used as shift: that of some pixels.
 
-    Near is enough: what is left of the mean is corrected exactly.
+    An approximation is enough: the remaining mean is corrected exactly.
     """
     rows = x.permute(0, 2, 3, 1).flatten(0, 2)
     return rows[:: -(-len(rows) // SAMPLE)].mean(0).to(statistics_dtype(x.dtype))

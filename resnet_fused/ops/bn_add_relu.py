@@ -1,4 +1,4 @@
-"""relu(bn(y) + residual): the end of a block whose input goes through unchanged.
+"""relu(bn(y) + residual): the last ops of a block whose shortcut is its input.
 
 Backward needs neither the residual nor the output: one mask bit per element says what the ReLU let through.
 """

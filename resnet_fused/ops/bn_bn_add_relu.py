@@ -1,4 +1,4 @@
-"""relu(bn(y) + bn(skip)): the end of a block whose input goes through a downsampling conv of its own."""
+"""relu(bn(y) + bn(skip)): the last ops of a block whose shortcut has a convolution and a batch norm of its own."""
 
 from __future__ import annotations
 
@@ -82,20 +82,18 @@ class _BnBnAddRelu(torch.autograd.Function):
         modes: tuple[bool, bool],
         groups: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None],
     ) -> Tensor:
-        (mean, invstd, count_fraction, _), (skip_mean, skip_invstd, skip_share, _) = stats, skip_stats
         out: Tensor
         out, mask = bn_bn_add_relu_forward(
-            y, mean, invstd, weight, bias, skip, skip_mean, skip_invstd, skip_weight, skip_bias
+            y, *stats[:2], weight, bias, skip, *skip_stats[:2], skip_weight, skip_bias
         )
         ctx.modes, ctx.groups = modes, groups
-        used = mean, invstd, count_fraction, skip_mean, skip_invstd, skip_share
-        save(ctx, [y, skip], [mask, weight, skip_weight, *used])
+        save(ctx, [y, skip], [mask, weight, skip_weight, *stats[:3], *skip_stats[:3]])
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (y, skip), (mask, weight, skip_weight, *used) = saved(ctx)
-        mean, invstd, count_fraction, skip_mean, skip_invstd, skip_share = used
+        (y, skip), (mask, weight, skip_weight, *batch_stats) = saved(ctx)
+        mean, invstd, count_fraction, skip_mean, skip_invstd, skip_count_fraction = batch_stats
         needs_grad = ctx.needs_input_grad[:6]
         (training, skip_training), (group, skip_group) = ctx.modes, ctx.groups
         if needs_plain_backward(grad):
@@ -123,11 +121,11 @@ class _BnBnAddRelu(torch.autograd.Function):
             if training:
                 sums = [*shared_sums((dbias, dweight), group, count_fraction)]
             if skip_training:
-                skip_sums = [*shared_sums((dbias, dskip_weight), skip_group, skip_share)]
+                skip_sums = [*shared_sums((dbias, dskip_weight), skip_group, skip_count_fraction)]
         dy, dskip = bn_bn_add_relu_backward(
             grad, mask, y, mean, invstd, weight, *sums, skip, skip_mean, skip_invstd, skip_weight, *skip_sums
         )
-        # Nobody else may see a gradient change that its owner scales in place.
+        # Cloned: two gradients must not share memory, since a user may scale one in place.
         dskip_bias = None if dbias is None else dbias.clone()
         all_grads = (dy, dweight, dbias, dskip, dskip_weight, dskip_bias)
         wanted = [g if needed else None for g, needed in zip(all_grads, needs_grad, strict=True)]

@@ -62,7 +62,7 @@ def finalize_stats(
 
 
 def unbiased_stats(finalized: Sequence[FinalizedStats]) -> list[Tensor]:
-    """Of each in turn mean and unbiased variance, for the running statistics; nothing of those that are running."""
+    """Mean and unbiased variance of each in turn, skipping batch norms that use running statistics."""
     means = [each.mean for each in finalized if each.mean is not None]
     variances = [each.var for each in finalized if each.var is not None]
     factors = [each.pixels / (each.pixels - 1) for each in finalized if each.mean is not None]
@@ -94,7 +94,7 @@ def stats_for(y: Tensor, bn: BatchNorm) -> BatchStats:
 
 
 def check_bn(bn: BatchNorm, channels: int) -> None:
-    """Raises what F.batch_norm does: kernels read as many elements as there are channels, and look no further."""
+    """Raises what F.batch_norm does: kernels read as many elements as there are channels, without checking sizes."""
     if bn.training and (bn.running_mean is None) != (bn.running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     for name in ("running_mean", "running_var", "weight", "bias"):
@@ -123,7 +123,7 @@ def running_stats(bn: BatchNorm, dtype: torch.dtype) -> BatchStats:
 
 @torch.no_grad()
 def update_running_stats(bns: Sequence[BatchNorm], stats: Sequence[Tensor]) -> None:
-    """running = (1 - momentum) * running + momentum * batch and a batch more, in place.
+    """running = (1 - momentum) * running + momentum * batch and num_batches_tracked += 1, in place.
 
     Args:
         stats: of each batch norm in turn mean and unbiased variance (``unbiased_stats``).
@@ -146,8 +146,8 @@ def merge_across(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance and pixel count over all processes of a group.
 
-    One sum, whose latency grows with the logarithm of their number, where a gather's grows with it. In float64, where
-    the squares of float32 means cancel no digit that a float32 variance has.
+    One all-reduce (latency grows with log(processes), a gather's linearly), in float64 so that cancellation costs no
+    float32 precision.
     """
     wide = mean.double()
     sums = torch.cat([wide, var + wide.square(), wide.new_ones(1)]) * pixels
@@ -202,5 +202,5 @@ def bias_for_backward(bias: Tensor | None, y: Tensor) -> Tensor | None:
     Backward finds the ReLU's mask with the bias of forward, while eager does not save it: there it may be changed in
     place before backward.
     """
-    found = in_statistics_dtype(bias, y)
-    return found.clone() if found is not None and found is bias and torch.is_grad_enabled() else found
+    vector = in_statistics_dtype(bias, y)
+    return vector.clone() if vector is not None and vector is bias and torch.is_grad_enabled() else vector

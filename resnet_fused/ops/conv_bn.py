@@ -164,10 +164,10 @@ def _conv_bn_stats(
         reference.conv_bn_stats, a.x, fields, weight, stride, padding, dilation, groups, *bn, True
     )
     arguments = (a, weight, geometry, *bn)
-    found: tuple[Tensor, ...] = fastest(
+    results: tuple[Tensor, ...] = fastest(
         tunable("conv_bn_stats", a.x, sizes, arguments, vendor, exact), a.x.device
     )
-    return found
+    return results
 
 
 def _fake_conv_bn_stats(
@@ -232,10 +232,10 @@ def _vendor_dgrad(
     input_stride: Pair,
 ) -> Tensor:
     """The gradient w.r.t. the convolution's input ``x``, which is given for its shape."""
-    found, _, _ = torch.ops.aten.convolution_backward.default(
+    grad_input, _, _ = torch.ops.aten.convolution_backward.default(
         dy, x, weight, None, *geometry[:3], False, [0, 0], geometry.groups, [True, False, False]
     )
-    da: Tensor = found.contiguous(memory_format=torch.channels_last)
+    da: Tensor = grad_input.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         _add_residual(da, residual, residual_mask, input_stride)
     return da
@@ -244,10 +244,10 @@ def _vendor_dgrad(
 def _vendor_wgrad(dy: Tensor, a: Activation, weight: Tensor, geometry: ConvGeometry) -> Tensor:
     if _is_pointwise(weight, geometry):
         return _as_conv_weight(chunked_mm_tn(dy, materialize(a, geometry.stride)))
-    _, found, _ = torch.ops.aten.convolution_backward.default(
+    _, grad_weight, _ = torch.ops.aten.convolution_backward.default(
         dy, materialize(a), weight, None, *geometry[:3], False, [0, 0], geometry.groups, [False, True, False]
     )
-    return found.to(statistics_dtype(dy.dtype)).contiguous(memory_format=torch.channels_last)
+    return grad_weight.to(statistics_dtype(dy.dtype)).contiguous(memory_format=torch.channels_last)
 
 
 def _vendor_conv1x1_backward(
@@ -256,8 +256,8 @@ def _vendor_conv1x1_backward(
     """(da, dweight) of a 1x1 convolution of stride 1, chunk by chunk: both GEMMs read dy from the cache."""
     rows = rows_per_chunk(x, max(x.shape[1], dy.shape[1]))
     if rows * x.shape[1] >= x.numel():  # all of the batch is in the cache
-        found, dweight = conv1x1_backward(dy, x, weight)
-        da = found.contiguous(memory_format=torch.channels_last)
+        da, dweight = conv1x1_backward(dy, x, weight)
+        da = da.contiguous(memory_format=torch.channels_last)
         if residual is not None:
             _add_residual(da, residual, residual_mask, (1, 1))
         return da, _as_conv_weight(dweight.flatten(1).to(statistics_dtype(dy.dtype)))
@@ -298,22 +298,22 @@ def _conv_backward(
     geometry, step = _geometry(stride, padding, dilation, groups), (input_stride[0], input_stride[1])
     rest = residual, residual_mask, step
     needs_input, needs_weight = needs
-    found: list[Any]
+    gradients: list[Any]
     if runs_triton(a.x, groups) and dy.g.numel() < MAX_NUMEL:
-        found = _fastest_gradients(dy_fields, fields, dy, a, weight, geometry, rest, needs)
+        gradients = _fastest_gradients(dy_fields, fields, dy, a, weight, geometry, rest, needs)
     elif _is_pointwise(weight, geometry) and geometry.stride == step == (1, 1) and all(needs):
         da, dweight = _vendor_conv1x1_backward(
             materialize_gradient(dy), materialize(a), weight, residual, residual_mask
         )
-        found = [dweight, (da, *bn_sums(da, a))]
+        gradients = [dweight, (da, *bn_sums(da, a))]
     else:
         g = materialize_gradient(dy)
-        found = [_vendor_wgrad(g, a, weight, geometry)] if needs_weight else []
+        gradients = [_vendor_wgrad(g, a, weight, geometry)] if needs_weight else []
         if needs_input:
             da = _vendor_dgrad(g, a.x, weight, geometry, *rest)
-            found.append((da, *bn_sums(da, a)))
-    dweight = found[0] if needs_weight else empty_vectors(a.x, 1)[0]
-    da, *sums = found[-1] if needs_input else (a.x.new_empty(0), None)
+            gradients.append((da, *bn_sums(da, a)))
+    dweight = gradients[0] if needs_weight else empty_vectors(a.x, 1)[0]
+    da, *sums = gradients[-1] if needs_input else (a.x.new_empty(0), None)
     return da, *(empty_vectors(a.x, 3) if sums[0] is None else sums), dweight
 
 

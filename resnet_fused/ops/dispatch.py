@@ -1,6 +1,6 @@
 """Which implementation of an op runs: a Triton kernel, the native kernel of csrc, or the vendor's library.
 
-``IMPLEMENTATIONS`` says which exist; registry.register_op fills it. Where Triton and the vendor both serve a shape,
+``IMPLEMENTATIONS`` says which exist; registry.register_op fills it. Where Triton and the vendor both support a shape,
 ``fastest`` runs the one that was measured to be faster (kernels.autotune). Triton is imported when the first of its
 kernels is asked for: a machine without it never gets there.
 """
@@ -67,7 +67,7 @@ def status() -> list[dict[str, str]]:
 
 
 def runs_triton(x: Tensor, groups: int = 1) -> bool:
-    """Whether Triton kernels serve an activation; they support no groups."""
+    """Whether Triton kernels support an activation, and a convolution of it with ``groups``."""
     return (
         why_not_triton(x.device.type) is None
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -173,7 +173,7 @@ def fastest(candidate: Tunable, device: torch.device) -> Any:
 
 
 def fastest_sharing(candidates: list[Tunable], shared: Tunable, device: torch.device) -> list[Any]:
-    """The results of candidates whose vendors all need what ``shared`` makes: what is fastest in sum."""
+    """Results of the fastest combination of candidates whose vendor implementations all use that of ``shared``."""
     chosen = _autotuner().choose_sharing(candidates, shared, device)
     return [
         candidate.vendor() if config is None else candidate.run(config)  # type: ignore[misc]

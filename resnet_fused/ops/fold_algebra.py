@@ -37,9 +37,9 @@ def _fold_statistics(
     weight: Tensor, mean: Tensor, covariance: Tensor, shift: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if runs_triton(weight):
-        found: tuple[Tensor, Tensor, Tensor, Tensor]
-        found = _kernels().fold_statistics(weight, mean, covariance, shift, eps)
-        return found
+        results: tuple[Tensor, Tensor, Tensor, Tensor]
+        results = _kernels().fold_statistics(weight, mean, covariance, shift, eps)
+        return results
     wide = weight.to(mean.dtype)
     var = (matrix_mm_nt(wide, covariance).double() * wide).sum(1).clamp_min_(0).to(wide.dtype)
     mean_y = wide @ mean

@@ -50,8 +50,6 @@ from resnet_fused.ops.vendor_gemm import (
 from resnet_fused.reference import folded_conv_bn as reference
 from resnet_fused.types import Activation, DgradFactors, Pair
 
-Fields = list[Tensor | None]
-
 
 def _pair(input_stride: Sequence[int]) -> Pair:
     return input_stride[0], input_stride[1]
@@ -60,7 +58,7 @@ def _pair(input_stride: Sequence[int]) -> Pair:
 # Statistics
 
 
-def _input_covariance(fields: Fields, input_stride: list[int]) -> tuple[Tensor, Tensor]:
+def _input_covariance(fields: list[Tensor | None], input_stride: list[int]) -> tuple[Tensor, Tensor]:
     a = activation_of(fields)
 
     def vendor() -> tuple[Tensor, Tensor]:
@@ -78,13 +76,13 @@ def _input_covariance(fields: Fields, input_stride: list[int]) -> tuple[Tensor, 
     sizes = (*a.x.shape, *input_stride, *operand_is_given(a))
     exact = exactly(reference.input_covariance, a.x, fields, input_stride)
     arguments = (a, _pair(input_stride))
-    found: tuple[Tensor, Tensor] = fastest(
+    results: tuple[Tensor, Tensor] = fastest(
         tunable("input_covariance", a.x, sizes, arguments, vendor, exact), a.x.device
     )
-    return found
+    return results
 
 
-def _fake_input_covariance(fields: Fields, input_stride: list[int]) -> tuple[Tensor, Tensor]:
+def _fake_input_covariance(fields: list[Tensor | None], input_stride: list[int]) -> tuple[Tensor, Tensor]:
     x = activation_of(fields).x
     channels, dtype = x.shape[1], statistics_dtype(x.dtype)
     return x.new_empty(channels, dtype=dtype), x.new_empty(channels, channels, dtype=dtype)
@@ -131,13 +129,13 @@ def _vendor_conv1x1_bn_add_relu(
 
 
 def _conv1x1_bn_add_relu(
-    fields: Fields,
+    fields: list[Tensor | None],
     weight: Tensor | None,
-    bn: Fields,
+    bn: list[Tensor | None],
     skip: Tensor,
     skip_shift: Tensor | None,
     skip_weight: Tensor | None,
-    skip_bn: Fields,
+    skip_bn: list[Tensor | None],
     input_stride: list[int],
 ) -> tuple[Tensor, Tensor]:
     a = activation_of(fields)
@@ -155,13 +153,15 @@ def _conv1x1_bn_add_relu(
     arguments = (a, weight, tuple(bn), skip, skip_shift, skip_weight, tuple(skip_bn), _pair(input_stride))
     rest = fields, weight, bn, skip, skip_shift, skip_weight, skip_bn, input_stride
     exact = exactly(reference.conv1x1_bn_add_relu, a.x, *rest)
-    found: tuple[Tensor, Tensor] = fastest(
+    results: tuple[Tensor, Tensor] = fastest(
         tunable("conv1x1_bn_add_relu", a.x, sizes, arguments, vendor, exact), a.x.device
     )
-    return found
+    return results
 
 
-def _fake_conv1x1_bn_add_relu(fields: Fields, weight: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_conv1x1_bn_add_relu(
+    fields: list[Tensor | None], weight: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor]:
     x = activation_of(fields).x
     out = new_activation(x, x.shape[1] if weight is None else weight.shape[0], x.shape[2], x.shape[3])
     return out, out.new_empty(mask_shape(out), dtype=torch.uint8)
@@ -196,9 +196,9 @@ def _dz_chunks(grad: Tensor, mask: Tensor, rows: int, sum_dz: Tensor | None = No
 def _folded_wgrad(
     grad: Tensor,
     mask: Tensor,
-    fields: Fields,
+    fields: list[Tensor | None],
     input_stride: list[int],
-    skip_fields: Fields,
+    skip_fields: list[Tensor | None],
     skip_input_stride: list[int],
 ) -> tuple[Tensor, ...]:
     a, skip = activation_of(fields), activation_of(skip_fields) if skip_fields else None
@@ -234,7 +234,12 @@ def _folded_wgrad(
 
 
 def _fake_folded_wgrad(
-    grad: Tensor, mask: Tensor, fields: Fields, input_stride: list[int], skip_fields: Fields, *_: Any
+    grad: Tensor,
+    mask: Tensor,
+    fields: list[Tensor | None],
+    input_stride: list[int],
+    skip_fields: list[Tensor | None],
+    *_: Any,
 ) -> tuple[Tensor, ...]:
     outputs, dtype = grad.shape[1], statistics_dtype(grad.dtype)
     q, skip_q = (
@@ -284,11 +289,11 @@ def _vendor_folded_dgrad(
 def _folded_dgrad(
     grad: Tensor,
     mask: Tensor,
-    factors: Fields,
-    fields: Fields,
+    factors: list[Tensor | None],
+    fields: list[Tensor | None],
     input_stride: list[int],
-    skip_factors: Fields,
-    skip_fields: Fields,
+    skip_factors: list[Tensor | None],
+    skip_fields: list[Tensor | None],
     skip_input_stride: list[int],
 ) -> tuple[Tensor, ...]:
     a, skip = activation_of(fields), activation_of(skip_fields) if skip_fields else None
@@ -333,16 +338,16 @@ def _folded_dgrad(
 def _fake_folded_dgrad(
     grad: Tensor,
     mask: Tensor,
-    factors: Fields,
-    fields: Fields,
+    factors: list[Tensor | None],
+    fields: list[Tensor | None],
     input_stride: list[int],
-    skip_factors: Fields,
+    skip_factors: list[Tensor | None],
     *_: Any,
 ) -> tuple[Tensor, ...]:
     scaled = [f[0] for f in (factors, skip_factors) if f and f[0] is not None]
-    found = [new_activation(grad, matrix.shape[1], grad.shape[2], grad.shape[3]) for matrix in scaled]
+    gradients = [new_activation(grad, matrix.shape[1], grad.shape[2], grad.shape[3]) for matrix in scaled]
     sums = fake_bn_sums(activation_of(fields))
-    return found[0], found[1] if len(found) > 1 else grad.new_empty(0), *sums
+    return gradients[0], gradients[1] if len(gradients) > 1 else grad.new_empty(0), *sums
 
 
 #: da = dz scaled + a matrix^T + vector of one or two folded convolutions, and the sums of a's batch norm.

@@ -12,7 +12,7 @@ masked_grad = register_op(
     reference.masked_grad,
     lambda *_: None,
 )
-#: torch.empty_like, or of other sizes; a large one on the CPU in memory that is used again and again.
+#: torch.empty_like, or of other sizes; a large one on the CPU from a buffer cache.
 fresh_like = register_op(
     "fresh_like(Tensor x, SymInt? n=None, SymInt? c=None, SymInt? h=None, SymInt? w=None) -> Tensor",
     layout.fresh_like,

@@ -47,7 +47,7 @@ class _ResidualBlock(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, spec: tuple[BlockSpec, list[BatchNorm] | None], *flat: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """The output, and where no batch norms are given what their running statistics are to be updated with."""
+        """The output; if ``bns`` is None, also means and unbiased variances for the running statistics."""
         block, bns = spec
         out, mask, ys, stats, folds, branch_ys, running = block_forward.forward(x, block, _grouped(flat))
         if bns is not None:
@@ -135,16 +135,16 @@ def _differentiable(
 
 
 #: Multiplications per element of its output that folding a 1x1 convolution may cost beside those of the convolution.
-#: Measured on a CPU, see docs/training-fold.md: what they take is what the passes that folding saves would have taken.
+#: Measured on a CPU, see docs/training-fold.md: at this limit they take as long as the passes that folding saves.
 FOLD_LIMIT = 300
-#: With few pixels dy is what little the batch norm leaves of dz: terms that cancel should not be rounded one by one.
+#: With few pixels the terms of dy nearly cancel, and folding rounds them separately.
 FOLD_PIXELS = 32
 
 
 def is_folded(conv: ConvBN, pixels: int, lazy: bool = False) -> bool:
     """Whether a branch's convolution is folded: a 1x1 that does not contract, where that pays.
 
-    It always pays where folding takes no passes of its own (``lazy``). Else, with K inputs, N outputs and P pixels, it
+    It always pays where folding adds no pass over memory (``lazy``). Else, with K inputs, N outputs and P pixels, it
     takes P K^2 multiplications for the covariance and as many for its part of dc, and three times N K^2 for the
     variances, dW and W^T diag W.
     """

@@ -1,4 +1,4 @@
-"""Transforms of PyTorch that fused ops do not serve: models and functions then run the plain composition."""
+"""Transforms of PyTorch that fused ops do not support: models and functions then run unfused PyTorch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 _CALL = ("_wrapped_call_impl", "_call_impl", "forward")
-#: The methods that calling a module goes through, by its kind.
+#: The methods that run when a module is called, by its type.
 METHODS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: (*_CALL, "_conv_forward"),
     nn.BatchNorm2d: (*_CALL, "_check_input_dim"),
@@ -33,7 +33,7 @@ def transforms_are_active() -> bool:
 
 
 def why_not_here() -> str | None:
-    """What around a call asks for the plain composition, whatever the module and its input; None when nothing does."""
+    """Why a call must run unfused PyTorch, whatever the module and its input; None if nothing requires it."""
     if transforms_are_active():
         return "torch.func transforms and forward-mode AD take plain PyTorch"
     if torch.jit.is_tracing():

@@ -37,7 +37,7 @@ def rows_of(x: Tensor) -> Tensor:
 def rows_per_chunk(x: Tensor, widest: int) -> int:
     """Rows of a chunk of a batch whose widest activation has ``widest`` channels.
 
-    Not fewer than that, or a GEMM would read and write more of weights than of activations.
+    At least ``widest`` rows: with fewer a GEMM moves more bytes of weights than of activations.
     """
     budget = CHUNK_BYTES.get(x.device.type, 1 << 62) // (widest * x.element_size())
     pixels = x.numel() // x.shape[1]
@@ -88,19 +88,18 @@ def mm_tn(a: Tensor, b: Tensor) -> Tensor:
     """a^T b, summed over the pixels: (1, N, 1, P) and (1, K, 1, P) to (N, K), in their dtype or float32."""
     n, k = a.shape[1], b.shape[1]
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(
-            rows_of(a).t(), rows_of(b), out_dtype=torch.float32
-        )  # in one chunk no other sum averages its rounding
+        # With a single chunk a result rounded to 16 bits would not average out.
+        return torch.mm(rows_of(a).t(), rows_of(b), out_dtype=torch.float32)
     if a.dtype == torch.float16:
         return mm_tn(a.float(), b.float())  # a sum over many pixels is soon above 65504
     if not _uses_convolution(a):
         return rows_of(a).t() @ rows_of(b)
     if n < k:  # oneDNN is up to twice as fast with more outputs than inputs
         return mm_tn(b, a).t()
-    found = torch.ops.aten.convolution_backward.default(
+    _, grad_weight, _ = torch.ops.aten.convolution_backward.default(
         a, b, a.new_empty(n, k, 1, 1), None, *_GEOMETRY, [False, True, False]
     )
-    return found[1].view(n, k)
+    return grad_weight.view(n, k)
 
 
 def conv1x1_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

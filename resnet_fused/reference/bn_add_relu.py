@@ -1,4 +1,4 @@
-"""relu(bn(y) + residual), the end of a residual block, with the ReLU's mask as one bit per element."""
+"""relu(bn(y) + residual), the last ops of a residual block, with the ReLU's mask as one bit per element."""
 
 from __future__ import annotations
 

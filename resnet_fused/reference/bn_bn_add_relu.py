@@ -1,4 +1,4 @@
-"""relu(bn(y) + bn(skip)), the end of a block whose shortcut has a convolution and a batch norm of its own."""
+"""relu(bn(y) + bn(skip)), the last ops of a block whose shortcut has a convolution and a batch norm of its own."""
 
 from __future__ import annotations
 

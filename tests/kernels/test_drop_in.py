@@ -25,7 +25,7 @@ from tests.model_pairs import scrambled
 from tests.ops.operands import CASES, SIZES, Maker, op_of
 
 pytestmark = pytest.mark.interpreter
-#: Cases that Triton kernels serve: convolutions without groups, whose coefficients are needed.
+#: Cases that Triton kernels support: convolutions without groups, whose coefficients are needed.
 KERNEL_CASES = {
     case: make
     for case, make in CASES.items()
