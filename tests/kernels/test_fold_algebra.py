@@ -86,14 +86,29 @@ def check_statistics(*arguments: Any, **options: Any) -> None:
 
 
 def check_gradients(*arguments: Any, affine: bool = True, running: bool = False, **options: Any) -> None:
-    def draw() -> tuple[Named, Named, Named]:
+    """The vector is computed from the scaled weight as it is rounded, so its eps is that of the weight's dtype."""
+
+    def draw(names: set[str]) -> tuple[Named, Named, Named]:
         sums = Sums(*arguments, **options)
         compute = functools.partial(sums.gradients, affine=affine, running=running)
         eager, exact = (compute(reference.fold_gradients, t) for t in (torch.float32, torch.float64))
         rounded = {n: x.to(sums.weight.dtype) for n, x in eager.items() if n in ("scaled", "matrix")}
-        return compute(fold_gradients), eager | rounded, exact
+        found = compute(fold_gradients), eager | rounded, exact
+        fused, eager, exact = ({n: x for n, x in each.items() if n in names} for each in found)
+        return fused, eager, exact
 
-    assert_accurate(draw)
+    assert_accurate(lambda: draw({*GRADIENTS} - {"vector"}))
+    if not running:
+        assert_accurate(lambda: draw({"vector"}), Sums(*arguments, **options).weight.dtype)
+
+
+def test_vector_cancels_the_rounded_scaled_weight() -> None:
+    """Over all pixels dz scaled + vector sums to zero where c does."""
+    sums = Sums(64, 16, torch.float16)
+    sums.mean = torch.zeros_like(sums.mean)
+    gradients = sums.gradients(fold_gradients)
+    total = sums.sum_dz.double() @ gradients["scaled"].double()
+    torch.testing.assert_close(PIXELS * gradients["vector"].double(), -total, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
