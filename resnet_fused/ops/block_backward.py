@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.layout import subsample
-from resnet_fused.ops.block_forward import BlockSpec, Parameters, after_bn, cast_weights
+from resnet_fused.ops.block_forward import BlockSpec, Parameters, after_bn, kernel_weights
 from resnet_fused.ops.bn_add_relu import bn_add_relu_backward_reduce
 from resnet_fused.ops.bn_relu import bn_relu_backward_reduce
 from resnet_fused.ops.bn_stats import shared_sums
@@ -21,7 +21,6 @@ class Backward:
 
     Args:
         needs: whether the gradient w.r.t. the block's input is needed, and w.r.t. each weight.
-        weights: those of ``parameters``, in the activations' dtype.
     """
 
     def __init__(
@@ -40,7 +39,7 @@ class Backward:
         self.needs_input, self.needs_weight = needs
         self.x, self.mask, self.parameters = x, mask, parameters
         self.ys, self.stats, self.folds, self.branch_ys = ys, stats, folds, branch_ys
-        self.weights = cast_weights(parameters, x.dtype, block.lazy)
+        self.weights = kernel_weights(parameters, x.dtype, block.lazy)
         self.grads: list[tuple[Tensor | None, ...]] = [(None, None, None)] * len(parameters)
 
     def run(self, grad: Tensor) -> Tensor | None:
@@ -103,7 +102,7 @@ class Backward:
     def fold_gradients(self, k: int, sum_dz: Tensor, q: Tensor) -> DgradFactors:
         """The gradients w.r.t. a folded convolution's parameters are set."""
         i, fold, pixels = self.block.chain + k, self.folds[k], len(self.mask)
-        spec, stats, weight = self.specs[i], self.stats[i], self.weights[i].flatten(1)
+        spec, stats, weight = self.specs[i], self.stats[i], self.weights[i].to(self.x.dtype).flatten(1)
         gamma = self.parameters[i].gamma
         if spec.group is None:
             norm = gamma, stats.mean, stats.invstd, fold.mean, fold.covariance
@@ -169,7 +168,7 @@ class Backward:
         needs = [needs_input, self.needs_weight[i]]
         shortcut = residual, residual_mask, input_stride
         *gradients, dweight = conv_backward(
-            [*dy], [*a], self.weights[i], *self.specs[i].geometry, *shortcut, needs
+            [*dy], [*a], self.weights[i].to(self.x.dtype), *self.specs[i].geometry, *shortcut, needs
         )
         if needs[1]:
             self.set_weight_grad(i, dweight)

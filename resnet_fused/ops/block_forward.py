@@ -69,10 +69,14 @@ class Forwarded(NamedTuple):
     running: list[Tensor]
 
 
-def cast_weights(parameters: Sequence[Parameters], dtype: torch.dtype, lazy: bool) -> list[Tensor]:
-    """Casts the weights once per block, not in every op; Triton kernels read them channels_last."""
-    memory_format = torch.channels_last if lazy else torch.preserve_format
-    return [p.weight.to(dtype, memory_format=memory_format) for p in parameters]
+def kernel_weights(parameters: Sequence[Parameters], dtype: torch.dtype, lazy: bool) -> list[Tensor]:
+    """The weights as Triton kernels read them, channels_last and cast once; else as they are, to be cast where used.
+
+    A copy of all weights of a block in 16 bits would count in the peak of memory.
+    """
+    if not lazy:
+        return [p.weight for p in parameters]
+    return [p.weight.to(dtype, memory_format=torch.channels_last) for p in parameters]
 
 
 def after_bn(y: Tensor, stats: BatchStats, p: Parameters, shift: Tensor | None, lazy: bool) -> Activation:
@@ -106,22 +110,24 @@ def forward(x: Tensor, block: BlockSpec, parameters: list[Parameters]) -> Forwar
         parameters: one for each of block.convs.
     """
     chain, lazy = block.chain, block.lazy
-    weights = cast_weights(parameters, x.dtype, lazy)
+    weights = kernel_weights(parameters, x.dtype, lazy)
     a, shift = Activation(x), None
     ys: list[Tensor] = []
     finalized: list[FinalizedStats] = []
     for i, (spec, p) in enumerate(zip(block.convs[:chain], parameters, strict=False)):
-        y, stats_of_y = _conv_bn(a, (1, 1), weights[i], p, spec, lazy)
+        y, stats_of_y = _conv_bn(a, (1, 1), weights[i].to(x.dtype), p, spec, lazy)
         ys.append(y)
         finalized.append(stats_of_y)
         if i + 1 == chain and _is_centered(block.convs[chain]):
             shift = _relu_mean(p, stats_of_y.stats)
         a = after_bn(y, stats_of_y.stats, p, shift, lazy)
-    branches = [_branch(a, shift, weights[chain], parameters[chain], block.convs[chain], lazy)]
+    branches = [_branch(a, shift, weights[chain].to(x.dtype), parameters[chain], block.convs[chain], lazy)]
     if len(block.convs) > chain + 1:
         spec = block.convs[-1]
         shift = _sample_mean(x) if _is_centered(spec) else None
-        branches.append(_branch(Activation(x, shift=shift), shift, weights[-1], parameters[-1], spec, lazy))
+        branches.append(
+            _branch(Activation(x, shift=shift), shift, weights[-1].to(x.dtype), parameters[-1], spec, lazy)
+        )
     main, skip = branches[0], branches[1] if len(branches) > 1 else _Branch(Activation(x))
     if main.weight is not None or skip.weight is not None:
         shortcut = skip.a.x, skip.a.shift, skip.weight, skip.bn, skip.input_stride

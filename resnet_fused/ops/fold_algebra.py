@@ -121,7 +121,7 @@ def _fake_fold_gradients(
 #: Gradients of a folded convolution's parameters, and what dc = dz scaled + c matrix^T + vector is computed from.
 fold_gradients = register_op(
     "fold_gradients(Tensor weight, Tensor? gamma, Tensor mean_y, Tensor invstd, Tensor? mean, Tensor? covariance,"
-    " Tensor sum_dz, Tensor q, int pixels)"
+    " Tensor sum_dz, Tensor q, SymInt pixels)"
     " -> (Tensor dweight, Tensor dgamma, Tensor scaled, Tensor matrix, Tensor vector)",
     reference.fold_gradients,
     _fake_fold_gradients,

@@ -111,8 +111,11 @@ def test_vector_cancels_the_rounded_scaled_weight() -> None:
     torch.testing.assert_close(PIXELS * gradients["vector"].double(), -total, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize(
+    ("n", "k", "dtype"),
+    [*((*shape, torch.float32) for shape in SHAPES), *((*shape, torch.float16) for shape in SHAPES[1:3])],
+    ids=str,
+)
 def test_accuracy(n: int, k: int, dtype: torch.dtype) -> None:
     check_statistics(n, k, dtype)
     check_gradients(n, k, dtype)

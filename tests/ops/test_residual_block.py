@@ -91,11 +91,13 @@ class Case:
         }
 
 
-def make_case(name: str, hostile: str, dtype: torch.dtype, device: str = "cpu") -> Case:
+def make_case(
+    name: str, hostile: str, dtype: torch.dtype, device: str = "cpu", images: int | None = None
+) -> Case:
     block = BLOCKS[name]
     # Convolutions round what they add up to the dtype: of a smaller deviation from the mean nothing would be left.
     level = min(1e3, 0.25 / torch.finfo(dtype).eps)
-    x = hostile_input(hostile, dtype, "channels_last", device, level).y
+    x = hostile_input(hostile, dtype, "channels_last", device, level).y[:images]
     if hostile == "two_values":
         x = x[
             :, :16
@@ -193,15 +195,20 @@ def test_accuracy(name: str, hostile: str, training: bool, dtype: torch.dtype, d
     check_accuracy(name, hostile, training, dtype, device)
 
 
-def check_accuracy(name: str, hostile: str, training: bool, dtype: torch.dtype, device: str) -> None:
-    """The accuracy rule; in eps the dtype is that which activations between convolutions are rounded to."""
+def check_accuracy(
+    name: str, hostile: str, training: bool, dtype: torch.dtype, device: str, images: int | None = None
+) -> None:
+    """The accuracy rule; in eps the dtype is that which activations between convolutions are rounded to.
+
+    images: at most so many.
+    """
     if hostile == "two_values" and dtype == torch.bfloat16 and BLOCKS[name].stride > 1:
         pytest.skip(
             "oneDNN's bfloat16 weight gradient of a strided 3x3 on one pixel is now and then NaN, in eager too"
         )
 
     def draw() -> tuple[Results, Results, Results]:
-        case = make_case(name, hostile, dtype, device)
+        case = make_case(name, hostile, dtype, device, images)
         shift_betas(case, training)
         grad = gradient_for(plain(case.to(torch.float64), training).detach(), dtype)
         found = (
