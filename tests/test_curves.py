@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
@@ -28,22 +27,11 @@ SEEDS, EPOCHS, STEPS, HELD_OUT = 2, 3, 14, 4
 FACTOR = 2.0
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @dataclass(frozen=True)
 class Variant:
     """One way to do the same sums."""
 
     impl: str = "reference"
-    context: Callable[[], AbstractContextManager[None]] = nullcontext
     channels_last: bool = True
     reverse: bool = False  # the images of each batch, in which all sums over a batch run
 
@@ -52,7 +40,6 @@ FUSED = "fused"
 VARIANTS = {
     FUSED: Variant("fused"),
     "reference": Variant(),
-    "one thread": Variant(context=_one_thread),
     "contiguous": Variant(channels_last=False),
     "reversed batches": Variant(reverse=True),
 }
@@ -90,16 +77,15 @@ def run(variant: Variant, settings: Settings, data: Data) -> Curve:
     """Trains as the command line does."""
     own = replace(settings, channels_last=variant.channels_last)
     learner = Learner(variant.impl, own, data.source, data.steps, torch.device("cpu"), World())
-    with variant.context():
-        for batches in data.training:
-            for batch in batches:
-                images, labels = learner.prepare(batch)
-                if variant.reverse:
-                    images = images.flip(0).contiguous(memory_format=learner.memory_format)
-                    labels = labels.flip(0)
-                learner.step(images, labels)
-            learner.count_steps()
-            learner.progress.finish_epoch(0.0, *learner.evaluate(data.held_out))
+    for batches in data.training:
+        for batch in batches:
+            images, labels = learner.prepare(batch)
+            if variant.reverse:
+                images = images.flip(0).contiguous(memory_format=learner.memory_format)
+                labels = labels.flip(0)
+            learner.step(images, labels)
+        learner.count_steps()
+        learner.progress.finish_epoch(0.0, *learner.evaluate(data.held_out))
     history = learner.progress.history
     return Curve(
         learner.progress.losses,
