@@ -44,14 +44,16 @@ def test_learns_digits(cli: Cli, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("precision", "impl"), [("bf16", "fused"), ("fp16", "fused"), ("bf16", "reference")])
 def test_lower_precision(precision: str, impl: str, train: Cli, tmp_path: Path) -> None:
-    result = train("--precision", precision, "--impl", impl, "--max-steps", 3)
+    # oneDNN leaves taps of a bfloat16 weight gradient unwritten that see no pixel, as at 16x16 in the last stage.
+    size = ("--image-size", 48)
+    result = train("--precision", precision, "--impl", impl, *size, "--max-steps", 3)
     if result.code == 2:
         assert f"--precision {precision} is not supported on cpu" in result.err
         return
     state = load(tmp_path / "out" / "last.pt")
     assert bool(state["scaler"]) == (precision == "fp16")
     assert all(map(math.isfinite, state["progress"]["losses"].tolist()))
-    assert train("--resume").code == 0
+    assert train("--resume", *size).code == 0
 
 
 def test_contiguous_layout(train: Cli, tmp_path: Path) -> None:

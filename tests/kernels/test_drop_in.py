@@ -26,11 +26,9 @@ from tests.ops.operands import CASES, SIZES, Maker, op_of
 
 pytestmark = pytest.mark.interpreter
 #: Cases that Triton kernels support: convolutions without groups, whose coefficients are needed.
-KERNEL_CASES = {
-    case: make
-    for case, make in CASES.items()
-    if op_of(case) not in ("folded_backward", "add_gemm_") and not case.endswith(("groups", "neither"))
-} | {"conv_bn_stats-plain": lambda m: (*CASES["conv_bn_stats-plain"](m)[:-1], True)}
+KERNEL_CASES = {case: make for case, make in CASES.items() if not case.endswith(("groups", "neither"))} | {
+    "conv_bn_stats-plain": lambda m: (*CASES["conv_bn_stats-plain"](m)[:-1], True)
+}
 #: Images of each process.
 PER_RANK = (3, 2)
 SIZE = 8
