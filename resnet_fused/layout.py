@@ -94,6 +94,12 @@ def fresh_like(
     return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
+def new_activation(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """Uninitialized (N, channels, height, width), channels_last, with N, dtype and device of ``like``."""
+    size = (like.shape[0], channels, height, width)
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
 def check_given(out: Tensor, y: Tensor) -> None:
     """Refuses an output of the caller's that is not like the dense ``y``: nothing is copied to another layout.
 

@@ -26,16 +26,6 @@ def weight_matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def new_activation(like: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """Uninitialized (N, channels, height, width), channels_last, with N, dtype and device of ``like``."""
-    return torch.empty(
-        (len(like), channels, height, width),
-        dtype=like.dtype,
-        device=like.device,
-        memory_format=torch.channels_last,
-    )
-
-
 def new_sums(like: Tensor, *sizes: int) -> Tensor:
     """Uninitialized, in the statistics dtype of the activation ``like``."""
     return torch.empty(sizes, dtype=statistics_dtype(like.dtype), device=like.device)

@@ -16,7 +16,6 @@ from torch import Tensor
 from resnet_fused.kernels.arguments import (
     activation_arguments,
     mask_words,
-    new_activation,
     precision,
     subsampled_bytes,
     weight_matrix,
@@ -25,7 +24,7 @@ from resnet_fused.kernels.autotune.heuristics import gemm_configs
 from resnet_fused.kernels.bn_coeffs import with_bn_coeffs
 from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.tiles import load_activation_tile, load_tile, store_mask_tile, unravel_pixels
-from resnet_fused.layout import mask_shape
+from resnet_fused.layout import mask_shape, new_activation
 from resnet_fused.types import Activation, Pair
 
 #: mean, invstd, weight and bias of a batch norm, (C,) each.

@@ -17,7 +17,6 @@ from resnet_fused.kernels.arguments import (
     activation_arguments,
     geometry_arguments,
     is_pointwise,
-    new_activation,
     precision,
     size_arguments,
     subsampled_bytes,
@@ -27,6 +26,7 @@ from resnet_fused.kernels.autotune.heuristics import gemm_configs
 from resnet_fused.kernels.bn_coeffs import with_bn_coeffs
 from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.tiles import advance_tap, load_activation_tile, unravel_pixels, valid_taps
+from resnet_fused.layout import new_activation
 from resnet_fused.types import Activation, ConvGeometry
 
 

@@ -19,7 +19,6 @@ from resnet_fused.kernels.arguments import (
     gradient_arguments,
     is_pointwise,
     mask_words,
-    new_activation,
     precision,
     size_arguments,
     weight_matrix,
@@ -38,6 +37,7 @@ from resnet_fused.kernels.tiles import (
     unravel_pixels,
     valid_taps,
 )
+from resnet_fused.layout import new_activation
 from resnet_fused.types import Activation, ConvGeometry, Gradient, Pair
 
 

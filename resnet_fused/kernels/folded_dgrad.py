@@ -15,7 +15,6 @@ from resnet_fused.kernels.arguments import (
     activation_arguments,
     folded_size_arguments,
     mask_words,
-    new_activation,
     precision,
     skip_arguments,
     subsampled_bytes,
@@ -31,6 +30,7 @@ from resnet_fused.kernels.tiles import (
     store_tile_sums,
     unravel_pixels,
 )
+from resnet_fused.layout import new_activation
 from resnet_fused.types import Activation, DgradFactors, Pair
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.layout import statistics_dtype, subsample
+from resnet_fused.layout import new_activation, statistics_dtype, subsample
 from resnet_fused.ops import _checks
 from resnet_fused.ops.bn_add_relu import bn_add_relu_backward_dy
 from resnet_fused.ops.bn_relu import bn_relu_backward, bn_relu_backward_reduce, bn_relu_forward
@@ -26,7 +26,6 @@ from resnet_fused.ops.dispatch import (
     exactly,
     fastest,
     fastest_sharing,
-    launches_coeffs,
     operand_is_given,
     runs_triton,
     tunable,
@@ -85,11 +84,6 @@ def new_coeffs(like: Tensor, channels: int) -> Tensor:
     return like.new_empty(3, channels, dtype=statistics_dtype(like.dtype))
 
 
-def new_activation(like: Tensor, channels: int, height: int, width: int) -> Tensor:
-    size = (like.shape[0], channels, height, width)
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
 def activation_of(fields: Sequence[Tensor | None]) -> Activation:
     return Activation(*fields)  # type: ignore[arg-type]
 
@@ -107,7 +101,7 @@ def bn_sums(da: Tensor, a: Activation) -> tuple[Tensor, ...]:
     norm = a.mean, a.invstd, a.weight, a.bias
     coeffs = _bn_coeffs(a.x, *norm) if a.bn_coeffs is None else a.bn_coeffs
     sum_dz, sum_dz_xhat = bn_relu_backward_reduce(da, a.x, *norm)
-    make = coefficient_kernels().dy_coeffs_of if launches_coeffs(a.x) else make_dy_coeffs
+    make = coefficient_kernels().dy_coeffs_of if runs_triton(a.x) else make_dy_coeffs
     pixels = a.x.numel() // a.x.shape[1]
     return sum_dz, sum_dz_xhat, make(sum_dz, sum_dz_xhat, a.mean, a.invstd, coeffs, pixels)
 
@@ -121,7 +115,7 @@ def fake_bn_sums(a: Activation) -> tuple[Tensor, ...]:
 
 def _bn_coeffs(y: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
     """``make_bn_coeffs`` of a batch norm of ``y``."""
-    make = coefficient_kernels().bn_coeffs_of if launches_coeffs(y) else make_bn_coeffs
+    make = coefficient_kernels().bn_coeffs_of if runs_triton(y) else make_bn_coeffs
     coeffs: Tensor = make(mean, invstd, gamma, beta)
     return coeffs
 

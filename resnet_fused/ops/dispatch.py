@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fused.backend import choice, why_not_triton, why_plain
+from resnet_fused.backend import why_not_triton, why_plain
 from resnet_fused.types import Activation, Gradient
 
 if TYPE_CHECKING:
@@ -200,8 +200,3 @@ def are_given(fields: Sequence[Tensor | None]) -> list[bool]:
 def operand_is_given(operand: Activation | Gradient) -> list[bool]:
     """Without coefficients, which kernels compute themselves where they are not given."""
     return are_given(operand[1:6] if isinstance(operand, Activation) else operand[1:9])
-
-
-def launches_coeffs(x: Tensor) -> bool:
-    """Whether Triton kernels compute coefficients for an activation even where the vendor does the rest."""
-    return runs_triton(x) and choice() not in ("vendor", "reference")

@@ -157,12 +157,11 @@ def fold_gradients_across(
     shared_dz, shared_dgamma = shared_sums((sum_dz, dgamma), group, stats.count_fraction)
     slope, offset = -stats.invstd * shared_dgamma / pixels, -shared_dz / pixels
     dweight = q + (slope * pixels)[:, None] * matrix_mm_nt(wide, fold.covariance)
-    total = offset * pixels
     if group is not None:  # else c W^T has the mean that was subtracted from it, and dy sums to zero
         offset = offset + slope * (wide @ fold.mean - stats.mean)
-        total = offset * pixels
-        if fold.shift is not None:
-            dweight = dweight.addr(sum_dz + total, fold.shift)
+    total = offset * pixels
+    if group is not None and fold.shift is not None:
+        dweight = dweight.addr(sum_dz + total, fold.shift)
     dweight = factor[:, None] * dweight.addr(total, fold.mean)
     matrix = matrix_mm_tn(wide, (factor * slope)[:, None] * wide).to(weight.dtype)
     # Of both matrices as they are rounded: then dc sums to zero over the pixels as dy does.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.layout import mask_shape, statistics_dtype
+from resnet_fused.layout import mask_shape, new_activation, statistics_dtype
 from resnet_fused.ops import _checks
 from resnet_fused.ops.bn_add_relu import bn_add_relu_out
 from resnet_fused.ops.bn_bn_add_relu import bn_bn_add_relu_out
@@ -24,7 +24,6 @@ from resnet_fused.ops.conv_bn import (
     empty_vectors,
     fake_bn_sums,
     materialize,
-    new_activation,
     new_vectors,
 )
 from resnet_fused.ops.dispatch import (

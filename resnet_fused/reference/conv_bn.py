@@ -69,8 +69,8 @@ def conv_bn_stats(
         mean, biased var, invstd: (outputs,), and bn_coeffs: (3, outputs), see types.make_bn_coeffs; empty where they
         are not needed.
     """
-    value = activation_value(_activation(a))
-    y = _channels_last(F.conv2d(value, weight, None, stride, padding, dilation, groups))
+    value = activation_value(activation_of(a))
+    y = channels_last(F.conv2d(value, weight, None, stride, padding, dilation, groups))
     if not training:
         return y, *_empty(y, 4)
     mean, var, invstd = batch_norm_stats(y, eps)
@@ -102,7 +102,7 @@ def dgrad(
         sum_dz, sum_dz_xhat: (C,), of da times the ReLU's mask, where ``a`` has statistics; else empty.
         dy_coeffs: (3, C), see types.make_dy_coeffs; empty where they are.
     """
-    source, g = _activation(a), widened(gradient_value(_gradient(dy)))
+    source, g = activation_of(a), widened(gradient_value(_gradient(dy)))
     da = conv2d_input(source.x.shape, widened(weight), g, stride, padding, dilation, groups)
     if residual is not None:
         more = widened(residual)
@@ -123,8 +123,8 @@ def wgrad(
     groups: int,
 ) -> Tensor:
     """The gradient w.r.t. ``weight`` (given for its shape), channels_last, in the statistics dtype."""
-    g, value = widened(gradient_value(_gradient(dy))), widened(activation_value(_activation(a)))
-    return _channels_last(conv2d_weight(value, weight.shape, g, stride, padding, dilation, groups))
+    g, value = widened(gradient_value(_gradient(dy))), widened(activation_value(activation_of(a)))
+    return channels_last(conv2d_weight(value, weight.shape, g, stride, padding, dilation, groups))
 
 
 def conv_backward(
@@ -145,7 +145,7 @@ def conv_backward(
     Args:
         needs: whether the gradient w.r.t. the input is needed, and that w.r.t. the weight.
     """
-    x, geometry = _activation(a).x, (stride, padding, dilation, groups)
+    x, geometry = activation_of(a).x, (stride, padding, dilation, groups)
     of_input: tuple[Tensor, ...] = x.new_empty(0), *_empty(x, 3)
     if needs[0]:
         of_input = dgrad(dy, weight, *geometry, a, residual, residual_mask, input_stride)
@@ -167,7 +167,7 @@ def bn_sums(da: Tensor, a: Activation) -> tuple[Tensor, ...]:
     )
 
 
-def _activation(fields: list[Tensor | None]) -> Activation:
+def activation_of(fields: list[Tensor | None]) -> Activation:
     return Activation(*fields)  # type: ignore[arg-type]
 
 
@@ -179,6 +179,6 @@ def _empty(like: Tensor, count: int) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0, dtype=statistics_dtype(like.dtype)) for _ in range(count))
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def channels_last(x: Tensor) -> Tensor:
     """With exactly those strides, where others would do too: of a single channel, or without elements."""
     return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)

@@ -17,7 +17,7 @@ from torch import Tensor
 from resnet_fused.layout import dense, pack_mask, stored, subsample, widened
 from resnet_fused.reference.batch_norm import affine, relu_mask, scale
 from resnet_fused.reference.bn_add_relu import relu_backward
-from resnet_fused.reference.conv_bn import activation_value, bn_sums
+from resnet_fused.reference.conv_bn import activation_of, activation_value, bn_sums, channels_last
 from resnet_fused.types import Activation
 
 
@@ -26,7 +26,7 @@ def input_covariance(a: list[Tensor | None], input_stride: list[int]) -> tuple[T
 
     In the statistics dtype; 0 where there are no pixels.
     """
-    rows = _rows(widened(subsample(activation_value(_activation(a)), input_stride)))
+    rows = _rows(widened(subsample(activation_value(activation_of(a)), input_stride)))
     mean = rows.sum(0) if len(rows) == 0 else rows.mean(0)
     centered = rows - mean
     return mean, centered.t() @ centered / max(len(rows), 1)
@@ -54,14 +54,14 @@ def conv1x1_bn_add_relu(
     Returns:
         out: (N, C, H, W), channels_last; mask: uint8, see layout.pack_mask.
     """
-    like = _convolved(activation_value(_activation(a)), weight)
+    like = _convolved(activation_value(activation_of(a)), weight)
     z = affine(widened(like), *bn)  # type: ignore[arg-type]
     other = subsample(activation_value(Activation(skip, shift=skip_shift)), input_stride)
     other = widened(_convolved(other, skip_weight))
     if skip_bn[0] is not None:
         other = affine(other, *skip_bn)  # type: ignore[arg-type]
     z = z + other
-    return _channels_last(stored(torch.relu(z), like)), pack_mask(relu_mask(z), like)
+    return channels_last(stored(torch.relu(z), like)), pack_mask(relu_mask(z), like)
 
 
 def folded_wgrad(
@@ -85,7 +85,7 @@ def folded_wgrad(
     rows = _rows(dz)
 
     def q_of(operand: list[Tensor | None], stride: list[int]) -> Tensor:
-        return rows.t() @ _rows(widened(subsample(activation_value(_activation(operand)), stride)))
+        return rows.t() @ _rows(widened(subsample(activation_value(activation_of(operand)), stride)))
 
     skip_q = q_of(skip, skip_input_stride) if skip else dz.new_empty(0)
     return q_of(a, input_stride), skip_q, dz.sum((0, 2, 3), dtype=torch.float64).to(dz.dtype)
@@ -119,13 +119,13 @@ def folded_dgrad(
         if matrix is not None and vector is not None:
             da = da + F.conv2d(widened(subsample(activation_value(x), stride)), widened(matrix))
             da = da + vector.view(1, -1, 1, 1)
-        return _channels_last(da.to(grad.dtype))
+        return channels_last(da.to(grad.dtype))
 
-    da = input_gradient(_activation(a), input_stride, factors)
+    da = input_gradient(activation_of(a), input_stride, factors)
     dskip = grad.new_empty(0)
     if skip:
-        dskip = input_gradient(_activation(skip), skip_input_stride, skip_factors)
-    return da, dskip, *bn_sums(da, _activation(a))
+        dskip = input_gradient(activation_of(skip), skip_input_stride, skip_factors)
+    return da, dskip, *bn_sums(da, activation_of(a))
 
 
 def fold_statistics(
@@ -195,15 +195,6 @@ def rectified_mean(weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
         torch.exp(-0.5 * ratio.square()) / 6.283185307179586**0.5
     )  # torch.compile makes a symbol of a named 2 pi
     return bias * torch.special.ndtr(ratio) + spread * density
-
-
-def _activation(fields: list[Tensor | None]) -> Activation:
-    return Activation(*fields)  # type: ignore[arg-type]
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """With exactly those strides, where others would do too: of a single channel, or without elements."""
-    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
 
 
 def _rows(x: Tensor) -> Tensor:
