@@ -10,6 +10,7 @@ Activations are (N, C, H, W); per-channel vectors are (C,) in the statistics dty
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 Pair = tuple[int, int]
+
+
+def pair(values: Sequence[int]) -> Pair:
+    return values[0], values[1]
 
 
 class BatchNorm(NamedTuple):

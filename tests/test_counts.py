@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks import counts
 from resnet_fused import models, native
-from resnet_fused.ops.dispatch import IMPLEMENTATIONS, Implementations
+from resnet_fused.ops.dispatch import IMPLEMENTATIONS
 
 needs_extension = pytest.mark.skipif(not native.is_loaded, reason="without the extension ops run unfused")
 
@@ -58,7 +58,8 @@ def test_one_activation_more_is_counted(monkeypatch: pytest.MonkeyPatch) -> None
 def test_one_tensor_more_inside_an_op_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.resnet50().to(memory_format=torch.channels_last)
     large = counts.large_tensors(model)
-    plain, calls = IMPLEMENTATIONS["conv1x1_bn_add_relu"].composed, 0
+    implementations, calls = IMPLEMENTATIONS["conv1x1_bn_add_relu"], 0
+    plain = implementations.composed
     assert plain is not None
 
     def wasteful(a: list[Tensor], *rest: Tensor) -> tuple[Tensor, ...]:
@@ -67,5 +68,5 @@ def test_one_tensor_more_inside_an_op_is_counted(monkeypatch: pytest.MonkeyPatch
         found: tuple[Tensor, ...] = plain([a[0].clone(), *a[1:]], *rest)
         return found
 
-    monkeypatch.setitem(IMPLEMENTATIONS, "conv1x1_bn_add_relu", Implementations(wasteful, True))
+    monkeypatch.setitem(IMPLEMENTATIONS, "conv1x1_bn_add_relu", implementations._replace(composed=wasteful))
     assert counts.large_tensors(model) == (large[0] + calls, large[1]) and calls > 0

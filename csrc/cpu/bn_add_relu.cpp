@@ -24,16 +24,16 @@ RESNET_FUSED_INLINE void forward(const Forward<T>& args) {
       T* out = args.out + at;
       const S *mean = panel.vector(0) + lane, *scale = panel.vector(1) + lane, *bias = panel.vector(2) + lane;
       const int count = n;
-      alignas(64) uint8_t kept[kBlock] = {};
+      alignas(64) uint8_t active[kBlock] = {};
       prefetch(y, ahead, n);
       prefetch(residual, ahead, n);
       RESNET_FUSED_VECTOR
       for (int i = 0; i < count; i++) {
         const S z = (load(y[i]) - mean[i]) * scale[i] + bias[i] + load(residual[i]);
         out[i] = store<T>(z <= 0 ? S(0) : z);
-        kept[i] = !(z <= 0);
+        active[i] = !(z <= 0);
       }
-      pack_mask(kept, n, args.mask + panel.mask_at(row, lane));
+      pack_mask(active, n, args.mask + panel.mask_at(row, lane));
     });
 }
 
@@ -59,11 +59,11 @@ RESNET_FUSED_INLINE void reduce(const Reduce<T>& args) {
                  const S* mean = panel.vector(0) + lane;
                  const int count = n;
                  constexpr int kRows = rows;
-                 alignas(64) uint8_t kept[kRows * kBlock];
+                 alignas(64) uint8_t active[kRows * kBlock];
                  for (int r = 0; r < kRows; r++) {
                    prefetch(grad + r * panel.stride, ahead, n);
                    prefetch(y + r * panel.stride, ahead, n);
-                   unpack_mask(args.mask + panel.mask_at(row + r, lane), n, kept + r * kBlock);
+                   unpack_mask(args.mask + panel.mask_at(row + r, lane), n, active + r * kBlock);
                  }
                  RESNET_FUSED_VECTOR
                  for (int i = 0; i < count; i++) {
@@ -71,7 +71,7 @@ RESNET_FUSED_INLINE void reduce(const Reduce<T>& args) {
                    RESNET_FUSED_UNROLL
                    for (int r = 0; r < kRows; r++) {
                      const S da = load(grad[r * panel.stride + i]);
-                     const S dz = kept[r * kBlock + i] ? da : S(0);
+                     const S dz = active[r * kBlock + i] ? da : S(0);
                      sum_dz += dz;
                      sum_dz_centred += dz * (load(y[r * panel.stride + i]) - mean[i]);
                    }
@@ -105,14 +105,14 @@ RESNET_FUSED_INLINE void backward(const Backward<T>& args) {
       const S *mean = panel.vector(0) + lane, *scale = panel.vector(1) + lane;
       const S *slope = panel.vector(2) + lane, *offset = panel.vector(3) + lane;
       const int count = n;
-      alignas(64) uint8_t kept[kBlock];
-      unpack_mask(args.mask + panel.mask_at(row, lane), n, kept);
+      alignas(64) uint8_t active[kBlock];
+      unpack_mask(args.mask + panel.mask_at(row, lane), n, active);
       prefetch(grad, ahead, n);
       if (kBatchStatistics) prefetch(y, ahead, n);
       RESNET_FUSED_VECTOR
       for (int i = 0; i < count; i++) {
         const S da = load(grad[i]);
-        const S dz = kept[i] ? da : S(0);
+        const S dz = active[i] ? da : S(0);
         const S sum = kBatchStatistics ? dz + ((load(y[i]) - mean[i]) * slope[i] + offset[i]) : dz;
         if (kResidual) dresidual[i] = store<T>(dz);
         dy[i] = store<T>(scale[i] * sum);

@@ -25,7 +25,7 @@ RESNET_FUSED_INLINE void forward(const Forward<T>& args) {
       const S *mean = panel.vector(0) + lane, *scale = panel.vector(1) + lane, *bias = panel.vector(2) + lane;
       const S *skip_mean = panel.vector(3) + lane, *skip_scale = panel.vector(4) + lane;
       const int count = n;
-      alignas(64) uint8_t kept[kBlock] = {};
+      alignas(64) uint8_t active[kBlock] = {};
       prefetch(y, ahead, n);
       prefetch(skip, ahead, n);
       RESNET_FUSED_VECTOR
@@ -33,9 +33,9 @@ RESNET_FUSED_INLINE void forward(const Forward<T>& args) {
         const S z =
             (load(y[i]) - mean[i]) * scale[i] + ((load(skip[i]) - skip_mean[i]) * skip_scale[i] + bias[i]);
         out[i] = store<T>(z <= 0 ? S(0) : z);
-        kept[i] = !(z <= 0);
+        active[i] = !(z <= 0);
       }
-      pack_mask(kept, n, args.mask + panel.mask_at(row, lane));
+      pack_mask(active, n, args.mask + panel.mask_at(row, lane));
     });
 }
 
@@ -61,12 +61,12 @@ RESNET_FUSED_INLINE void reduce(const Reduce<T>& args) {
                  const S *mean = panel.vector(0) + lane, *skip_mean = panel.vector(1) + lane;
                  const int count = n;
                  constexpr int kRows = rows;
-                 alignas(64) uint8_t kept[kRows * kBlock];
+                 alignas(64) uint8_t active[kRows * kBlock];
                  for (int r = 0; r < kRows; r++) {
                    prefetch(grad + r * panel.stride, ahead, n);
                    prefetch(y + r * panel.stride, ahead, n);
                    prefetch(skip + r * panel.stride, ahead, n);
-                   unpack_mask(args.mask + panel.mask_at(row + r, lane), n, kept + r * kBlock);
+                   unpack_mask(args.mask + panel.mask_at(row + r, lane), n, active + r * kBlock);
                  }
                  RESNET_FUSED_VECTOR
                  for (int i = 0; i < count; i++) {
@@ -74,7 +74,7 @@ RESNET_FUSED_INLINE void reduce(const Reduce<T>& args) {
                    RESNET_FUSED_UNROLL
                    for (int r = 0; r < kRows; r++) {
                      const S da = load(grad[r * panel.stride + i]);
-                     const S dz = kept[r * kBlock + i] ? da : S(0);
+                     const S dz = active[r * kBlock + i] ? da : S(0);
                      sum_dz += dz;
                      sum_dz_centred += dz * (load(y[r * panel.stride + i]) - mean[i]);
                      sum_dz_skip_centred += dz * (load(skip[r * panel.stride + i]) - skip_mean[i]);
@@ -112,15 +112,15 @@ RESNET_FUSED_INLINE void backward(const Backward<T>& args) {
       const S *skip_mean = panel.vector(4) + lane, *skip_scale = panel.vector(5) + lane;
       const S *skip_slope = panel.vector(6) + lane, *skip_offset = panel.vector(7) + lane;
       const int count = n;
-      alignas(64) uint8_t kept[kBlock];
-      unpack_mask(args.mask + panel.mask_at(row, lane), n, kept);
+      alignas(64) uint8_t active[kBlock];
+      unpack_mask(args.mask + panel.mask_at(row, lane), n, active);
       prefetch(grad, ahead, n);
       if (kBatchStatistics) prefetch(y, ahead, n);
       if (kSkipBatchStatistics) prefetch(skip, ahead, n);
       RESNET_FUSED_VECTOR
       for (int i = 0; i < count; i++) {
         const S da = load(grad[i]);
-        const S dz = kept[i] ? da : S(0);
+        const S dz = active[i] ? da : S(0);
         const S sum = kBatchStatistics ? dz + ((load(y[i]) - mean[i]) * slope[i] + offset[i]) : dz;
         const S skip_sum = kSkipBatchStatistics
                                ? dz + ((load(skip[i]) - skip_mean[i]) * skip_slope[i] + skip_offset[i])

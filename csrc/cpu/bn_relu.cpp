@@ -29,8 +29,8 @@ RESNET_FUSED_INLINE void forward(const Forward<T>& args) {
       RESNET_FUSED_VECTOR
       for (int i = 0; i < count; i++) {
         const S z = (load(y[i]) - mean[i]) * scale[i] + bias[i];
-        const S kept = z <= 0 ? S(0) : z;
-        out[i] = store<T>(kShifted ? kept - shift[i] : kept);
+        const S activated = z <= 0 ? S(0) : z;
+        out[i] = store<T>(kShifted ? activated - shift[i] : activated);
       }
     });
 }

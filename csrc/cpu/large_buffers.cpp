@@ -85,12 +85,12 @@ struct Pool {
 // Never destroyed: tensors may outlive every static object.
 Pool& pool() {
   static Pool* const instance = [] {
-    Pool* const made = new Pool;
+    Pool* const pool_of_process = new Pool;
 #if defined(__linux__)
     // A child is a copy of the thread that forked: another one may not be left holding the mutex in it.
     pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); }, [] { pool().mutex.unlock(); });
 #endif
-    return made;
+    return pool_of_process;
   }();
   return *instance;
 }
@@ -115,9 +115,9 @@ void* take_large_buffer(size_t bytes) {
 void give_large_buffer(void* buffer) {
   Pool& all = pool();
   const std::lock_guard<std::mutex> lock(all.mutex);
-  const auto found = all.taken.find(buffer);
-  const size_t bytes = found->second;
-  all.taken.erase(found);
+  const auto entry = all.taken.find(buffer);
+  const size_t bytes = entry->second;
+  all.taken.erase(entry);
   all.in_use -= bytes;
   all.idle.push_back({buffer, bytes, all.requests});
   all.idle_bytes += bytes;

@@ -25,14 +25,14 @@ RESNET_FUSED_INLINE void copy(const Copy<T>& args) {
       const T* grad = args.grad + at;
       T* out = args.out + at;
       const int count = n;
-      alignas(64) uint8_t kept[kBlock];
-      unpack_mask(args.mask + panel.mask_at(row, lane), n, kept);
+      alignas(64) uint8_t active[kBlock];
+      unpack_mask(args.mask + panel.mask_at(row, lane), n, active);
       prefetch(grad, ahead, n);
       if (kAccumulate) prefetch(out, ahead, n);
       RESNET_FUSED_VECTOR
       for (int i = 0; i < count; i++) {
         const S da = load(grad[i]);
-        const S dz = kept[i] ? da : S(0);
+        const S dz = active[i] ? da : S(0);
         out[i] = store<T>(kAccumulate ? load(out[i]) + dz : dz);
       }
     });
@@ -62,11 +62,11 @@ RESNET_FUSED_INLINE void copy_and_sum(const CopyAndSum<T>& args) {
                  T* out = args.out + at;
                  const int count = n;
                  constexpr int kRows = rows;
-                 alignas(64) uint8_t kept[kRows * kBlock];
+                 alignas(64) uint8_t active[kRows * kBlock];
                  for (int r = 0; r < kRows; r++) {
                    prefetch(grad + r * panel.stride, ahead, n);
                    if (kAccumulate) prefetch(out + r * panel.stride, ahead, n);
-                   unpack_mask(args.mask + panel.mask_at(row + r, lane), n, kept + r * kBlock);
+                   unpack_mask(args.mask + panel.mask_at(row + r, lane), n, active + r * kBlock);
                  }
                  RESNET_FUSED_VECTOR
                  for (int i = 0; i < count; i++) {
@@ -74,7 +74,7 @@ RESNET_FUSED_INLINE void copy_and_sum(const CopyAndSum<T>& args) {
                    RESNET_FUSED_UNROLL
                    for (int r = 0; r < kRows; r++) {
                      const S da = load(grad[r * panel.stride + i]);
-                     const S dz = kept[r * kBlock + i] ? da : S(0);
+                     const S dz = active[r * kBlock + i] ? da : S(0);
                      T& to = out[r * panel.stride + i];
                      to = store<T>(kAccumulate ? load(to) + dz : dz);
                      sum += dz;

@@ -1,4 +1,4 @@
-// relu(bn(y) + residual), which remembers in one bit an element what the ReLU kept.
+// relu(bn(y) + residual), which remembers in one bit an element where the ReLU is active.
 #include "elementwise.cuh"
 #include "reduce.cuh"
 
@@ -21,9 +21,9 @@ struct Forward {
   __device__ Coefficients coefficients(int64_t c) const { return norm.affine(c); }
   __device__ bool apply(const Coefficients& affine, const S (&in)[2], bool, S (&out)[1]) const {
     const S z = affine(in[0]) + in[1];
-    const bool keep = relu_keeps(z);
-    out[0] = keep ? z : S(0);
-    return keep;
+    const bool is_active = relu_is_active(z);
+    out[0] = is_active ? z : S(0);
+    return is_active;
   }
 };
 
@@ -41,8 +41,8 @@ struct BackwardReduce {
   Totals<S, 2> totals;
 
   __device__ Coefficients coefficients(int64_t c) const { return __ldg(mean + c); }
-  __device__ void terms(const Coefficients& mean, const S (&in)[2], bool kept, S (&t)[2]) const {
-    t[0] = kept ? in[0] : S(0);
+  __device__ void terms(const Coefficients& mean, const S (&in)[2], bool active, S (&t)[2]) const {
+    t[0] = active ? in[0] : S(0);
     t[1] = t[0] * (in[1] - mean);
   }
 };
@@ -61,8 +61,8 @@ struct Backward {
   GradientVectors<S> gradient;
 
   __device__ Coefficients coefficients(int64_t c) const { return gradient.coefficients(c); }
-  __device__ bool apply(const Coefficients& k, const S (&in)[2], bool kept, S (&out)[kOutputs]) const {
-    const S dz = kept ? in[0] : S(0);
+  __device__ bool apply(const Coefficients& k, const S (&in)[2], bool active, S (&out)[kOutputs]) const {
+    const S dz = active ? in[0] : S(0);
     out[0] = gradient(k, dz, in[1]);
     if constexpr (kResidual) out[1] = dz;
     return true;

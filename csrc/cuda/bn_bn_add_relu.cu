@@ -27,9 +27,9 @@ struct Forward {
   __device__ bool apply(const Coefficients& k, const S (&in)[2], bool, S (&out)[1]) const {
     const S z =
         multiply_add(in[0] - k.mean, k.scale, multiply_add(in[1] - k.skip_mean, k.skip_scale, k.bias));
-    const bool keep = relu_keeps(z);
-    out[0] = keep ? z : S(0);
-    return keep;
+    const bool is_active = relu_is_active(z);
+    out[0] = is_active ? z : S(0);
+    return is_active;
   }
 };
 
@@ -49,8 +49,8 @@ struct BackwardReduce {
   Totals<S, 3> totals;
 
   __device__ Coefficients coefficients(int64_t c) const { return {__ldg(mean + c), __ldg(skip_mean + c)}; }
-  __device__ void terms(const Coefficients& k, const S (&in)[3], bool kept, S (&t)[3]) const {
-    t[0] = kept ? in[0] : S(0);
+  __device__ void terms(const Coefficients& k, const S (&in)[3], bool active, S (&t)[3]) const {
+    t[0] = active ? in[0] : S(0);
     t[1] = t[0] * (in[1] - k.mean);
     t[2] = t[0] * (in[2] - k.skip_mean);
   }
@@ -74,8 +74,8 @@ struct Backward {
   __device__ Coefficients coefficients(int64_t c) const {
     return {gradient.coefficients(c), skip_gradient.coefficients(c)};
   }
-  __device__ bool apply(const Coefficients& k, const S (&in)[3], bool kept, S (&out)[2]) const {
-    const S dz = kept ? in[0] : S(0);
+  __device__ bool apply(const Coefficients& k, const S (&in)[3], bool active, S (&out)[2]) const {
+    const S dz = active ? in[0] : S(0);
     out[0] = gradient(k.y, dz, in[1]);
     out[1] = skip_gradient(k.skip, dz, in[2]);
     return true;

@@ -1,4 +1,4 @@
-// relu(bn(y)), and its backward, which recomputes from y what the ReLU kept.
+// relu(bn(y)), and its backward, which recomputes from y where the ReLU is active.
 #include "elementwise.cuh"
 #include "reduce.cuh"
 
@@ -20,9 +20,9 @@ struct Forward {
   __device__ Coefficients coefficients(int64_t c) const { return norm.affine(c); }
   __device__ bool apply(const Coefficients& affine, const S (&in)[1], bool, S (&out)[1]) const {
     const S z = affine(in[0]);
-    const bool keep = relu_keeps(z);
-    out[0] = keep ? z : S(0);
-    return keep;
+    const bool is_active = relu_is_active(z);
+    out[0] = is_active ? z : S(0);
+    return is_active;
   }
 };
 
@@ -45,9 +45,9 @@ struct ShiftedForward {
   __device__ Coefficients coefficients(int64_t c) const { return {norm.affine(c), __ldg(shift + c)}; }
   __device__ bool apply(const Coefficients& k, const S (&in)[1], bool, S (&out)[1]) const {
     const S z = k.affine(in[0]);
-    const bool keep = relu_keeps(z);
-    out[0] = (keep ? z : S(0)) - k.shift;
-    return keep;
+    const bool is_active = relu_is_active(z);
+    out[0] = (is_active ? z : S(0)) - k.shift;
+    return is_active;
   }
 };
 
@@ -65,7 +65,7 @@ struct BackwardReduce {
 
   __device__ Coefficients coefficients(int64_t c) const { return norm.affine(c); }
   __device__ void terms(const Coefficients& affine, const S (&in)[2], bool, S (&t)[2]) const {
-    t[0] = relu_keeps(affine(in[1])) ? in[0] : S(0);
+    t[0] = relu_is_active(affine(in[1])) ? in[0] : S(0);
     t[1] = t[0] * (in[1] - affine.mean);
   }
 };
@@ -90,7 +90,7 @@ struct Backward {
   }
   __device__ bool apply(const Coefficients& k, const S (&in)[2], bool, S (&out)[1]) const {
     const Affine<S> affine{k.gradient.mean, k.gradient.scale, k.bias};
-    out[0] = gradient(k.gradient, relu_keeps(affine(in[1])) ? in[0] : S(0), in[1]);
+    out[0] = gradient(k.gradient, relu_is_active(affine(in[1])) ? in[0] : S(0), in[1]);
     return true;
   }
 };

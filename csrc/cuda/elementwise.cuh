@@ -6,7 +6,7 @@
 //   kReadsMask, kWritesMask
 //   inputs[], outputs[]                  their pointers; mask_in, mask_out where the flags say so
 //   Coefficients, coefficients(c)        what it needs to know of channel c
-//   bool apply(k, in[], kept, out[])     kept: the element's bit of mask_in; returns that of mask_out
+//   bool apply(k, in[], active, out[])     active: the element's bit of mask_in; returns that of mask_out
 #pragma once
 
 #include "elements.cuh"
@@ -18,18 +18,19 @@ namespace resnet_fused::cuda {
 // collects its bits in shared memory first. Every thread of the block has to come here.
 __device__ inline void store_mask_of_block(uint8_t* row, bool row_exists, const Columns<false>& at,
                                            int64_t tile, int64_t bytes_per_row, uint32_t bits) {
-  __shared__ uint8_t kept[kThreads * kLanes];
+  __shared__ uint8_t active[kThreads * kLanes];
   const int width = blockDim.x;
-  uint8_t* kept_of_row = kept + threadIdx.y * width * kLanes;
+  uint8_t* active_of_row = active + threadIdx.y * width * kLanes;
 #pragma unroll
-  for (int j = 0; j < kLanes; ++j) kept_of_row[threadIdx.x + j * width] = (bits >> j) & (at.has(j) ? 1u : 0u);
+  for (int j = 0; j < kLanes; ++j)
+    active_of_row[threadIdx.x + j * width] = (bits >> j) & (at.has(j) ? 1u : 0u);
   __syncthreads();
   const int64_t byte = tile * width + threadIdx.x;
   if (row_exists && byte < bytes_per_row) {
     uint32_t packed = 0;
 #pragma unroll
     for (int j = 0; j < kLanes; ++j)
-      packed |= static_cast<uint32_t>(kept_of_row[threadIdx.x * kLanes + j]) << j;
+      packed |= static_cast<uint32_t>(active_of_row[threadIdx.x * kLanes + j]) << j;
     row[byte] = static_cast<uint8_t>(packed);
   }
   __syncthreads();
@@ -68,17 +69,17 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<kVector>)
     for (int64_t inner = kChannelsLast ? blockIdx.x : blockIdx.y; inner < inner_end;
          inner += kBatch * inner_step) {
       Lanes<T, kVector> in[kBatch][Op::kInputs];
-      uint32_t kept[kBatch];
+      uint32_t active_bits[kBatch];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         const int64_t i = inner + b * inner_step;
         const int64_t row = (kChannelsLast ? i : outer) * blockDim.y + threadIdx.y;
         const Columns<kVector> at(kChannelsLast ? outer : i, shape.cols);
-        kept[b] = 0;
+        active_bits[b] = 0;
         if (row < shape.rows && at.any()) {
 #pragma unroll
           for (int n = 0; n < Op::kInputs; ++n) in[b][n].load(op.inputs[n] + row * shape.cols, at);
-          if constexpr (Op::kReadsMask) kept[b] = load_mask(op.mask_in + row * mask_bytes, at);
+          if constexpr (Op::kReadsMask) active_bits[b] = load_mask(op.mask_in + row * mask_bytes, at);
         }
       }
 #pragma unroll
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<kVector>)
         const int64_t row = (kChannelsLast ? i : outer) * blockDim.y + threadIdx.y;
         const Columns<kVector> at(tile, shape.cols);
         const bool exists = row < shape.rows && at.any();
-        uint32_t keeps = 0;
+        uint32_t active_lanes = 0;
         if (exists) {
           Lanes<T, kVector> out[Op::kOutputs];
 #pragma unroll
@@ -96,8 +97,9 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<kVector>)
             S from[Op::kInputs], to[Op::kOutputs];
 #pragma unroll
             for (int n = 0; n < Op::kInputs; ++n) from[n] = in[b][n].get(j);
-            const bool keep = op.apply(coefficients[kChannelsLast ? j : 0], from, (kept[b] >> j) & 1u, to);
-            keeps |= (keep ? 1u : 0u) << j;
+            const bool is_active =
+                op.apply(coefficients[kChannelsLast ? j : 0], from, (active_bits[b] >> j) & 1u, to);
+            active_lanes |= (is_active ? 1u : 0u) << j;
 #pragma unroll
             for (int n = 0; n < Op::kOutputs; ++n) out[n].set(j, to[n]);
           }
@@ -105,9 +107,10 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<kVector>)
           for (int n = 0; n < Op::kOutputs; ++n) out[n].store(op.outputs[n] + row * shape.cols, at);
         }
         if constexpr (Op::kWritesMask && kVector) {
-          if (exists) op.mask_out[row * mask_bytes + at.first / kLanes] = static_cast<uint8_t>(keeps);
+          if (exists) op.mask_out[row * mask_bytes + at.first / kLanes] = static_cast<uint8_t>(active_lanes);
         } else if constexpr (Op::kWritesMask) {
-          store_mask_of_block(op.mask_out + row * mask_bytes, row < shape.rows, at, tile, mask_bytes, keeps);
+          store_mask_of_block(op.mask_out + row * mask_bytes, row < shape.rows, at, tile, mask_bytes,
+                              active_lanes);
         }
       }
     }

@@ -21,8 +21,8 @@ struct Copy {
   const uint8_t* mask_in;
 
   __device__ Coefficients coefficients(int64_t) const { return {}; }
-  __device__ bool apply(const Coefficients&, const S (&in)[kInputs], bool kept, S (&out)[1]) const {
-    out[0] = kept ? in[0] : S(0);
+  __device__ bool apply(const Coefficients&, const S (&in)[kInputs], bool active, S (&out)[1]) const {
+    out[0] = active ? in[0] : S(0);
     if constexpr (kAccumulate) out[0] += in[1];
     return true;
   }
@@ -41,8 +41,8 @@ struct Reduce {
   RunningTotal<S> totals;
 
   __device__ Coefficients coefficients(int64_t) const { return {}; }
-  __device__ void terms(const Coefficients&, const S (&in)[1], bool kept, S (&t)[1]) const {
-    t[0] = kept ? in[0] : S(0);
+  __device__ void terms(const Coefficients&, const S (&in)[1], bool active, S (&t)[1]) const {
+    t[0] = active ? in[0] : S(0);
   }
 };
 

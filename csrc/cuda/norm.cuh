@@ -1,5 +1,5 @@
 // The arithmetic of batch norm on one element, shared by all ops so that a forward and its backward agree
-// to the last bit on which elements the ReLU kept.
+// to the last bit on where the ReLU is active.
 #pragma once
 
 #include "elements.cuh"
@@ -11,7 +11,7 @@ __device__ inline double multiply_add(double a, double b, double c) { return fma
 
 // NaN passes, as it does in PyTorch.
 template <typename S>
-__device__ inline bool relu_keeps(S z) {
+__device__ inline bool relu_is_active(S z) {
   return !(z <= S(0));
 }
 

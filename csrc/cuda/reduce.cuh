@@ -4,7 +4,7 @@
 //
 //   Element, kInputs, inputs[], kReadsMask, mask_in, Coefficients, coefficients(c)   as in elementwise.cuh
 //   kSums                                                                           how many sums
-//   terms(k, in[], kept, t[])                                                       one element's terms
+//   terms(k, in[], active, t[])                                                       one element's terms
 //   Totals totals                                                                   where the sums go
 #pragma once
 
@@ -128,7 +128,7 @@ __device__ void store_plane_partials(const S (&sums)[kSums][kLanes], int64_t cha
 template <class Op, class Coefficients, bool kVector, int kBatch>
 __device__ void accumulate(const Op& op, const Coefficients* coefficients, int coefficient_step,
                            const Lanes<typename Op::Element, kVector> (&in)[kBatch][Op::kInputs],
-                           const uint32_t (&kept)[kBatch], const bool (&exists)[kBatch],
+                           const uint32_t (&active_bits)[kBatch], const bool (&exists)[kBatch],
                            Stat<typename Op::Element> (&sums)[Op::kSums][kLanes]) {
   using S = Stat<typename Op::Element>;
 #pragma unroll
@@ -139,7 +139,7 @@ __device__ void accumulate(const Op& op, const Coefficients* coefficients, int c
       S from[Op::kInputs], terms[Op::kSums];
 #pragma unroll
       for (int n = 0; n < Op::kInputs; ++n) from[n] = in[b][n].get(j);
-      op.terms(coefficients[j * coefficient_step], from, (kept[b] >> j) & 1u, terms);
+      op.terms(coefficients[j * coefficient_step], from, (active_bits[b] >> j) & 1u, terms);
 #pragma unroll
       for (int k = 0; k < Op::kSums; ++k) sums[k][j] += terms[k];
     }
@@ -164,19 +164,19 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<kVector>)
     const int64_t first_row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
     for (int64_t row = first_row; row < shape.rows && at.any(); row += kBatch * step) {
       Lanes<T, kVector> in[kBatch][Op::kInputs];
-      uint32_t kept[kBatch];
+      uint32_t active_bits[kBatch];
       bool exists[kBatch];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         const int64_t r = row + b * step;
         exists[b] = r < shape.rows;
-        kept[b] = 0;
+        active_bits[b] = 0;
         if (!exists[b]) continue;
 #pragma unroll
         for (int n = 0; n < Op::kInputs; ++n) in[b][n].load(op.inputs[n] + r * shape.cols, at);
-        if constexpr (Op::kReadsMask) kept[b] = load_mask(op.mask_in + r * mask_bytes, at);
+        if constexpr (Op::kReadsMask) active_bits[b] = load_mask(op.mask_in + r * mask_bytes, at);
       }
-      accumulate(op, coefficients, 1, in, kept, exists, sums);
+      accumulate(op, coefficients, 1, in, active_bits, exists, sums);
     }
     store_column_partials(sums, shape.cols, kVector, at.first, partials);
   }
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kThreads)
     PlaneWalk walk(blockIdx.x, gridDim.x, tiles);
     while (walk.row_block < row_blocks) {
       Lanes<T, kVector> in[kBatch][Op::kInputs];
-      uint32_t kept[kBatch];
+      uint32_t active_bits[kBatch];
       bool exists[kBatch];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
@@ -206,14 +206,14 @@ __global__ void __launch_bounds__(kThreads)
         const int64_t row = image * shape.channels + channel;
         const Columns<kVector> at(walk.tile, shape.cols);
         exists[b] = image < images && at.any();
-        kept[b] = 0;
+        active_bits[b] = 0;
         walk.advance();
         if (!exists[b]) continue;
 #pragma unroll
         for (int n = 0; n < Op::kInputs; ++n) in[b][n].load(op.inputs[n] + row * shape.cols, at);
-        if constexpr (Op::kReadsMask) kept[b] = load_mask(op.mask_in + row * mask_bytes, at);
+        if constexpr (Op::kReadsMask) active_bits[b] = load_mask(op.mask_in + row * mask_bytes, at);
       }
-      accumulate(op, &coefficients, 0, in, kept, exists, sums);
+      accumulate(op, &coefficients, 0, in, active_bits, exists, sums);
     }
     store_plane_partials(sums, shape.channels, channel, partials);
   }

@@ -159,8 +159,7 @@ def configs(
     a: Activation,
     weight: Tensor | None,
     bn: BatchNormVectors,
-    skip: Tensor,
-    skip_shift: Tensor | None,
+    skip: Activation,
     skip_weight: Tensor | None,
     *_: object,
 ) -> list[Config]:
@@ -174,8 +173,7 @@ def conv1x1_bn_add_relu(
     a: Activation,
     weight: Tensor | None,
     bn: BatchNormVectors,
-    skip: Tensor,
-    skip_shift: Tensor | None,
+    skip: Activation,
     skip_weight: Tensor | None,
     skip_bn: BatchNormVectors,
     input_stride: Pair,
@@ -187,8 +185,7 @@ def conv1x1_bn_add_relu(
         a: (N, K, H, W), channels_last; without weight (N, C, H, W).
         weight: (C, K, 1, 1).
         bn: of the convolution; skip_bn: of the shortcut, all None where it has none. (C,) float32.
-        skip: (N, C, H, W), channels_last; with skip_weight the input of its convolution.
-        skip_shift: (skip's channels,) float32.
+        skip: (N, C, H, W), channels_last, without statistics; with skip_weight the input of its convolution.
         skip_weight: (C, skip's channels, 1, 1).
 
     Returns:
@@ -205,17 +202,17 @@ def conv1x1_bn_add_relu(
         {
             **activation_arguments(a),
             "weight": None if weight is None else weight_matrix(weight, x.dtype), **_bn_arguments(bn, "bn_"),
-            "skip": skip, "skip_shift": skip_shift,
+            "skip": skip.x, "skip_shift": skip.shift,
             "skip_weight": None if skip_weight is None else weight_matrix(skip_weight, x.dtype),
             **_bn_arguments(skip_bn, "skip_bn_"),
             "out": out, "mask": mask_words(mask, outputs, config.block_n),
-            "channels": x.shape[1], "skip_channels": skip.shape[1], "outputs": outputs, "pixels": pixels,
-            "skip_height": skip.shape[2], "skip_width": skip.shape[3], "out_height": height, "out_width": width,
+            "channels": x.shape[1], "skip_channels": skip.x.shape[1], "outputs": outputs, "pixels": pixels,
+            "skip_height": skip.x.shape[2], "skip_width": skip.x.shape[3], "out_height": height, "out_width": width,
             "input_stride_h": input_stride[0], "input_stride_w": input_stride[1],
         },
         {"POINTWISE": input_stride == (1, 1), "PRECISION": precision(x.dtype), **config.blocks()},
         config,
         flops=2 * pixels * sum(w.numel() for w in (weight, skip_weight) if w is not None),
-        partial_bytes=subsampled_bytes(height, width, skip=skip),
+        partial_bytes=subsampled_bytes(height, width, skip=skip.x),
     )  # fmt: skip
     return out, mask

@@ -21,6 +21,7 @@ from resnet_fused.kernels.fold_statistics import (
 )
 from resnet_fused.kernels.launch import Config, cdiv, launch
 from resnet_fused.kernels.rectified_mean import rectified_mean
+from resnet_fused.types import BatchStats, InputCovariance
 
 __all__ = ["fold_gradients", "fold_statistics", "rectified_mean"]
 
@@ -151,10 +152,8 @@ def fold_matrix_kernel(
 def fold_gradients(
     weight: Tensor,
     gamma: Tensor | None,
-    mean_y: Tensor,
-    invstd: Tensor,
-    mean: Tensor | None,
-    covariance: Tensor | None,
+    stats: BatchStats,
+    fold: InputCovariance,
     sum_dz: Tensor,
     q: Tensor,
     pixels: int,
@@ -173,8 +172,8 @@ def fold_gradients(
 
     Args:
         weight: W, (N, K) or (N, K, 1, 1), float32, bfloat16 or float16; gamma: (N,) float32 or None.
-        mean_y, invstd: (N,) float32, of c W^T.
-        mean, covariance: (K,) and S, (K, K), float32, of c; None for running statistics.
+        stats: of c W^T, (N,) float32.
+        fold: mean, (K,), and covariance S, (K, K), float32, of c; None for running statistics.
         sum_dz: (N,); q: Q = dz^T c, (N, K); float32.
         pixels: P.
         precision: input_precision of tl.dot. By default W S has the accuracy of float32, and so has the matrix of a
@@ -187,7 +186,7 @@ def fold_gradients(
     w = flat_weight(weight)
     outputs, channels = w.shape
     sizes = {"outputs": outputs, "channels": channels}
-    is_running, is_float32 = mean is None or covariance is None, w.dtype == torch.float32
+    is_running, is_float32 = fold.covariance is None, w.dtype == torch.float32
     # Without tensor cores operands are held in registers, and larger tiles would spill.
     config = Config(16 if is_float32 else 32, tile(channels, 64), tile(channels, 32))
     dweight, dgamma = q.new_empty(outputs, channels), q.new_empty(outputs)
@@ -196,10 +195,9 @@ def fold_gradients(
         fold_dweight_kernel,
         (cdiv(outputs, config.block_m) * cdiv(channels, config.block_n),),
         {
-            "weight": w, "gamma": gamma, "mean_y": mean_y, "invstd": invstd,
-            "mean": None if is_running else mean, "covariance": None if is_running else covariance, "sum_dz": sum_dz,
-            "q": q.contiguous(), "dweight": dweight, "dgamma": dgamma,
-            "scaled": scaled, **sizes,
+            "weight": w, "gamma": gamma, "mean_y": stats.mean, "invstd": stats.invstd,
+            "mean": fold.mean, "covariance": fold.covariance, "sum_dz": sum_dz,
+            "q": q.contiguous(), "dweight": dweight, "dgamma": dgamma, "scaled": scaled, **sizes,
         },
         {"PRECISION": precision or float32_precision(w.dtype), **config.blocks()},
         config,
@@ -213,7 +211,7 @@ def fold_gradients(
         fold_matrix_kernel,
         ((cdiv(channels, config.block_m) + 1) * cdiv(channels, config.block_n),),
         {
-            "weight": w, "gamma": gamma, "mean_y": mean_y, "invstd": invstd, "sum_dz": sum_dz,
+            "weight": w, "gamma": gamma, "mean_y": stats.mean, "invstd": stats.invstd, "sum_dz": sum_dz,
             "dgamma": dgamma, "matrix": matrix, "vector": vector, **sizes, "pixels": pixels,
         },
         {"PRECISION": precision or ("ieee" if is_float32 else "tf32"), **config.blocks()},

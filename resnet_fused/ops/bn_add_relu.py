@@ -9,7 +9,6 @@ import functools
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from resnet_fused.layout import dense, mask_shape, unpack_mask
@@ -21,13 +20,13 @@ from resnet_fused.ops._autograd import (
     save,
     saved,
 )
-from resnet_fused.ops.bn_stats import in_statistics_dtype, parameter_gradients, stats_for
+from resnet_fused.ops.bn_stats import BnMode, in_statistics_dtype, parameter_gradients, stats_for
 from resnet_fused.ops.registry import register_op
 from resnet_fused.reference import bn_add_relu as reference
 from resnet_fused.types import BatchNorm, BatchStats
 
 
-def _fake_forward(y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def out_and_mask(y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     y = dense(y)
     return torch.empty_like(y), y.new_empty(mask_shape(y), dtype=torch.uint8)
 
@@ -36,7 +35,7 @@ def _fake_sums(grad: Tensor, mask: Tensor, y: Tensor, mean: Tensor, invstd: Tens
     return torch.empty_like(mean), torch.empty_like(mean)
 
 
-def _fake_gradients(grad: Tensor, mask: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def two_like_y(grad: Tensor, mask: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     y = dense(y)
     return torch.empty_like(y), torch.empty_like(y)
 
@@ -45,7 +44,7 @@ bn_add_relu_forward = register_op(
     "bn_add_relu(Tensor y, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor residual)"
     " -> (Tensor out, Tensor mask)",
     reference.bn_add_relu,
-    _fake_forward,
+    out_and_mask,
 )
 bn_add_relu_out = register_op(
     "bn_add_relu_out(Tensor y, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor residual,"
@@ -63,7 +62,7 @@ bn_add_relu_backward = register_op(
     "bn_add_relu_backward(Tensor grad, Tensor mask, Tensor y, Tensor mean, Tensor invstd, Tensor? weight,"
     " Tensor? sum_dz, Tensor? sum_dz_xhat) -> (Tensor dy, Tensor dresidual)",
     reference.bn_add_relu_backward,
-    _fake_gradients,
+    two_like_y,
 )
 bn_add_relu_backward_dy = register_op(
     "bn_add_relu_backward_dy(Tensor grad, Tensor mask, Tensor y, Tensor mean, Tensor invstd, Tensor? weight,"
@@ -82,12 +81,11 @@ class _BnAddRelu(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         stats: BatchStats,
-        training: bool,
-        group: dist.ProcessGroup | None,
+        mode: BnMode,
     ) -> Tensor:
         out: Tensor
         out, mask = bn_add_relu_forward(y, stats.mean, stats.invstd, weight, bias, residual)
-        ctx.training, ctx.group = training, group
+        ctx.mode = mode
         save(ctx, [y], [mask, weight, *stats[:3]])
         return out
 
@@ -99,21 +97,23 @@ class _BnAddRelu(torch.autograd.Function):
             dz = torch.where(unpack_mask(mask, y), grad, 0.0)
 
             def again(y: Tensor, weight: Tensor | None) -> Tensor:
-                return normalized(y, weight, None, mean, invstd, ctx.training).to(y.dtype)
+                return normalized(y, weight, None, mean, invstd, ctx.mode.training).to(y.dtype)
 
-            dy, dweight = differentiable_backward(again, (y, weight), (needs_y, needs_weight), dz, ctx.group)
+            dy, dweight = differentiable_backward(
+                again, (y, weight), (needs_y, needs_weight), dz, ctx.mode.group
+            )
             dbias = bias_gradient(dz) if needs_bias else None
-            return dy, dz if needs_residual else None, dweight, dbias, *[None] * 3
+            return dy, dz if needs_residual else None, dweight, dbias, None, None
         reduce = functools.partial(bn_add_relu_backward_reduce, grad, mask, y, mean, invstd)
-        shared = ctx.training, ctx.group, count_fraction
-        dweight, dbias, sums = parameter_gradients(reduce, (needs_weight, needs_bias), *shared)
+        needs = needs_weight, needs_bias
+        dweight, dbias, sums = parameter_gradients(reduce, needs, ctx.mode, count_fraction)
         dy, dresidual = bn_add_relu_backward(grad, mask, y, mean, invstd, weight, *sums)
-        return dy, dresidual, dweight, dbias, *[None] * 3
+        return dy, dresidual, dweight, dbias, None, None
 
 
 def bn_add_relu(y: Tensor, residual: Tensor, bn: BatchNorm) -> Tensor:
     """relu(batch_norm(y) + residual) of activations (N, C, H, W), in their dtype and y's layout."""
     stats = stats_for(y, bn)
     weight, bias = in_statistics_dtype(bn.weight, y), in_statistics_dtype(bn.bias, y)
-    out: Tensor = _BnAddRelu.apply(y, residual, weight, bias, stats, bn.training, bn.group)
+    out: Tensor = _BnAddRelu.apply(y, residual, weight, bias, stats, BnMode.of(bn))
     return out

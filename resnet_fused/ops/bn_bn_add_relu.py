@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from resnet_fused.layout import dense, mask_shape, unpack_mask
+from resnet_fused.layout import unpack_mask
 from resnet_fused.ops._autograd import (
     bias_gradient,
     differentiable_backward,
@@ -17,24 +16,15 @@ from resnet_fused.ops._autograd import (
     save,
     saved,
 )
-from resnet_fused.ops.bn_stats import in_statistics_dtype, shared_sums, stats_for
+from resnet_fused.ops.bn_add_relu import out_and_mask, two_like_y
+from resnet_fused.ops.bn_stats import BnMode, in_statistics_dtype, shared_sums, stats_for
 from resnet_fused.ops.registry import register_op
 from resnet_fused.reference import bn_bn_add_relu as reference
 from resnet_fused.types import BatchNorm, BatchStats
 
 
-def _fake_forward(y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    y = dense(y)
-    return torch.empty_like(y), y.new_empty(mask_shape(y), dtype=torch.uint8)
-
-
 def _fake_sums(grad: Tensor, mask: Tensor, y: Tensor, mean: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(mean), torch.empty_like(mean), torch.empty_like(mean)
-
-
-def _fake_gradients(grad: Tensor, mask: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    y = dense(y)
-    return torch.empty_like(y), torch.empty_like(y)
 
 
 bn_bn_add_relu_forward = register_op(
@@ -42,7 +32,7 @@ bn_bn_add_relu_forward = register_op(
     " Tensor skip, Tensor skip_mean, Tensor skip_invstd, Tensor? skip_weight, Tensor? skip_bias)"
     " -> (Tensor out, Tensor mask)",
     reference.bn_bn_add_relu,
-    _fake_forward,
+    out_and_mask,
 )
 bn_bn_add_relu_out = register_op(
     "bn_bn_add_relu_out(Tensor y, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias,"
@@ -63,7 +53,7 @@ bn_bn_add_relu_backward = register_op(
     " Tensor? sum_dz, Tensor? sum_dz_xhat, Tensor skip, Tensor skip_mean, Tensor skip_invstd, Tensor? skip_weight,"
     " Tensor? skip_sum_dz, Tensor? sum_dz_skip_xhat) -> (Tensor dy, Tensor dskip)",
     reference.bn_bn_add_relu_backward,
-    _fake_gradients,
+    two_like_y,
 )
 
 
@@ -79,14 +69,14 @@ class _BnBnAddRelu(torch.autograd.Function):
         skip_bias: Tensor | None,
         stats: BatchStats,
         skip_stats: BatchStats,
-        modes: tuple[bool, bool],
-        groups: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None],
+        mode: BnMode,
+        skip_mode: BnMode,
     ) -> Tensor:
         out: Tensor
         out, mask = bn_bn_add_relu_forward(
             y, *stats[:2], weight, bias, skip, *skip_stats[:2], skip_weight, skip_bias
         )
-        ctx.modes, ctx.groups = modes, groups
+        ctx.mode, ctx.skip_mode = mode, skip_mode
         save(ctx, [y, skip], [mask, weight, skip_weight, *stats[:3], *skip_stats[:3]])
         return out
 
@@ -95,7 +85,7 @@ class _BnBnAddRelu(torch.autograd.Function):
         (y, skip), (mask, weight, skip_weight, *batch_stats) = saved(ctx)
         mean, invstd, count_fraction, skip_mean, skip_invstd, skip_count_fraction = batch_stats
         needs_grad = ctx.needs_input_grad[:6]
-        (training, skip_training), (group, skip_group) = ctx.modes, ctx.groups
+        (training, group), (skip_training, skip_group) = ctx.mode, ctx.skip_mode
         if needs_plain_backward(grad):
             dz = torch.where(unpack_mask(mask, y), grad, 0.0)
 
@@ -137,8 +127,6 @@ def bn_bn_add_relu(y: Tensor, skip: Tensor, bn: BatchNorm, skip_bn: BatchNorm) -
     stats, skip_stats = stats_for(y, bn), stats_for(skip, skip_bn)
     parameters = (in_statistics_dtype(p, y) for p in (bn.weight, bn.bias, skip_bn.weight, skip_bn.bias))
     weight, bias, skip_weight, skip_bias = parameters
-    modes, groups = (bn.training, skip_bn.training), (bn.group, skip_bn.group)
-    out: Tensor = _BnBnAddRelu.apply(
-        y, weight, bias, skip, skip_weight, skip_bias, stats, skip_stats, modes, groups
-    )
+    modes = BnMode.of(bn), BnMode.of(skip_bn)
+    out: Tensor = _BnBnAddRelu.apply(y, weight, bias, skip, skip_weight, skip_bias, stats, skip_stats, *modes)
     return out

@@ -6,13 +6,13 @@ import functools
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.layout import dense
 from resnet_fused.ops._autograd import differentiable_backward, needs_plain_backward, normalized, save, saved
 from resnet_fused.ops.bn_stats import (
+    BnMode,
     bias_for_backward,
     in_statistics_dtype,
     parameter_gradients,
@@ -53,15 +53,9 @@ bn_relu_backward = register_op(
 class _BnRelu(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        y: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        stats: BatchStats,
-        training: bool,
-        group: dist.ProcessGroup | None,
+        ctx: Any, y: Tensor, weight: Tensor | None, bias: Tensor | None, stats: BatchStats, mode: BnMode
     ) -> Tensor:
-        ctx.training, ctx.group = training, group
+        ctx.mode = mode
         save(ctx, [y], [weight, bias, *stats[:3]])
         out: Tensor = bn_relu_forward(y, stats.mean, stats.invstd, weight, bias, None)
         return out
@@ -73,20 +67,19 @@ class _BnRelu(torch.autograd.Function):
         if needs_plain_backward(grad):
 
             def again(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-                return F.relu(normalized(y, weight, bias, mean, invstd, ctx.training).to(y.dtype))
+                return F.relu(normalized(y, weight, bias, mean, invstd, ctx.mode.training).to(y.dtype))
 
-            grads = differentiable_backward(again, (y, weight, bias), needs_grad, grad, ctx.group)
-            return *grads, *[None] * 3
+            grads = differentiable_backward(again, (y, weight, bias), needs_grad, grad, ctx.mode.group)
+            return *grads, None, None
         reduce = functools.partial(bn_relu_backward_reduce, grad, y, mean, invstd, weight, bias)
-        shared = ctx.training, ctx.group, count_fraction
-        dweight, dbias, sums = parameter_gradients(reduce, needs_grad[1:], *shared)
+        dweight, dbias, sums = parameter_gradients(reduce, needs_grad[1:], ctx.mode, count_fraction)
         dy = bn_relu_backward(grad, y, mean, invstd, weight, bias, *sums) if needs_grad[0] else None
-        return dy, dweight, dbias, *[None] * 3
+        return dy, dweight, dbias, None, None
 
 
 def bn_relu(y: Tensor, bn: BatchNorm) -> Tensor:
     """relu(batch_norm(y)) of an activation (N, C, H, W), in its dtype and layout."""
     stats = stats_for(y, bn)
     weight, bias = in_statistics_dtype(bn.weight, y), bias_for_backward(bn.bias, y)
-    out: Tensor = _BnRelu.apply(y, weight, bias, stats, bn.training, bn.group)
+    out: Tensor = _BnRelu.apply(y, weight, bias, stats, BnMode.of(bn))
     return out

@@ -10,7 +10,6 @@ import functools
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from resnet_fused.ops._autograd import (
     save,
     saved,
 )
-from resnet_fused.ops.bn_stats import in_statistics_dtype, parameter_gradients, stats_for
+from resnet_fused.ops.bn_stats import BnMode, in_statistics_dtype, parameter_gradients, stats_for
 from resnet_fused.ops.registry import register_op
 from resnet_fused.reference import bn_relu_maxpool as reference
 from resnet_fused.types import BatchNorm, BatchStats
@@ -66,17 +65,11 @@ bn_relu_maxpool_backward = register_op(
 class _BnReluMaxpool(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        y: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        stats: BatchStats,
-        training: bool,
-        group: dist.ProcessGroup | None,
+        ctx: Any, y: Tensor, weight: Tensor | None, bias: Tensor | None, stats: BatchStats, mode: BnMode
     ) -> Tensor:
         out: Tensor
         out, indices = bn_relu_maxpool_forward(y, stats.mean, stats.invstd, weight, bias)
-        ctx.training, ctx.group = training, group
+        ctx.mode = mode
         remember(ctx, [bias])
         save(ctx, [y, indices], [weight, *stats[:3]])
         return out
@@ -88,24 +81,23 @@ class _BnReluMaxpool(torch.autograd.Function):
         if needs_plain_backward(grad):
 
             def again(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-                z = normalized(y, weight, bias, mean, invstd, ctx.training)
+                z = normalized(y, weight, bias, mean, invstd, ctx.mode.training)
                 return F.max_pool2d(F.relu(z), 3, 2, 1).to(y.dtype)
 
             (bias,) = remembered(ctx)
-            grads = differentiable_backward(again, (y, weight, bias), needs_grad, grad, ctx.group)
-            return *grads, *[None] * 3
+            grads = differentiable_backward(again, (y, weight, bias), needs_grad, grad, ctx.mode.group)
+            return *grads, None, None
         reduce = functools.partial(bn_relu_maxpool_backward_reduce, grad, indices, y, mean, invstd)
-        shared = ctx.training, ctx.group, count_fraction
-        dweight, dbias, sums = parameter_gradients(reduce, needs_grad[1:], *shared)
+        dweight, dbias, sums = parameter_gradients(reduce, needs_grad[1:], ctx.mode, count_fraction)
         dy = (
             bn_relu_maxpool_backward(grad, indices, y, mean, invstd, weight, *sums) if needs_grad[0] else None
         )
-        return dy, dweight, dbias, *[None] * 3
+        return dy, dweight, dbias, None, None
 
 
 def bn_relu_maxpool(y: Tensor, bn: BatchNorm) -> Tensor:
     """max_pool2d(relu(batch_norm(y)), 3, stride=2, padding=1) of an activation (N, C, H, W)."""
     stats = stats_for(y, bn)
     weight, bias = in_statistics_dtype(bn.weight, y), in_statistics_dtype(bn.bias, y)
-    out: Tensor = _BnReluMaxpool.apply(y, weight, bias, stats, bn.training, bn.group)
+    out: Tensor = _BnReluMaxpool.apply(y, weight, bias, stats, BnMode.of(bn))
     return out

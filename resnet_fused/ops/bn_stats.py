@@ -27,6 +27,17 @@ batch_norm_stats = register_op(
 )
 
 
+class BnMode(NamedTuple):
+    """Whether a batch norm normalizes with the statistics of the batch, and the processes that share them."""
+
+    training: bool
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    def of(cls, bn: BatchNorm) -> BnMode:
+        return cls(bn.training, bn.group)
+
+
 class FinalizedStats(NamedTuple):
     """Statistics of one batch norm: to normalize with, and what the running ones are updated with.
 
@@ -172,8 +183,7 @@ def shared_sums(
 def parameter_gradients(
     reduce: Callable[[], tuple[Tensor, Tensor]],
     needs: Sequence[bool],
-    training: bool,
-    group: dist.ProcessGroup | None,
+    mode: BnMode,
     count_fraction: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """dweight and dbias of a batch norm, and the two sums that the gradient w.r.t. its input is computed from.
@@ -182,12 +192,12 @@ def parameter_gradients(
         reduce: returns sum_dz and sum_dz_xhat of this process; called where they are needed.
         needs: whether dweight is needed, and dbias.
     """
-    if not (training or any(needs)):
+    if not (mode.training or any(needs)):
         return None, None, [None, None]
     sum_dz, sum_dz_xhat = reduce()
     sums: list[Tensor | None] = [None, None]
-    if training:
-        sums = [*shared_sums((sum_dz, sum_dz_xhat), group, count_fraction)]
+    if mode.training:
+        sums = [*shared_sums((sum_dz, sum_dz_xhat), mode.group, count_fraction)]
     return sum_dz_xhat if needs[0] else None, sum_dz if needs[1] else None, sums
 
 

@@ -42,7 +42,15 @@ from resnet_fused.ops.vendor_gemm import (
     rows_per_chunk,
 )
 from resnet_fused.reference import conv_bn as reference
-from resnet_fused.types import Activation, ConvGeometry, Gradient, Pair, make_bn_coeffs, make_dy_coeffs
+from resnet_fused.types import (
+    Activation,
+    ConvGeometry,
+    Gradient,
+    Pair,
+    make_bn_coeffs,
+    make_dy_coeffs,
+    pair,
+)
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
 
@@ -84,14 +92,15 @@ def new_coeffs(like: Tensor, channels: int) -> Tensor:
     return like.new_empty(3, channels, dtype=statistics_dtype(like.dtype))
 
 
-def activation_of(fields: Sequence[Tensor | None]) -> Activation:
-    return Activation(*fields)  # type: ignore[arg-type]
-
-
 def _geometry(
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> ConvGeometry:
-    return ConvGeometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
+    return ConvGeometry(pair(stride), pair(padding), pair(dilation), groups)
+
+
+def _sizes(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> tuple[int, ...]:
+    """What distinguishes convolutions for the autotuner."""
+    return *x.shape, *weight.shape, *geometry.stride, *geometry.padding, *geometry.dilation
 
 
 def bn_sums(da: Tensor, a: Activation) -> tuple[Tensor, ...]:
@@ -124,23 +133,18 @@ def _bn_coeffs(y: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor | None, be
 
 
 def _conv_bn_stats(
-    fields: list[Tensor | None],
+    a: Activation,
     weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    geometry: ConvGeometry,
     eps: float,
     training: bool,
     gamma: Tensor | None,
     beta: Tensor | None,
     coeffs: bool,
 ) -> tuple[Tensor, ...]:
-    a, geometry = activation_of(fields), _geometry(stride, padding, dilation, groups)
-
     def vendor() -> tuple[Tensor, ...]:
-        value = materialize(a)
-        y = torch.ops.aten.convolution.default(value, weight, None, *geometry[:3], False, [0, 0], groups)
+        conv = weight, None, *geometry[:3], False, [0, 0], geometry.groups
+        y = torch.ops.aten.convolution.default(materialize(a), *conv)
         y = y.contiguous(memory_format=torch.channels_last)
         if not training:
             return y, *empty_vectors(y, 4)
@@ -150,14 +154,12 @@ def _conv_bn_stats(
 
     height, width = geometry.out_size(a.x, weight)
     addressable = len(a.x) * height * width * len(weight) < MAX_NUMEL
-    if not (coeffs and runs_triton(a.x, groups) and addressable and max(weight.shape[2:]) <= MAX_KERNEL_SIZE):
+    has_kernel = runs_triton(a.x, geometry.groups) and max(weight.shape[2:]) <= MAX_KERNEL_SIZE
+    if not (coeffs and has_kernel and addressable):
         return vendor()
-    sizes = (*a.x.shape, *weight.shape, *stride, *padding, *dilation, *operand_is_given(a), training)
-    bn = eps, training, gamma, beta
-    exact = exactly(
-        reference.conv_bn_stats, a.x, fields, weight, stride, padding, dilation, groups, *bn, True
-    )
-    arguments = (a, weight, geometry, *bn)
+    sizes = (*_sizes(a.x, weight, geometry), *operand_is_given(a), training)
+    arguments = (a, weight, geometry, eps, training, gamma, beta)
+    exact = exactly(reference.conv_bn_stats, a.x, *arguments, True)
     results: tuple[Tensor, ...] = fastest(
         tunable("conv_bn_stats", a.x, sizes, arguments, vendor, exact), a.x.device
     )
@@ -165,23 +167,26 @@ def _conv_bn_stats(
 
 
 def _fake_conv_bn_stats(
-    fields: list[Tensor | None],
+    a: Activation,
     weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    geometry: ConvGeometry,
     eps: float,
     training: bool,
     gamma: Tensor | None,
     beta: Tensor | None,
     coeffs: bool,
 ) -> tuple[Tensor, ...]:
-    x, outputs = activation_of(fields).x, len(weight)
-    y = new_activation(x, outputs, *_geometry(stride, padding, dilation, groups).out_size(x, weight))
+    x, outputs = a.x, len(weight)
+    y = new_activation(x, outputs, *geometry.out_size(x, weight))
     if not training:
         return y, *empty_vectors(x, 4)
     return y, *new_vectors(x, outputs, 3), new_coeffs(x, outputs) if coeffs else empty_vectors(x, 1)[0]
+
+
+def _forward_operands(
+    a: list[Tensor], weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, *bn: Any
+) -> tuple[Any, ...]:
+    return Activation(*a), weight, _geometry(stride, padding, dilation, groups), *bn
 
 
 #: y = conv(a) and the statistics of its channels.
@@ -193,6 +198,7 @@ conv_bn_stats = register_op(
     _conv_bn_stats,
     triton=True,
     check=_checks.conv_bn_stats,
+    operands=_forward_operands,
 )
 
 
@@ -276,26 +282,21 @@ def _vendor_conv1x1_backward(
 
 
 def _conv_backward(
-    dy_fields: list[Tensor | None],
-    fields: list[Tensor | None],
+    dy: Gradient,
+    a: Activation,
     weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    geometry: ConvGeometry,
     residual: Tensor | None,
     residual_mask: Tensor | None,
-    input_stride: list[int],
+    input_stride: Pair,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    a, dy = activation_of(fields), Gradient(*dy_fields)  # type: ignore[arg-type]
-    geometry, step = _geometry(stride, padding, dilation, groups), (input_stride[0], input_stride[1])
-    rest = residual, residual_mask, step
+    rest = residual, residual_mask, input_stride
     needs_input, needs_weight = needs
     gradients: list[Any]
-    if runs_triton(a.x, groups) and dy.g.numel() < MAX_NUMEL:
-        gradients = _fastest_gradients(dy_fields, fields, dy, a, weight, geometry, rest, needs)
-    elif _is_pointwise(weight, geometry) and geometry.stride == step == (1, 1) and all(needs):
+    if runs_triton(a.x, geometry.groups) and dy.g.numel() < MAX_NUMEL:
+        gradients = _fastest_gradients(dy, a, weight, geometry, rest, needs)
+    elif _is_pointwise(weight, geometry) and geometry.stride == input_stride == (1, 1) and all(needs):
         da, dweight = _vendor_conv1x1_backward(
             materialize_gradient(dy), materialize(a), weight, residual, residual_mask
         )
@@ -312,8 +313,6 @@ def _conv_backward(
 
 
 def _fastest_gradients(
-    dy_fields: list[Tensor | None],
-    fields: list[Tensor | None],
     dy: Gradient,
     a: Activation,
     weight: Tensor,
@@ -322,6 +321,7 @@ def _fastest_gradients(
     needs: list[bool],
 ) -> list[Any]:
     """The gradients that are needed, the weight's first: each by Triton or by the vendor, which share dy in memory."""
+    given = dy, a
     # Once for both gradients.
     dy, a = coefficient_kernels().with_dy_coeffs(dy), coefficient_kernels().with_bn_coeffs(a)
 
@@ -338,15 +338,15 @@ def _fastest_gradients(
         return _vendor_wgrad(value(), a, weight, geometry)
 
     x, (residual, residual_mask, input_stride) = a.x, rest
-    sizes = (*x.shape, *weight.shape, *geometry.stride, *geometry.padding, *geometry.dilation)
+    sizes = _sizes(x, weight, geometry)
     candidates = []
     if needs[1]:
-        exact = exactly(reference.wgrad, x, dy_fields, fields, weight, *geometry)
+        exact = exactly(reference.wgrad, x, *given, weight, geometry)
         flags = operand_is_given(dy) + operand_is_given(a)
         arguments: tuple[Any, ...] = (dy, a, weight, geometry)
         candidates.append(tunable("wgrad", x, (*sizes, *flags), arguments, vendor_wgrad, exact))
     if needs[0]:
-        exact = exactly(reference.dgrad, x, dy_fields, weight, *geometry, fields, *rest)
+        exact = exactly(reference.dgrad, x, given[0], weight, geometry, given[1], *rest)
         flags = operand_is_given(dy) + operand_is_given(a) + are_given((residual, residual_mask))
         has_kernel = max(weight.shape[2:]) <= MAX_KERNEL_SIZE
         has_kernel = has_kernel and (max(geometry.stride) == 1 or max(geometry.dilation) == 1)
@@ -361,17 +361,19 @@ def _fastest_gradients(
     return fastest_sharing(candidates, shared, x.device)
 
 
-def _fake_conv_backward(
-    dy: list[Tensor | None], fields: list[Tensor | None], weight: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    a, (needs_input, needs_weight) = activation_of(fields), rest[-1]
-    x, dtype = a.x, statistics_dtype(a.x.dtype)
+def _fake_conv_backward(dy: Gradient, a: Activation, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    x, dtype, (needs_input, needs_weight) = a.x, statistics_dtype(a.x.dtype), rest[-1]
     da, sums, dweight = x.new_empty(0), empty_vectors(x, 3), empty_vectors(x, 1)[0]
     if needs_input:
         da, sums = torch.empty_like(x), fake_bn_sums(a)
     if needs_weight:
         dweight = torch.empty(weight.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
     return da, *sums, dweight
+
+
+def _backward_operands(dy: list[Tensor], *args: Any) -> tuple[Any, ...]:
+    *forward, residual, residual_mask, input_stride, needs = args
+    return Gradient(*dy), *_forward_operands(*forward), residual, residual_mask, pair(input_stride), needs
 
 
 #: The gradients w.r.t. a convolution's input and weight, and the sums that backward of the input's batch norm needs.
@@ -384,4 +386,5 @@ conv_backward = register_op(
     _conv_backward,
     triton=True,
     check=_checks.conv_backward,
+    operands=_backward_operands,
 )

@@ -29,12 +29,14 @@ MAX_KERNEL_SIZE = 31
 
 
 class Implementations(NamedTuple):
-    """Of one op, beside its reference.
+    """Of one op.
 
+    reference: what it computes, by PyTorch alone; with the arguments of its schema.
     composed: GEMMs and convolutions of the vendor's library with native ops around them, or a Triton kernel where
     ``triton`` says that there is one and it is faster; None: csrc has a native kernel.
     """
 
+    reference: Callable[..., Any]
     composed: Callable[..., Any] | None
     triton: bool
 
@@ -160,10 +162,10 @@ def tunable(
             launch, configs = triton.launch, triton.configs(*arguments)
         _known[key] = launch, configs, tuning_key
     launch, configs, tuning_key = _known[key]
-    made: Tunable = search.Tunable(
+    result: Tunable = search.Tunable(
         tuning_key, configs, lambda config: launch(*arguments, config), vendor, exact
     )
-    return made
+    return result
 
 
 def fastest(candidate: Tunable, device: torch.device) -> Any:
@@ -188,7 +190,10 @@ def exactly(op: Callable[..., Any], x: Tensor, *arguments: Any) -> Callable[[], 
     def widened(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.to(wide) if value.is_floating_point() else value
-        return [widened(each) for each in value] if isinstance(value, (list, tuple)) else value
+        if not isinstance(value, tuple):
+            return value
+        values = [widened(each) for each in value]
+        return type(value)(*values) if hasattr(value, "_fields") else tuple(values)
 
     return lambda: op(*widened(arguments))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -80,19 +81,15 @@ FoldGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def _fold_gradients(
     weight: Tensor,
     gamma: Tensor | None,
-    mean_y: Tensor,
-    invstd: Tensor,
-    mean: Tensor | None,
-    covariance: Tensor | None,
+    stats: BatchStats,
+    fold: InputCovariance,
     sum_dz: Tensor,
     q: Tensor,
     pixels: int,
 ) -> FoldGradients:
     if not runs_triton(weight):
-        stats, fold = BatchStats(mean_y, invstd), InputCovariance(None, mean, covariance)
         return fold_gradients_across(weight, gamma, stats, fold, sum_dz, q, pixels, None)
-    norm = gamma, mean_y, invstd, mean, covariance
-    *results, matrix, vector = _kernels().fold_gradients(weight, *norm, sum_dz, q, pixels)
+    *results, matrix, vector = _kernels().fold_gradients(weight, gamma, stats, fold, sum_dz, q, pixels)
     dweight, dgamma, scaled = results
     if matrix is None:
         return dweight, dgamma, scaled, weight.new_empty(0), dweight.new_empty(0)
@@ -100,22 +97,17 @@ def _fold_gradients(
 
 
 def _fake_fold_gradients(
-    weight: Tensor,
-    gamma: Tensor | None,
-    mean_y: Tensor,
-    invstd: Tensor,
-    mean: Tensor | None,
-    *_: Tensor | int | None,
+    weight: Tensor, gamma: Tensor | None, stats: BatchStats, fold: InputCovariance, *_: Any
 ) -> FoldGradients:
-    n, k = weight.shape
-    matrix = (0,) if mean is None else (k, k)
-    return (
-        mean_y.new_empty(n, k),
-        mean_y.new_empty(n),
-        weight.new_empty(n, k),
-        weight.new_empty(matrix),
-        mean_y.new_empty(matrix[:1]),
-    )
+    (n, k), wide = weight.shape, stats.mean
+    matrix = (0,) if fold.mean is None else (k, k)
+    dweight, dgamma, vector = wide.new_empty(n, k), wide.new_empty(n), wide.new_empty(matrix[:1])
+    return dweight, dgamma, weight.new_empty(n, k), weight.new_empty(matrix), vector
+
+
+def _gradients_operands(weight: Tensor, gamma: Tensor | None, *args: Any) -> tuple[Any, ...]:
+    mean_y, invstd, mean, covariance, *sums = args
+    return weight, gamma, BatchStats(mean_y, invstd), InputCovariance(None, mean, covariance), *sums
 
 
 #: Gradients of a folded convolution's parameters, and what dc = dz scaled + c matrix^T + vector is computed from.
@@ -128,6 +120,7 @@ fold_gradients = register_op(
     _fold_gradients,
     triton=True,
     check=_checks.fold_gradients,
+    operands=_gradients_operands,
 )
 
 

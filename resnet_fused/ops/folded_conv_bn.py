@@ -19,7 +19,6 @@ from resnet_fused.ops.bn_add_relu import bn_add_relu_out
 from resnet_fused.ops.bn_bn_add_relu import bn_bn_add_relu_out
 from resnet_fused.ops.bn_stats import batch_norm_stats
 from resnet_fused.ops.conv_bn import (
-    activation_of,
     bn_sums,
     empty_vectors,
     fake_bn_sums,
@@ -47,19 +46,17 @@ from resnet_fused.ops.vendor_gemm import (
     rows_per_chunk,
 )
 from resnet_fused.reference import folded_conv_bn as reference
-from resnet_fused.types import Activation, DgradFactors, Pair
+from resnet_fused.types import Activation, DgradFactors, Pair, pair
 
 
-def _pair(input_stride: Sequence[int]) -> Pair:
-    return input_stride[0], input_stride[1]
+def _operand(fields: Sequence[Tensor]) -> Activation | None:
+    return Activation(*fields) if fields else None
 
 
 # Statistics
 
 
-def _input_covariance(fields: list[Tensor | None], input_stride: list[int]) -> tuple[Tensor, Tensor]:
-    a = activation_of(fields)
-
+def _input_covariance(a: Activation, input_stride: Pair) -> tuple[Tensor, Tensor]:
     def vendor() -> tuple[Tensor, Tensor]:
         c = materialize(a, input_stride)
         mean, var, _ = batch_norm_stats(c, 0.0)
@@ -73,18 +70,17 @@ def _input_covariance(fields: list[Tensor | None], input_stride: list[int]) -> t
     if not runs_triton(a.x):
         return vendor()
     sizes = (*a.x.shape, *input_stride, *operand_is_given(a))
-    exact = exactly(reference.input_covariance, a.x, fields, input_stride)
-    arguments = (a, _pair(input_stride))
+    arguments = (a, input_stride)
+    exact = exactly(reference.input_covariance, a.x, *arguments)
     results: tuple[Tensor, Tensor] = fastest(
         tunable("input_covariance", a.x, sizes, arguments, vendor, exact), a.x.device
     )
     return results
 
 
-def _fake_input_covariance(fields: list[Tensor | None], input_stride: list[int]) -> tuple[Tensor, Tensor]:
-    x = activation_of(fields).x
-    channels, dtype = x.shape[1], statistics_dtype(x.dtype)
-    return x.new_empty(channels, dtype=dtype), x.new_empty(channels, channels, dtype=dtype)
+def _fake_input_covariance(a: Activation, input_stride: Pair) -> tuple[Tensor, Tensor]:
+    channels, dtype = a.x.shape[1], statistics_dtype(a.x.dtype)
+    return a.x.new_empty(channels, dtype=dtype), a.x.new_empty(channels, channels, dtype=dtype)
 
 
 #: Mean and covariance of the channels of a folded convolution's input.
@@ -95,6 +91,7 @@ input_covariance = register_op(
     _input_covariance,
     triton=True,
     check=_checks.input_covariance,
+    operands=lambda a, input_stride: (Activation(*a), pair(input_stride)),
 )
 
 
@@ -128,42 +125,50 @@ def _vendor_conv1x1_bn_add_relu(
 
 
 def _conv1x1_bn_add_relu(
-    fields: list[Tensor | None],
+    a: Activation,
     weight: Tensor | None,
-    bn: list[Tensor | None],
-    skip: Tensor,
-    skip_shift: Tensor | None,
+    bn: tuple[Tensor | None, ...],
+    skip: Activation,
     skip_weight: Tensor | None,
-    skip_bn: list[Tensor | None],
-    input_stride: list[int],
+    skip_bn: tuple[Tensor | None, ...],
+    input_stride: Pair,
 ) -> tuple[Tensor, Tensor]:
-    a = activation_of(fields)
-
     def vendor() -> tuple[Tensor, Tensor]:
-        shortcut = materialize(Activation(skip, shift=skip_shift), input_stride)
+        shortcut = materialize(skip, input_stride)
         return _vendor_conv1x1_bn_add_relu(materialize(a), weight, bn, shortcut, skip_weight, skip_bn)
 
     outputs = a.x.shape[1] if weight is None else len(weight)
-    largest = max(a.x.numel() // a.x.shape[1] * outputs, skip.numel())
+    largest = max(a.x.numel() // a.x.shape[1] * outputs, skip.x.numel())
     if not runs_triton(a.x) or largest >= MAX_NUMEL:
         return vendor()
     flags = operand_is_given(a) + are_given((weight, *bn, skip_weight, *skip_bn))
-    sizes = (*a.x.shape, outputs, *skip.shape, *input_stride, *flags)
-    arguments = (a, weight, tuple(bn), skip, skip_shift, skip_weight, tuple(skip_bn), _pair(input_stride))
-    rest = fields, weight, bn, skip, skip_shift, skip_weight, skip_bn, input_stride
-    exact = exactly(reference.conv1x1_bn_add_relu, a.x, *rest)
+    sizes = (*a.x.shape, outputs, *skip.x.shape, *input_stride, *flags)
+    arguments = (a, weight, bn, skip, skip_weight, skip_bn, input_stride)
+    exact = exactly(reference.conv1x1_bn_add_relu, a.x, *arguments)
     results: tuple[Tensor, Tensor] = fastest(
         tunable("conv1x1_bn_add_relu", a.x, sizes, arguments, vendor, exact), a.x.device
     )
     return results
 
 
-def _fake_conv1x1_bn_add_relu(
-    fields: list[Tensor | None], weight: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor]:
-    x = activation_of(fields).x
+def _fake_conv1x1_bn_add_relu(a: Activation, weight: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    x = a.x
     out = new_activation(x, x.shape[1] if weight is None else weight.shape[0], x.shape[2], x.shape[3])
     return out, out.new_empty(mask_shape(out), dtype=torch.uint8)
+
+
+def _forward_operands(
+    a: list[Tensor],
+    weight: Tensor | None,
+    bn: list[Tensor],
+    skip: Tensor,
+    skip_shift: Tensor | None,
+    skip_weight: Tensor | None,
+    skip_bn: list[Tensor],
+    input_stride: list[int],
+) -> tuple[Any, ...]:
+    shortcut = Activation(skip, shift=skip_shift), skip_weight, tuple(skip_bn), pair(input_stride)
+    return Activation(*a), weight, tuple(bn), *shortcut
 
 
 #: relu(bn(conv(a)) + shortcut) and the mask of its ReLU.
@@ -175,6 +180,7 @@ conv1x1_bn_add_relu = register_op(
     _conv1x1_bn_add_relu,
     triton=True,
     check=_checks.conv1x1_bn_add_relu,
+    operands=_forward_operands,
 )
 
 
@@ -195,13 +201,11 @@ def _dz_chunks(grad: Tensor, mask: Tensor, rows: int, sum_dz: Tensor | None = No
 def _folded_wgrad(
     grad: Tensor,
     mask: Tensor,
-    fields: list[Tensor | None],
-    input_stride: list[int],
-    skip_fields: list[Tensor | None],
-    skip_input_stride: list[int],
+    a: Activation,
+    input_stride: Pair,
+    skip: Activation | None,
+    skip_input_stride: Pair,
 ) -> tuple[Tensor, ...]:
-    a, skip = activation_of(fields), activation_of(skip_fields) if skip_fields else None
-
     def vendor() -> tuple[Tensor | None, ...]:
         values = [materialize(a, input_stride)]
         values += [] if skip is None else [materialize(skip, skip_input_stride)]
@@ -222,9 +226,8 @@ def _folded_wgrad(
         skip_sizes = [] if skip is None else skip.x.shape
         flags = operand_is_given(a)
         sizes = (*grad.shape, *a.x.shape, *input_stride, *flags, *skip_sizes, *skip_input_stride)
-        arguments = (grad, mask, a, _pair(input_stride), skip, _pair(skip_input_stride))
-        operands = fields, input_stride, skip_fields, skip_input_stride
-        exact = exactly(reference.folded_wgrad, grad, grad, mask, *operands)
+        arguments = (grad, mask, a, input_stride, skip, skip_input_stride)
+        exact = exactly(reference.folded_wgrad, grad, *arguments)
         q, skip_q, sum_dz = fastest(
             tunable("folded_wgrad", grad, sizes, arguments, vendor, exact), grad.device
         )
@@ -233,21 +236,19 @@ def _folded_wgrad(
 
 
 def _fake_folded_wgrad(
-    grad: Tensor,
-    mask: Tensor,
-    fields: list[Tensor | None],
-    input_stride: list[int],
-    skip_fields: list[Tensor | None],
-    *_: Any,
+    grad: Tensor, mask: Tensor, a: Activation, input_stride: Pair, skip: Activation | None, *_: Any
 ) -> tuple[Tensor, ...]:
     outputs, dtype = grad.shape[1], statistics_dtype(grad.dtype)
-    q, skip_q = (
-        grad.new_empty(outputs, x[0].shape[1], dtype=dtype) if x and x[0] is not None else None
-        for x in (fields, skip_fields)
-    )
-    assert q is not None
-    skip_q = empty_vectors(grad, 1)[0] if skip_q is None else skip_q
-    return q, skip_q, new_vectors(grad, outputs, 1)[0]
+    skip_q = empty_vectors(grad, 1)[0]
+    if skip is not None:
+        skip_q = grad.new_empty(outputs, skip.x.shape[1], dtype=dtype)
+    return grad.new_empty(outputs, a.x.shape[1], dtype=dtype), skip_q, new_vectors(grad, outputs, 1)[0]
+
+
+def _wgrad_operands(
+    grad: Tensor, mask: Tensor, a: list[Tensor], stride: list[int], skip: list[Tensor], skip_stride: list[int]
+) -> tuple[Any, ...]:
+    return grad, mask, Activation(*a), pair(stride), _operand(skip), pair(skip_stride)
 
 
 #: Q = dz^T a of one or two folded convolutions, and dz summed over the pixels.
@@ -259,6 +260,7 @@ folded_wgrad = register_op(
     _folded_wgrad,
     triton=True,
     check=_checks.folded_wgrad,
+    operands=_wgrad_operands,
 )
 
 
@@ -288,43 +290,29 @@ def _vendor_folded_dgrad(
 def _folded_dgrad(
     grad: Tensor,
     mask: Tensor,
-    factors: list[Tensor | None],
-    fields: list[Tensor | None],
-    input_stride: list[int],
-    skip_factors: list[Tensor | None],
-    skip_fields: list[Tensor | None],
-    skip_input_stride: list[int],
+    factors: DgradFactors,
+    a: Activation,
+    input_stride: Pair,
+    skip_factors: DgradFactors,
+    skip: Activation | None,
+    skip_input_stride: Pair,
 ) -> tuple[Tensor, ...]:
-    a, skip = activation_of(fields), activation_of(skip_fields) if skip_fields else None
-
     def vendor() -> tuple[Tensor | None, ...]:
-        values, both = [materialize(a, input_stride)], [DgradFactors(*factors)]
+        values = [materialize(a, input_stride)]
         if skip is not None:
             values.append(materialize(skip, skip_input_stride))
-            both.append(DgradFactors(*skip_factors))
-        da, *dskip = _vendor_folded_dgrad(grad, mask, values, both)
+        da, *dskip = _vendor_folded_dgrad(grad, mask, values, [factors, skip_factors][: len(values)])
         return da, dskip[0] if dskip else None, *bn_sums(da, a)
 
     largest = max(a.x.numel(), 0 if skip is None else skip.x.numel())
     if not runs_triton(grad) or largest >= MAX_NUMEL:
         da, dskip, *sums = vendor()
     else:
-        flags = operand_is_given(a) + are_given((*factors, *skip_factors))
-        skip_sizes = [] if skip is None else skip.x.shape
+        flags = operand_is_given(a) + are_given(factors)
+        skip_sizes = [] if skip is None else [*are_given(skip_factors), *skip.x.shape]
         sizes = (*grad.shape, *a.x.shape, *input_stride, *flags, *skip_sizes, *skip_input_stride)
-        step, skip_step = _pair(input_stride), _pair(skip_input_stride)
-        arguments = (
-            grad,
-            mask,
-            DgradFactors(*factors),
-            a,
-            step,
-            DgradFactors(*skip_factors),
-            skip,
-            skip_step,
-        )
-        operands = factors, fields, input_stride, skip_factors, skip_fields, skip_input_stride
-        exact = exactly(reference.folded_dgrad, grad, grad, mask, *operands)
+        arguments = (grad, mask, factors, a, input_stride, skip_factors, skip, skip_input_stride)
+        exact = exactly(reference.folded_dgrad, grad, *arguments)
         da, dskip, *sums = fastest(
             tunable("folded_dgrad", grad, sizes, arguments, vendor, exact), grad.device
         )
@@ -337,16 +325,22 @@ def _folded_dgrad(
 def _fake_folded_dgrad(
     grad: Tensor,
     mask: Tensor,
-    factors: list[Tensor | None],
-    fields: list[Tensor | None],
-    input_stride: list[int],
-    skip_factors: list[Tensor | None],
+    factors: DgradFactors,
+    a: Activation,
+    input_stride: Pair,
+    skip_factors: DgradFactors,
+    skip: Activation | None,
     *_: Any,
 ) -> tuple[Tensor, ...]:
-    scaled = [f[0] for f in (factors, skip_factors) if f and f[0] is not None]
-    gradients = [new_activation(grad, matrix.shape[1], grad.shape[2], grad.shape[3]) for matrix in scaled]
-    sums = fake_bn_sums(activation_of(fields))
-    return gradients[0], gradients[1] if len(gradients) > 1 else grad.new_empty(0), *sums
+    size = grad.shape[2:]
+    dskip = grad.new_empty(0) if skip is None else new_activation(grad, skip.x.shape[1], *size)
+    return new_activation(grad, a.x.shape[1], *size), dskip, *fake_bn_sums(a)
+
+
+def _dgrad_operands(grad: Tensor, mask: Tensor, factors: list[Tensor], *rest: Any) -> tuple[Any, ...]:
+    a, input_stride, skip_factors, skip, skip_input_stride = rest
+    shortcut = DgradFactors(*skip_factors), _operand(skip), pair(skip_input_stride)
+    return grad, mask, DgradFactors(*factors), Activation(*a), pair(input_stride), *shortcut
 
 
 #: da = dz scaled + a matrix^T + vector of one or two folded convolutions, and the sums of a's batch norm.
@@ -359,4 +353,5 @@ folded_dgrad = register_op(
     _folded_dgrad,
     triton=True,
     check=_checks.folded_dgrad,
+    operands=_dgrad_operands,
 )

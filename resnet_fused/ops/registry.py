@@ -20,6 +20,7 @@ def register_op(
     implementation: Callable[..., Any] | None = None,
     triton: bool = False,
     check: Callable[..., bool] | None = None,
+    operands: Callable[..., tuple[Any, ...]] | None = None,
 ) -> Callable[..., Any]:
     """Defines ``resnet_fused::<schema>`` and returns the function that calls it.
 
@@ -35,22 +36,27 @@ def register_op(
         triton: whether there is a Triton kernel.
         check: takes the arguments, raises where they do not fit, and returns whether only the reference supports such
             arguments. Native kernels have theirs in csrc/bindings_common.h.
+        operands: makes the arguments of reference, fake and implementation, which take the operands of types, from
+            those of the schema. None: they are the same.
     """
     name = schema.partition("(")[0]
     qualified = f"resnet_fused::{name}"
     torch.library.define(qualified, schema.removeprefix(name), tags=(torch.Tag.pt2_compliant_tag,))
     handle = getattr(torch.ops.resnet_fused, name).default
     needed = [i for i, x in enumerate(handle._schema.arguments) if isinstance(x.type, torch.TensorType)]
+    if operands is not None:
+        reference, fake = _typed(operands, reference), _typed(operands, fake)
+        implementation = None if implementation is None else _typed(operands, implementation)
     if check is None:
         check = functools.partial(_needs_tensors, name, needed)
     elif implementation is not None:
         implementation = _checked(check, implementation, reference)
+    IMPLEMENTATIONS[name] = Implementations(reference, implementation, triton)
     reference = _checked(check, reference, reference)
     torch.library.impl(qualified, "CompositeExplicitAutograd", reference)
     torch.library.register_fake(qualified, _on_one_device(name, needed, fake))
     if implementation is not None:
         torch.library.impl(qualified, ("cpu", "cuda"), implementation)
-    IMPLEMENTATIONS[name] = Implementations(implementation, triton)
 
     def call(*args: Any) -> Any:
         if uses_reference():
@@ -63,6 +69,14 @@ def register_op(
             raise
 
     return call
+
+
+def _typed(operands: Callable[..., tuple[Any, ...]], function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        return function(*operands(*args))
+
+    return run
 
 
 def _checked(

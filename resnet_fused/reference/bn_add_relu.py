@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,25 +37,16 @@ def bn_add_relu(
     return stored(torch.relu(z), y), pack_mask(relu_mask(z), y)
 
 
-def bn_add_relu_out(
-    y: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor,
-    out: Tensor,
-    mask: Tensor,
-) -> None:
-    """bn_add_relu into given tensors, slices of larger ones along N say.
+def bn_add_relu_out(y: Tensor, *rest: Any) -> None:
+    """bn_add_relu into ``out`` and ``mask``, the last arguments: slices of larger tensors along N say.
 
     Raises:
         ValueError: ``out`` does not have the shape, dtype and layout of dense(y).
     """
+    *operands, out, mask = rest
     check_given(out, dense(y))
-    results = bn_add_relu(y, mean, invstd, weight, bias, residual)
-    out.copy_(results[0])
-    mask.copy_(results[1])
+    for given, result in zip((out, mask), bn_add_relu(y, *operands), strict=True):
+        given.copy_(result)
 
 
 def bn_add_relu_backward_reduce(
@@ -87,18 +80,9 @@ def bn_add_relu_backward(
     return stored(dy, y), stored(dz, y)
 
 
-def bn_add_relu_backward_dy(
-    grad: Tensor,
-    mask: Tensor,
-    y: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    sum_dz: Tensor | None,
-    sum_dz_xhat: Tensor | None,
-) -> Tensor:
-    """The dy of bn_add_relu_backward."""
-    return bn_add_relu_backward(grad, mask, y, mean, invstd, weight, sum_dz, sum_dz_xhat)[0]
+def bn_add_relu_backward_dy(*args: Any) -> Tensor:
+    """The dy of bn_add_relu_backward, whose arguments it has."""
+    return bn_add_relu_backward(*args)[0]
 
 
 def relu_backward(grad: Tensor, mask: Tensor, y: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,30 +40,16 @@ def bn_bn_add_relu(
     return stored(torch.relu(z), y), pack_mask(relu_mask(z), y)
 
 
-def bn_bn_add_relu_out(
-    y: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    skip: Tensor,
-    skip_mean: Tensor,
-    skip_invstd: Tensor,
-    skip_weight: Tensor | None,
-    skip_bias: Tensor | None,
-    out: Tensor,
-    mask: Tensor,
-) -> None:
-    """bn_bn_add_relu into given tensors, slices of larger ones along N say.
+def bn_bn_add_relu_out(y: Tensor, *rest: Any) -> None:
+    """bn_bn_add_relu into ``out`` and ``mask``, the last arguments: slices of larger tensors along N say.
 
     Raises:
         ValueError: ``out`` does not have the shape, dtype and layout of dense(y).
     """
+    *operands, out, mask = rest
     check_given(out, dense(y))
-    skip_norm = (skip_mean, skip_invstd, skip_weight, skip_bias)
-    results = bn_bn_add_relu(y, mean, invstd, weight, bias, skip, *skip_norm)
-    out.copy_(results[0])
-    mask.copy_(results[1])
+    for given, result in zip((out, mask), bn_bn_add_relu(y, *operands), strict=True):
+        given.copy_(result)
 
 
 def bn_bn_add_relu_backward_reduce(

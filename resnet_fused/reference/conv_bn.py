@@ -16,7 +16,7 @@ from resnet_fused.reference.batch_norm import affine, input_gradient, relu_mask
 from resnet_fused.reference.batch_norm_stats import batch_norm_stats
 from resnet_fused.reference.bn_add_relu import relu_backward
 from resnet_fused.reference.bn_relu import bn_relu_backward_reduce
-from resnet_fused.types import Activation, Gradient, make_bn_coeffs, make_dy_coeffs
+from resnet_fused.types import Activation, ConvGeometry, Gradient, Pair, make_bn_coeffs, make_dy_coeffs
 
 
 def activation_value(a: Activation) -> Tensor:
@@ -45,12 +45,9 @@ def gradient_value(dy: Gradient) -> Tensor:
 
 
 def conv_bn_stats(
-    a: list[Tensor | None],
+    a: Activation,
     weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    geometry: ConvGeometry,
     eps: float,
     training: bool,
     gamma: Tensor | None,
@@ -60,7 +57,6 @@ def conv_bn_stats(
     """y = conv(a) and, in training, the statistics of its channels.
 
     Args:
-        a: the fields of an Activation.
         gamma, beta: (outputs,), weight and bias of y's batch norm, for its coefficients.
         coeffs: whether the coefficients are needed.
 
@@ -69,8 +65,7 @@ def conv_bn_stats(
         mean, biased var, invstd: (outputs,), and bn_coeffs: (3, outputs), see types.make_bn_coeffs; empty where they
         are not needed.
     """
-    value = activation_value(activation_of(a))
-    y = channels_last(F.conv2d(value, weight, None, stride, padding, dilation, groups))
+    y = channels_last(F.conv2d(activation_value(a), weight, None, *geometry))
     if not training:
         return y, *_empty(y, 4)
     mean, var, invstd = batch_norm_stats(y, eps)
@@ -79,21 +74,17 @@ def conv_bn_stats(
 
 
 def dgrad(
-    dy: list[Tensor | None],
+    dy: Gradient,
     weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    a: list[Tensor | None],
+    geometry: ConvGeometry,
+    a: Activation,
     residual: Tensor | None,
     residual_mask: Tensor | None,
-    input_stride: list[int],
+    input_stride: Pair,
 ) -> tuple[Tensor, ...]:
     """da, the gradient w.r.t. a convolution's input ``a``, and the sums that backward of a's batch norm needs.
 
     Args:
-        dy: the fields of a Gradient.
         residual: (N, C, ceil(H / down), ceil(W / right)), added to da at every input_stride-th pixel, times its mask
             where that is given.
 
@@ -102,42 +93,30 @@ def dgrad(
         sum_dz, sum_dz_xhat: (C,), of da times the ReLU's mask, where ``a`` has statistics; else empty.
         dy_coeffs: (3, C), see types.make_dy_coeffs; empty where they are.
     """
-    source, g = activation_of(a), widened(gradient_value(_gradient(dy)))
-    da = conv2d_input(source.x.shape, widened(weight), g, stride, padding, dilation, groups)
+    da = conv2d_input(a.x.shape, widened(weight), widened(gradient_value(dy)), *geometry)
     if residual is not None:
         more = widened(residual)
         if residual_mask is not None:
             more = relu_backward(residual, residual_mask, dense(residual))
         da[:, :, :: input_stride[0], :: input_stride[1]] += more
-    out = torch.empty_like(source.x).copy_(da)
-    return out, *bn_sums(out, source)
+    out = torch.empty_like(a.x).copy_(da)
+    return out, *bn_sums(out, a)
 
 
-def wgrad(
-    dy: list[Tensor | None],
-    a: list[Tensor | None],
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
+def wgrad(dy: Gradient, a: Activation, weight: Tensor, geometry: ConvGeometry) -> Tensor:
     """The gradient w.r.t. ``weight`` (given for its shape), channels_last, in the statistics dtype."""
-    g, value = widened(gradient_value(_gradient(dy))), widened(activation_value(activation_of(a)))
-    return channels_last(conv2d_weight(value, weight.shape, g, stride, padding, dilation, groups))
+    g, value = widened(gradient_value(dy)), widened(activation_value(a))
+    return channels_last(conv2d_weight(value, weight.shape, g, *geometry))
 
 
 def conv_backward(
-    dy: list[Tensor | None],
-    a: list[Tensor | None],
+    dy: Gradient,
+    a: Activation,
     weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    geometry: ConvGeometry,
     residual: Tensor | None,
     residual_mask: Tensor | None,
-    input_stride: list[int],
+    input_stride: Pair,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     """What ``dgrad`` and ``wgrad`` of one convolution return; empty what is not needed.
@@ -145,11 +124,10 @@ def conv_backward(
     Args:
         needs: whether the gradient w.r.t. the input is needed, and that w.r.t. the weight.
     """
-    x, geometry = activation_of(a).x, (stride, padding, dilation, groups)
-    of_input: tuple[Tensor, ...] = x.new_empty(0), *_empty(x, 3)
+    of_input: tuple[Tensor, ...] = a.x.new_empty(0), *_empty(a.x, 3)
     if needs[0]:
-        of_input = dgrad(dy, weight, *geometry, a, residual, residual_mask, input_stride)
-    dweight = wgrad(dy, a, weight, *geometry) if needs[1] else _empty(x, 1)[0]
+        of_input = dgrad(dy, weight, geometry, a, residual, residual_mask, input_stride)
+    dweight = wgrad(dy, a, weight, geometry) if needs[1] else _empty(a.x, 1)[0]
     return *of_input, dweight
 
 
@@ -165,14 +143,6 @@ def bn_sums(da: Tensor, a: Activation) -> tuple[Tensor, ...]:
         sum_dz_xhat,
         make_dy_coeffs(sum_dz, sum_dz_xhat, a.mean, a.invstd, make_bn_coeffs(*norm), pixels),
     )
-
-
-def activation_of(fields: list[Tensor | None]) -> Activation:
-    return Activation(*fields)  # type: ignore[arg-type]
-
-
-def _gradient(fields: list[Tensor | None]) -> Gradient:
-    return Gradient(*fields)  # type: ignore[arg-type]
 
 
 def _empty(like: Tensor, count: int) -> tuple[Tensor, ...]:

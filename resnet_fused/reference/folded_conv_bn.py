@@ -4,8 +4,7 @@ With c the centered input of the convolution, P x K, and W its weight, N x K, th
 the mean W m and the variances diag(W S W^T), where m and S are mean and covariance of c: the statistics are known
 before the convolution has run. Backward needs of y only Q = dz^T c. See docs/training-fold.md.
 
-Activations are (N, C, H, W), operands ``a`` and ``skip`` the fields of an Activation; the weight of a 1x1 convolution
-is (N, K, 1, 1) in the activations' dtype.
+Activations are (N, C, H, W); the weight of a 1x1 convolution is (N, K, 1, 1) in the activations' dtype.
 """
 
 from __future__ import annotations
@@ -17,30 +16,29 @@ from torch import Tensor
 from resnet_fused.layout import dense, pack_mask, stored, subsample, widened
 from resnet_fused.reference.batch_norm import affine, relu_mask, scale
 from resnet_fused.reference.bn_add_relu import relu_backward
-from resnet_fused.reference.conv_bn import activation_of, activation_value, bn_sums, channels_last
-from resnet_fused.types import Activation
+from resnet_fused.reference.conv_bn import activation_value, bn_sums, channels_last
+from resnet_fused.types import Activation, BatchStats, DgradFactors, InputCovariance, Pair
 
 
-def input_covariance(a: list[Tensor | None], input_stride: list[int]) -> tuple[Tensor, Tensor]:
+def input_covariance(a: Activation, input_stride: Pair) -> tuple[Tensor, Tensor]:
     """Mean (C,) and biased covariance (C, C) of the channels of an activation, over every input_stride-th pixel.
 
     In the statistics dtype; 0 where there are no pixels.
     """
-    rows = _rows(widened(subsample(activation_value(activation_of(a)), input_stride)))
+    rows = _rows(widened(subsample(activation_value(a), input_stride)))
     mean = rows.sum(0) if len(rows) == 0 else rows.mean(0)
     centered = rows - mean
     return mean, centered.t() @ centered / max(len(rows), 1)
 
 
 def conv1x1_bn_add_relu(
-    a: list[Tensor | None],
+    a: Activation,
     weight: Tensor | None,
-    bn: list[Tensor | None],
-    skip: Tensor,
-    skip_shift: Tensor | None,
+    bn: tuple[Tensor | None, ...],
+    skip: Activation,
     skip_weight: Tensor | None,
-    skip_bn: list[Tensor | None],
-    input_stride: list[int],
+    skip_bn: tuple[Tensor | None, ...],
+    input_stride: Pair,
 ) -> tuple[Tensor, Tensor]:
     """relu(bn(conv(a)) + shortcut) and the mask of its ReLU.
 
@@ -48,16 +46,15 @@ def conv1x1_bn_add_relu(
         a: input of the 1x1 convolution ``weight``, (N, K, H, W); without weight its output, (N, C, H, W).
         bn: mean, invstd, weight and bias of the batch norm after the convolution, (C,).
         skip: the shortcut, (N, C, H, W); with ``skip_weight`` the input of its 1x1 convolution, of which it reads
-            every input_stride-th pixel, minus ``skip_shift``.
+            every input_stride-th pixel.
         skip_bn: as ``bn``, of the shortcut's batch norm; all None where it has none.
 
     Returns:
         out: (N, C, H, W), channels_last; mask: uint8, see layout.pack_mask.
     """
-    like = _convolved(activation_value(activation_of(a)), weight)
+    like = _convolved(activation_value(a), weight)
     z = affine(widened(like), *bn)  # type: ignore[arg-type]
-    other = subsample(activation_value(Activation(skip, shift=skip_shift)), input_stride)
-    other = widened(_convolved(other, skip_weight))
+    other = widened(_convolved(subsample(activation_value(skip), input_stride), skip_weight))
     if skip_bn[0] is not None:
         other = affine(other, *skip_bn)  # type: ignore[arg-type]
     z = z + other
@@ -67,16 +64,16 @@ def conv1x1_bn_add_relu(
 def folded_wgrad(
     grad: Tensor,
     mask: Tensor,
-    a: list[Tensor | None],
-    input_stride: list[int],
-    skip: list[Tensor | None],
-    skip_input_stride: list[int],
+    a: Activation,
+    input_stride: Pair,
+    skip: Activation | None,
+    skip_input_stride: Pair,
 ) -> tuple[Tensor, ...]:
     """What backward of one or two folded convolutions sums over the pixels, with dz = grad * mask.
 
     Args:
         grad: (N, outputs, H, W), w.r.t. the output of ``conv1x1_bn_add_relu``; mask: its mask.
-        a, skip: the inputs of the convolutions, C and K channels; ``skip`` has no statistics, or no fields at all.
+        a, skip: the inputs of the convolutions, C and K channels; ``skip`` has no statistics.
 
     Returns:
         Q = dz^T a: (outputs, C); that of skip: (outputs, K), or empty; dz summed over the pixels: (outputs,).
@@ -84,35 +81,34 @@ def folded_wgrad(
     dz = relu_backward(grad, mask, dense(grad))
     rows = _rows(dz)
 
-    def q_of(operand: list[Tensor | None], stride: list[int]) -> Tensor:
-        return rows.t() @ _rows(widened(subsample(activation_value(activation_of(operand)), stride)))
+    def q_of(operand: Activation, stride: Pair) -> Tensor:
+        return rows.t() @ _rows(widened(subsample(activation_value(operand), stride)))
 
-    skip_q = q_of(skip, skip_input_stride) if skip else dz.new_empty(0)
+    skip_q = dz.new_empty(0) if skip is None else q_of(skip, skip_input_stride)
     return q_of(a, input_stride), skip_q, dz.sum((0, 2, 3), dtype=torch.float64).to(dz.dtype)
 
 
 def folded_dgrad(
     grad: Tensor,
     mask: Tensor,
-    factors: list[Tensor | None],
-    a: list[Tensor | None],
-    input_stride: list[int],
-    skip_factors: list[Tensor | None],
-    skip: list[Tensor | None],
-    skip_input_stride: list[int],
+    factors: DgradFactors,
+    a: Activation,
+    input_stride: Pair,
+    skip_factors: DgradFactors,
+    skip: Activation | None,
+    skip_input_stride: Pair,
 ) -> tuple[Tensor, ...]:
     """da = dz scaled + a matrix^T + vector of one or two folded convolutions, and the sums that ``dgrad`` returns.
 
     Args:
         grad, mask, a, skip: as for ``folded_wgrad``.
-        factors, skip_factors: scaled: (outputs, C, 1, 1); matrix: (C, C, 1, 1) and vector: (C,), or both None.
 
     Returns:
         da: (N, C, H, W), w.r.t. a; that w.r.t. skip, or empty; sum_dz, sum_dz_xhat and dy_coeffs of a's batch norm.
     """
     dz = relu_backward(grad, mask, dense(grad))
 
-    def input_gradient(x: Activation, stride: list[int], factors: list[Tensor | None]) -> Tensor:
+    def input_gradient(x: Activation, stride: Pair, factors: DgradFactors) -> Tensor:
         scaled, matrix, vector = factors
         assert scaled is not None
         da = F.conv2d(dz, widened(scaled).transpose(0, 1))
@@ -121,11 +117,10 @@ def folded_dgrad(
             da = da + vector.view(1, -1, 1, 1)
         return channels_last(da.to(grad.dtype))
 
-    da = input_gradient(activation_of(a), input_stride, factors)
-    dskip = grad.new_empty(0)
-    if skip:
-        dskip = input_gradient(activation_of(skip), skip_input_stride, skip_factors)
-    return da, dskip, *bn_sums(da, activation_of(a))
+    da, dskip = input_gradient(a, input_stride, factors), grad.new_empty(0)
+    if skip is not None:
+        dskip = input_gradient(skip, skip_input_stride, skip_factors)
+    return da, dskip, *bn_sums(da, a)
 
 
 def fold_statistics(
@@ -150,10 +145,8 @@ def fold_statistics(
 def fold_gradients(
     weight: Tensor,
     gamma: Tensor | None,
-    mean_y: Tensor,
-    invstd: Tensor,
-    mean: Tensor | None,
-    covariance: Tensor | None,
+    stats: BatchStats,
+    fold: InputCovariance,
     sum_dz: Tensor,
     q: Tensor,
     pixels: int,
@@ -162,23 +155,27 @@ def fold_gradients(
 
     Args:
         weight: W, (N, K), in the activations' dtype; all else in the statistics dtype.
-        gamma, mean_y, invstd, sum_dz: (N,); q: Q = dz^T c, (N, K); pixels: P.
-        mean, covariance: (K,) and (K, K), of c; None where the statistics are constants.
+        stats: of c W^T, (N,).
+        fold: mean and covariance of c; None where the statistics are constants.
+        gamma, sum_dz: (N,); q: Q = dz^T c, (N, K); pixels: P.
 
     Returns:
         dweight: (N, K); dgamma: (N,); scaled: (N, K) and matrix: (K, K), in the weight's dtype; vector: (K,). The last
         two are empty where the statistics are constants.
     """
+    mean_y, invstd, *_ = stats
     wide, factor = weight.to(invstd.dtype), scale(invstd, gamma)[:, None]
     dgamma = invstd * ((wide * q).sum(1) - sum_dz * mean_y)
     scaled = (factor * wide).to(weight.dtype)
-    if mean is None or covariance is None:
+    if fold.mean is None or fold.covariance is None:
         return factor * q, dgamma, scaled, weight.new_empty(0), invstd.new_empty(0)
     slope, offset = -invstd * dgamma / pixels, -sum_dz / pixels
-    dweight = factor * (q + (slope * pixels)[:, None] * (wide @ covariance) - torch.outer(sum_dz, mean))
+    dweight = factor * (
+        q + (slope * pixels)[:, None] * (wide @ fold.covariance) - torch.outer(sum_dz, fold.mean)
+    )
     matrix = (wide.t() @ (factor * slope[:, None] * wide)).to(weight.dtype)
     # Of both matrices as they are rounded: then dc sums to zero over the pixels as dy does.
-    vector = offset @ scaled.to(wide.dtype) - matrix.to(wide.dtype) @ mean
+    vector = offset @ scaled.to(wide.dtype) - matrix.to(wide.dtype) @ fold.mean
     return dweight, dgamma, scaled, matrix, vector
 
 

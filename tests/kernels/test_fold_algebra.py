@@ -13,6 +13,7 @@ from torch import Tensor
 from resnet_fused.kernels.fold_algebra import fold_gradients, fold_statistics, rectified_mean
 from resnet_fused.kernels.launch import Launch, observe_launches
 from resnet_fused.reference import folded_conv_bn as reference
+from resnet_fused.types import BatchStats, InputCovariance
 from tests.accuracy import assert_accurate
 
 pytestmark = pytest.mark.interpreter
@@ -66,13 +67,15 @@ class Sums:
         running: bool = False,
     ) -> Named:
         stats = self.statistics(reference.fold_statistics, torch.float32)
-        operands = [
-            self.weight, self.gamma if affine else None, stats["mean_y"], stats["invstd"],
-            None if running else self.mean, None if running else self.covariance, self.sum_dz, self.q,
-        ]  # fmt: skip
-        if dtype is not None:
-            operands = [None if x is None else x.to(dtype) for x in operands]
-        named = dict(zip(GRADIENTS, implementation(*operands, PIXELS), strict=True))
+
+        def cast(*tensors: Tensor) -> list[Tensor]:
+            return [x if dtype is None else x.to(dtype) for x in tensors]
+
+        (weight,), gamma = cast(self.weight), cast(self.gamma)[0] if affine else None
+        fold = InputCovariance() if running else InputCovariance(None, *cast(self.mean, self.covariance))
+        operands = weight, gamma, BatchStats(*cast(stats["mean_y"], stats["invstd"])), fold
+        gradients = implementation(*operands, *cast(self.sum_dz, self.q), PIXELS)
+        named = dict(zip(GRADIENTS, gradients, strict=True))
         return {name: x for name, x in named.items() if x is not None and x.numel()}
 
 
@@ -163,7 +166,8 @@ def test_weight_of_a_convolution(memory_format: torch.memory_format) -> None:
     c, dz = (sums.mean, sums.covariance), (sums.sum_dz, sums.q)
     stats = fold_statistics(weight, *c, sums.shift, EPS)
     expected = sums.statistics(reference.fold_statistics, torch.float32)
-    gradients = fold_gradients(weight, sums.gamma, expected["mean_y"], expected["invstd"], *c, *dz, PIXELS)
+    batch_stats, fold = BatchStats(expected["mean_y"], expected["invstd"]), InputCovariance(None, *c)
+    gradients = fold_gradients(weight, sums.gamma, batch_stats, fold, *dz, PIXELS)
     assert all(map(torch.equal, stats, flat[0].values()))
     assert all(map(torch.equal, gradients, flat[1].values()))
 
@@ -192,9 +196,8 @@ def launched(n: int, k: int, dtype: torch.dtype, running: bool) -> list[Launch]:
     with observe_launches(launches.append):
         if mean is not None and covariance is not None:
             fold_statistics(weight, mean, covariance, None, EPS)
-        fold_gradients(
-            weight, None, per_output, per_output, mean, covariance, per_output, empty(n, k), PIXELS
-        )
+        stats, fold = BatchStats(per_output, per_output), InputCovariance(None, mean, covariance)
+        fold_gradients(weight, None, stats, fold, per_output, empty(n, k), PIXELS)
     return launches
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused import reference
 from resnet_fused.layout import pack_mask
+from resnet_fused.ops.dispatch import IMPLEMENTATIONS
 from resnet_fused.types import Activation, ConvGeometry
 
 Arguments = tuple[Any, ...]
@@ -186,6 +186,4 @@ def op_of(case: str) -> str:
 
 def reference_of(op: str) -> Callable[..., Any]:
     """What an op has to compute."""
-    modules = (module for module in vars(reference).values() if hasattr(module, op))
-    found: Callable[..., Any] = getattr(next(modules), op)
-    return found
+    return IMPLEMENTATIONS[op].reference
