@@ -23,7 +23,6 @@ from resnet_fused.ops.dispatch import (
     MAX_NUMEL,
     are_given,
     coefficient_kernels,
-    exactly,
     fastest,
     fastest_sharing,
     operand_is_given,
@@ -159,10 +158,9 @@ def _conv_bn_stats(
         return vendor()
     sizes = (*_sizes(a.x, weight, geometry), *operand_is_given(a), training)
     arguments = (a, weight, geometry, eps, training, gamma, beta)
-    exact = exactly(reference.conv_bn_stats, a.x, *arguments, True)
-    results: tuple[Tensor, ...] = fastest(
-        tunable("conv_bn_stats", a.x, sizes, arguments, vendor, exact), a.x.device
-    )
+    exact = functools.partial(reference.conv_bn_stats, coeffs=True)
+    candidate = tunable("conv_bn_stats", a.x, sizes, arguments, vendor, exact)
+    results: tuple[Tensor, ...] = fastest(candidate, a.x.device)
     return results
 
 
@@ -321,7 +319,6 @@ def _fastest_gradients(
     needs: list[bool],
 ) -> list[Any]:
     """The gradients that are needed, the weight's first: each by Triton or by the vendor, which share dy in memory."""
-    given = dy, a
     # Once for both gradients.
     dy, a = coefficient_kernels().with_dy_coeffs(dy), coefficient_kernels().with_bn_coeffs(a)
 
@@ -341,19 +338,15 @@ def _fastest_gradients(
     sizes = _sizes(x, weight, geometry)
     candidates = []
     if needs[1]:
-        exact = exactly(reference.wgrad, x, *given, weight, geometry)
         flags = operand_is_given(dy) + operand_is_given(a)
         arguments: tuple[Any, ...] = (dy, a, weight, geometry)
-        candidates.append(tunable("wgrad", x, (*sizes, *flags), arguments, vendor_wgrad, exact))
+        candidates.append(tunable("wgrad", x, (*sizes, *flags), arguments, vendor_wgrad, reference.wgrad))
     if needs[0]:
-        exact = exactly(reference.dgrad, x, given[0], weight, geometry, given[1], *rest)
         flags = operand_is_given(dy) + operand_is_given(a) + are_given((residual, residual_mask))
         has_kernel = max(weight.shape[2:]) <= MAX_KERNEL_SIZE
         has_kernel = has_kernel and (max(geometry.stride) == 1 or max(geometry.dilation) == 1)
-        arguments = (dy, weight, geometry, a, *rest)
-        candidates.append(
-            tunable("dgrad", x, (*sizes, *input_stride, *flags), arguments, vendor_dgrad, exact, has_kernel)
-        )
+        key, arguments = (*sizes, *input_stride, *flags), (dy, weight, geometry, a, *rest)
+        candidates.append(tunable("dgrad", x, key, arguments, vendor_dgrad, reference.dgrad, has_kernel))
     flags = operand_is_given(dy)
     shared = tunable(
         "gradient", dy.g, (*dy.g.shape, *flags), (), materialize_dy, materialize_dy, has_kernel=False

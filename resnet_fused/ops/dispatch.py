@@ -140,15 +140,16 @@ def tunable(
     sizes: Sequence[Any],
     arguments: tuple[Any, ...],
     vendor: Callable[[], Any],
-    exact: Callable[[], Any],
+    reference: Callable[..., Any],
     has_kernel: bool = True,
 ) -> Tunable:
     """A Triton kernel and what the vendor does instead, for the autotuner.
 
     Args:
         sizes: what distinguishes problems for which the fastest may differ, beside the dtype.
-        arguments: of the launcher, but for the configuration.
-        exact: computes the same results in more bits.
+        arguments: of the launcher, but for the configuration, and of the reference.
+        vendor: computes the results with the vendor's library.
+        reference: computes them from arguments in a wider dtype, to check the kernel's.
         has_kernel: else there is only the vendor.
     """
     search = _autotuner()
@@ -162,10 +163,24 @@ def tunable(
             launch, configs = triton.launch, triton.configs(*arguments)
         _known[key] = launch, configs, tuning_key
     launch, configs, tuning_key = _known[key]
+
+    def exact() -> Any:
+        return reference(*_widened(arguments, torch.float64 if x.dtype == torch.float32 else torch.float32))
+
     result: Tunable = search.Tunable(
         tuning_key, configs, lambda config: launch(*arguments, config), vendor, exact
     )
     return result
+
+
+def _widened(value: Any, dtype: torch.dtype) -> Any:
+    """Arguments of an op with their floating-point tensors in ``dtype``."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if not isinstance(value, tuple):
+        return value
+    values = [_widened(each, dtype) for each in value]
+    return type(value)(*values) if hasattr(value, "_fields") else tuple(values)
 
 
 def fastest(candidate: Tunable, device: torch.device) -> Any:
@@ -181,21 +196,6 @@ def fastest_sharing(candidates: list[Tunable], shared: Tunable, device: torch.de
         candidate.vendor() if config is None else candidate.run(config)  # type: ignore[misc]
         for candidate, config in zip(candidates, chosen, strict=True)
     ]
-
-
-def exactly(op: Callable[..., Any], x: Tensor, *arguments: Any) -> Callable[[], Any]:
-    """What ``op`` computes from its arguments in more bits than those of the activation ``x``."""
-    wide = torch.float64 if x.dtype == torch.float32 else torch.float32
-
-    def widened(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(wide) if value.is_floating_point() else value
-        if not isinstance(value, tuple):
-            return value
-        values = [widened(each) for each in value]
-        return type(value)(*values) if hasattr(value, "_fields") else tuple(values)
-
-    return lambda: op(*widened(arguments))
 
 
 def are_given(fields: Sequence[Tensor | None]) -> list[bool]:
