@@ -70,7 +70,7 @@ def bn_add_relu(
 
 
 def bn_bn_add_relu(y: Tensor, skip: Tensor, bn: BatchNorm, skip_bn: BatchNorm) -> Tensor:
-    """relu(batch_norm(y) + batch_norm(skip)), each with a ``Norm``: running_mean, running_var, weight, bias,
+    """relu(batch_norm(y) + batch_norm(skip)), each with a ``BatchNorm``: running_mean, running_var, weight, bias,
     training, momentum, eps. Held for backward: ``y``, ``skip`` and one bit per element.
     """
     _check(y, bn)
