@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import gc
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 import resnet_fused
 from resnet_fused.kernels.autotune import measurement, search
-from resnet_fused.kernels.autotune.search import TuningKey
 from resnet_fused.kernels.launch import Config, Launch, launch
 from tests.kernels.simulated_gpu import (
     CONFIGS,
@@ -27,7 +23,6 @@ from tests.kernels.simulated_gpu import (
     VENDOR,
     SimulatedGPU,
     cache_file,
-    only_warning,
 )
 
 # What is chosen
@@ -90,24 +85,6 @@ def test_repetitions_fit_into_the_time(sim: SimulatedGPU, monkeypatch: pytest.Mo
 # What is compiled
 
 
-def test_what_exceeds_shared_memory_is_not_compiled(sim: SimulatedGPU) -> None:
-    fits, large = Config(128, 128, 64, stages=3), Config(256, 256, 64, stages=4)
-    sim.errors[large] = AssertionError("was run")
-    sim.times |= {fits: 1.0, large: 0.1}
-    assert sim.choose(configs=[large, fits]) == fits
-    fp32 = TuningKey("conv_bn_stats", (1,), "fp32")  # twice the bytes: now 192 KiB, and 4 stages are too many
-    four_stages = Config(128, 128, 64, stages=4)
-    sim.errors[four_stages] = AssertionError("was run")
-    assert sim.choose(fp32, configs=[four_stages, fits]) == fits
-
-
-def test_where_none_seems_to_fit_the_smallest_is_tried(sim: SimulatedGPU) -> None:
-    larger, large = Config(512, 512, 64), Config(256, 512, 64)
-    sim.times |= {larger: 0.1, large: 1.0}
-    assert sim.choose(configs=[larger, large]) == large
-    assert set(sim.measured) == {large, VENDOR}
-
-
 def test_at_most_eight_are_compiled(sim: SimulatedGPU) -> None:
     many = [Config(16, 16, 16, splits=i + 1) for i in range(30)]
     sim.times |= {config: 9.0 - i / 10 for i, config in enumerate(many)}
@@ -121,28 +98,6 @@ def test_autotuning_is_announced_once(sim: SimulatedGPU, caplog: pytest.LogCaptu
     (record,) = caplog.records
     assert "autotuning kernels for NVIDIA H100" in record.message
     assert str(cache_file().parent) in record.message
-
-
-COMPILE_ERRORS = [
-    OutOfResources(1, 0, "shared memory"),
-    triton.CompilationError("x", ast.parse("x").body[0], "no"),
-]
-
-
-@pytest.mark.parametrize("error", COMPILE_ERRORS, ids=lambda error: type(error).__name__)
-def test_what_does_not_compile_is_left_out(sim: SimulatedGPU, error: Exception) -> None:
-    sim.errors[SECOND] = error
-    assert sim.choose() is None
-    assert SECOND not in sim.measured
-    assert sim.choose(DGRAD, vendor=False) == FIRST
-
-
-def test_where_nothing_compiles_it_warns(sim: SimulatedGPU) -> None:
-    sim.errors = dict.fromkeys(CONFIGS, COMPILE_ERRORS[0])
-    with only_warning("every configuration", "shared memory"):
-        assert sim.choose() is None
-    with only_warning("every configuration"), pytest.raises(ValueError, match="neither"):
-        sim.choose(DGRAD, vendor=False)
 
 
 def test_any_other_error_is_raised(sim: SimulatedGPU) -> None:

@@ -23,32 +23,12 @@ import torch.distributed as dist
 
 from resnet_fused.backend import choice
 from resnet_fused.kernels.autotune import cache, verification
-from resnet_fused.kernels.autotune.measurement import configs_to_try, measure_all
+from resnet_fused.kernels.autotune.measurement import MAX_CONFIGS, measure_all
 from resnet_fused.kernels.autotune.ranks import agree, process_group
-from resnet_fused.kernels.autotune.tunable import (
-    Timing,
-    Timings,
-    Tunable,
-    TuningKey,
-    dtype_name,
-    fastest,
-    is_outdated,
-)
+from resnet_fused.kernels.autotune.tunable import Timing, Timings, Tunable, TuningKey, fastest
+from resnet_fused.kernels.autotune.tunable import dtype_name as dtype_name
 from resnet_fused.kernels.autotune.verification import Unverifiable
 from resnet_fused.kernels.launch import Config, Launch, capture_launches
-
-__all__ = [
-    "Tunable",
-    "TuningKey",
-    "choose",
-    "choose_sharing",
-    "collect_candidates",
-    "dtype_name",
-    "entries",
-    "forget_measurements",
-    "summary",
-    "write_table",
-]
 
 #: A device's name, a tuning key, and whether it could be measured when it was asked for.
 _MemoryKey = tuple[str, TuningKey, bool]
@@ -94,7 +74,7 @@ def choose_sharing(tunables: Sequence[Tunable], shared: Tunable, device: torch.d
     shared_timings: Timings = ()
     needs_shared = any(timing.config is None for timing in best) and max(map(len, options)) > 1
     if needs_shared:
-        shared_timings = _look_up(shared, device, True)
+        shared_timings = _look_up(shared, device)
         shared_ms = (shared_timings[0].ms or 0.0) if shared_timings else 0.0
 
         def cost(timings: tuple[Timing, ...]) -> float:
@@ -113,10 +93,8 @@ def _options(tunable: Tunable, timings: Timings, vendor_allowed: bool) -> list[T
     options: dict[bool, Timing] = {}
     for timing in timings:
         is_vendor = timing.config is None
-        if timing.ms is None or is_vendor in options or (is_vendor and not vendor_allowed):
-            continue
-        if not is_outdated(timing.config, tunable.configs):
-            options[is_vendor] = timing
+        if timing.ms is not None and (vendor_allowed or not is_vendor):
+            options.setdefault(is_vendor, timing)
     return [*options.values()] or [Timing(_choice(tunable, timings, vendor_allowed))]
 
 
@@ -128,18 +106,18 @@ def _known(tunable: Tunable, device: torch.device) -> tuple[Timings, bool]:
     if device.type != "cuda":
         if _collected is not None:
             with capture_launches() as captured:
-                for config in configs_to_try(tunable, device):
+                for config in tunable.configs[:MAX_CONFIGS]:
                     tunable.run(config)
             _collected.extend(captured)
         return (), False
     vendor_allowed = tunable.vendor is not None and backend == "auto"
-    return _look_up(tunable, device, vendor_allowed), vendor_allowed
+    return _look_up(tunable, device), vendor_allowed
 
 
 def _choice(tunable: Tunable, timings: Timings, vendor_allowed: bool) -> Config | None:
     """The fastest; where nothing is known the vendor, if it is allowed, else the first configuration."""
     best = fastest(timings, vendor_allowed)
-    if best is not None and not is_outdated(best.config, tunable.configs):
+    if best is not None:
         return best.config
     if vendor_allowed and tunable.vendor is not None:
         return None
@@ -150,7 +128,7 @@ def _choice(tunable: Tunable, timings: Timings, vendor_allowed: bool) -> Config 
     return first
 
 
-def _look_up(tunable: Tunable, device: torch.device, vendor_allowed: bool) -> Timings:
+def _look_up(tunable: Tunable, device: torch.device) -> Timings:
     """From memory, files, or a measurement; empty where nothing is known and it can't be measured now."""
     group = process_group()
     memory = _single_process if group is None else _by_group.setdefault(group, {})
@@ -162,7 +140,7 @@ def _look_up(tunable: Tunable, device: torch.device, vendor_allowed: bool) -> Ti
     memory_key = (name, tunable.key, may_measure)
 
     def load_or_measure() -> Timings | None:
-        timings = cache.load(device, tunable.key, tunable.configs, vendor_allowed)
+        timings = cache.load(device, tunable.key, tunable.configs)
         if timings is None and may_measure:
             timings = measure_all(tunable, device)
             cache.store(device, tunable.key, timings)

@@ -10,9 +10,6 @@ import torch
 from resnet_fused.kernels.arguments import precision
 from resnet_fused.kernels.launch import Config
 
-#: Bytes of an element of a tile, by ``dtype_name``.
-ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}
-
 
 class TuningKey(NamedTuple):
     """What identifies launches that have the same fastest configuration.
@@ -76,11 +73,6 @@ def fastest(timings: Timings, vendor_allowed: bool) -> Timing | None:
     """The fastest that may be chosen."""
     allowed = (t for t in timings if t.rejection is None and (t.config is not None or vendor_allowed))
     return next(allowed, None)
-
-
-def is_outdated(config: Config | None, configs: Sequence[Config]) -> bool:
-    """Whether a stored configuration is none of the kernel's any more."""
-    return config is not None and config not in configs
 
 
 def sorted_timings(timings: Iterable[Timing]) -> Timings:
