@@ -11,15 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels.launch import Config, cdiv, launch
+from resnet_fused.kernels.launch import Config, Launch, cdiv
 from resnet_fused.types import Activation, Gradient
 
 _BLOCK = 128  # channels of a program
 
 
 @triton.jit
-def store_bn_coeffs(mean, invstd, gamma, beta, bn_coeffs, channel_offs, channel_valid, channels):
+def store_bn_coeffs(mean, invstd, gamma, beta, bn_coeffs, channel_offs, channels):
     """types.make_bn_coeffs of the values ``mean`` and ``invstd`` (BLOCK,) float32; gamma, beta: (C,) or None."""
+    channel_valid = channel_offs < channels
     scale, bias = invstd, tl.zeros_like(mean)
     if gamma is not None:
         scale *= tl.load(gamma + channel_offs, channel_valid, 0.0)
@@ -41,11 +42,11 @@ def store_dy_coeffs(
     bn_coeffs,  # (3, channels)
     dy_coeffs,  # (3, channels)
     channel_offs,  # (BLOCK,)
-    channel_valid,  # (BLOCK,)
     pixels,
     channels,
 ):
     """types.make_dy_coeffs."""
+    channel_valid = channel_offs < channels
     factor = tl.load(bn_coeffs + channel_offs, channel_valid, 0.0).to(tl.float64) / pixels
     center = tl.load(mean + channel_offs, channel_valid, 0.0).to(tl.float64)
     slope = (factor * invstd.to(tl.float64) * sum_dz_xhat.to(tl.float64)).to(tl.float32)
@@ -71,13 +72,13 @@ def bn_coeffs_kernel(
     channel_valid = channel_offs < channels
     center = tl.load(mean + channel_offs, channel_valid, 0.0)
     invstd_value = tl.load(invstd + channel_offs, channel_valid, 0.0)
-    store_bn_coeffs(center, invstd_value, gamma, beta, bn_coeffs, channel_offs, channel_valid, channels)
+    store_bn_coeffs(center, invstd_value, gamma, beta, bn_coeffs, channel_offs, channels)
 
 
 def bn_coeffs_of(mean: Tensor, invstd: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
     """types.make_bn_coeffs in one launch, for statistics that reductions.norm_statistics has not computed."""
     bn_coeffs = mean.new_empty(3, len(mean))
-    launch(
+    Launch(
         bn_coeffs_kernel,
         (cdiv(len(mean), _BLOCK),),
         {
@@ -86,7 +87,7 @@ def bn_coeffs_of(mean: Tensor, invstd: Tensor, gamma: Tensor | None, beta: Tenso
         },
         {"BLOCK": _BLOCK},
         Config(warps=4, stages=1),
-    )  # fmt: skip
+    ).start()  # fmt: skip
     return bn_coeffs
 
 
@@ -115,16 +116,7 @@ def dy_coeffs_kernel(
     total_xhat = tl.load(sum_dz_xhat + channel_offs, channel_valid, 0.0)
     invstd_value = tl.load(invstd + channel_offs, channel_valid, 0.0)
     store_dy_coeffs(
-        total,
-        total_xhat,
-        mean,
-        invstd_value,
-        bn_coeffs,
-        dy_coeffs,
-        channel_offs,
-        channel_valid,
-        pixels,
-        channels,
+        total, total_xhat, mean, invstd_value, bn_coeffs, dy_coeffs, channel_offs, pixels, channels
     )
 
 
@@ -133,7 +125,7 @@ def dy_coeffs_of(
 ) -> Tensor:
     """types.make_dy_coeffs in one launch, for sums that reductions.sum_tiles has not computed."""
     dy_coeffs = torch.empty_like(bn_coeffs)
-    launch(
+    Launch(
         dy_coeffs_kernel,
         (cdiv(len(mean), _BLOCK),),
         {
@@ -142,7 +134,7 @@ def dy_coeffs_of(
         },
         {"BLOCK": _BLOCK},
         Config(warps=4, stages=1),
-    )  # fmt: skip
+    ).start()  # fmt: skip
     return dy_coeffs
 
 

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels.autotune.heuristics import tile
-from resnet_fused.kernels.launch import Config, cdiv, launch
+from resnet_fused.kernels.launch import Config, Launch, cdiv
+from resnet_fused.kernels.tiles import load_tile
 
 #: Channels from which the columns of W S are split over programs; with fewer the loop has at most 8 steps.
 SPLIT_FROM = 256
@@ -21,9 +22,7 @@ SPLIT_FROM = 256
 @triton.jit
 def load_matrix(matrix, row_offs, column_offs, rows, columns):
     """A tile of a matrix (rows, columns), float32; 0 outside."""
-    valid = (row_offs < rows)[:, None] & (column_offs < columns)[None, :]
-    pointers = matrix + row_offs[:, None] * columns + column_offs[None, :]
-    return tl.load(pointers, valid, other=0.0).to(tl.float32)
+    return load_tile(matrix, row_offs, row_offs < rows, column_offs, columns).to(tl.float32)
 
 
 @triton.jit
@@ -159,7 +158,6 @@ def fold_statistics(
     covariance: Tensor,
     shift: Tensor | None,
     eps: float,
-    precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Statistics of y = c W^T from those of c; see reference.folded_conv_bn.fold_statistics.
 
@@ -169,7 +167,6 @@ def fold_statistics(
         weight: W, (N, K) or (N, K, 1, 1), float32, bfloat16 or float16.
         mean, covariance: (K,) and S, (K, K), float32, contiguous.
         shift: (K,) float32, subtracted from the convolution's input to get c.
-        precision: input_precision of tl.dot for W S; by default one with the accuracy of float32.
 
     Returns:
         mean_y = W mean; true_mean, the mean of (c + shift) W^T; var = max(diag(W S W^T), 0);
@@ -183,24 +180,24 @@ def fold_statistics(
     splits = cdiv(channels, config.block_n) if split else 1
     partial_sums = None if splits == 1 else mean.new_empty(3, splits, outputs, dtype=torch.float64)
     results = {name: mean.new_empty(outputs) for name in ("mean_y", "true_mean", "var", "invstd")}
-    launch(
+    Launch(
         fold_statistics_kernel,
         (cdiv(outputs, config.block_m), splits),
         {
             "weight": w, "mean": mean, "covariance": covariance, "shift": shift,
             "partial_sums": partial_sums, **results, "eps": eps, "outputs": outputs, "channels": channels,
         },
-        {"PRECISION": precision or float32_precision(w.dtype), **config.blocks()},
+        {"PRECISION": float32_precision(w.dtype), **config.blocks()},
         config,
         flops=2 * outputs * channels * (channels + 2),
-    )  # fmt: skip
+    ).start()  # fmt: skip
     if partial_sums is not None:
         block = 128
-        launch(
+        Launch(
             merge_statistics_kernel,
             (cdiv(outputs, block),),
             {"partial_sums": partial_sums, **results, "eps": eps, "splits": splits, "outputs": outputs},
             {"SPLITS": 1 << (splits - 1).bit_length(), "BLOCK": block},
             Config(warps=4, stages=1),
-        )
+        ).start()
     return results["mean_y"], results["true_mean"], results["var"], results["invstd"]

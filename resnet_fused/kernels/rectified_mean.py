@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels.launch import Config, cdiv, launch
+from resnet_fused.kernels.launch import Config, Launch, cdiv
 
 
 @triton.jit
@@ -32,11 +32,11 @@ def rectified_mean_kernel(
 def rectified_mean(weight: Tensor, bias: Tensor) -> Tensor:
     """reference.folded_conv_bn.rectified_mean of two (C,), float32."""
     mean, block = torch.empty_like(weight), 128
-    launch(
+    Launch(
         rectified_mean_kernel,
         (cdiv(weight.shape[0], block),),
         {"weight": weight, "bias": bias, "mean": mean, "channels": weight.shape[0]},
         {"BLOCK": block},
         Config(warps=4, stages=1),
-    )
+    ).start()
     return mean

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import resnet_fused
 from resnet_fused.kernels.autotune import measurement, search
-from resnet_fused.kernels.launch import Config, Launch, launch
+from resnet_fused.kernels.launch import Config, Launch
 from tests.kernels.simulated_gpu import (
     CONFIGS,
     CONV,
@@ -116,7 +116,7 @@ def test_no_garbage_is_collected_while_threads_compile(
     arguments = {"x": torch.empty(1, device="meta")}
 
     def run(config: Config) -> list[Tensor]:
-        launch(None, (1,), arguments, {}, config)
+        Launch(None, (1,), arguments, {}, config).start()
         return sim.run(config)
 
     sim.choose(run=run)
