@@ -21,7 +21,6 @@ from resnet_fused.kernels.arguments import (
     weight_matrix,
 )
 from resnet_fused.kernels.autotune.heuristics import gemm_configs
-from resnet_fused.kernels.bn_coeffs import with_bn_coeffs
 from resnet_fused.kernels.launch import Config, Launch, cdiv
 from resnet_fused.kernels.tiles import (
     load_activation_tile,
@@ -146,8 +145,7 @@ def conv1x1_bn_add_relu_kernel(
 
 
 def _bn_arguments(bn: BatchNormVectors, prefix: str) -> dict[str, Tensor | None]:
-    names = (f"{prefix}mean", f"{prefix}invstd", f"{prefix}weight", f"{prefix}bias")
-    return dict(zip(names, bn, strict=True))
+    return {f"{prefix}_{name}": x for name, x in zip(("mean", "invstd", "weight", "bias"), bn, strict=True)}
 
 
 def configs(
@@ -189,7 +187,7 @@ def conv1x1_bn_add_relu(
     Returns:
         out: (N, C, H, W), channels_last; mask: uint8 (N*H*W, ceil(C / 8)).
     """
-    a, x = with_bn_coeffs(a), a.x
+    x = a.x
     outputs, (height, width) = x.shape[1] if weight is None else weight.shape[0], x.shape[2:]
     out = new_activation(x, outputs, height, width)
     mask = torch.empty(mask_shape(out), dtype=torch.uint8, device=out.device)
@@ -199,10 +197,10 @@ def conv1x1_bn_add_relu(
         (cdiv(pixels, config.block_m) * cdiv(outputs, config.block_n),),
         {
             **activation_arguments(a),
-            "weight": None if weight is None else weight_matrix(weight, x.dtype), **_bn_arguments(bn, "bn_"),
+            "weight": None if weight is None else weight_matrix(weight, x.dtype), **_bn_arguments(bn, "bn"),
             "skip": skip, "skip_shift": skip_shift,
             "skip_weight": None if skip_weight is None else weight_matrix(skip_weight, x.dtype),
-            **_bn_arguments(skip_bn, "skip_bn_"),
+            **_bn_arguments(skip_bn, "skip_bn"),
             "out": out, "mask": mask_words(mask, outputs, config.block_n),
             "channels": x.shape[1], "skip_channels": skip.shape[1], "outputs": outputs, "pixels": pixels,
             "skip_height": skip.shape[2], "skip_width": skip.shape[3], "out_height": height, "out_width": width,

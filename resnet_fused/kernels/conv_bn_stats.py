@@ -7,7 +7,6 @@ channel; reductions.norm_statistics merges those of all tiles by Chan's formula.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,16 +14,15 @@ from torch import Tensor
 from resnet_fused.kernels import reductions
 from resnet_fused.kernels.arguments import (
     activation_arguments,
+    conv_size_arguments,
     geometry_arguments,
     is_pointwise,
     new_sums,
     precision,
-    size_arguments,
     subsampled_bytes,
     weight_matrix,
 )
 from resnet_fused.kernels.autotune.heuristics import gemm_configs
-from resnet_fused.kernels.bn_coeffs import with_bn_coeffs
 from resnet_fused.kernels.launch import Config, Launch, cdiv
 from resnet_fused.kernels.tiles import (
     advance_tap,
@@ -142,7 +140,6 @@ def conv_bn_stats(
         y: (N, outputs, H', W'), channels_last.
         mean, biased var, invstd: (outputs,) and bn_coeffs: (3, outputs), float32; empty unless ``training``.
     """
-    a = with_bn_coeffs(a)
     height, width = geometry.out_size(a.x, weight)
     y = new_activation(a.x, weight.shape[0], height, width)
     pixels, outputs = y.shape[0] * height * width, weight.shape[0]
@@ -153,8 +150,7 @@ def conv_bn_stats(
         (tiles * cdiv(outputs, config.block_n),),
         {
             **activation_arguments(a), "weight": weight_matrix(weight, y.dtype), "y": y, "tile_stats": tile_stats,
-            **size_arguments(a.x), "out_height": height, "out_width": width, "outputs": outputs, "pixels": pixels,
-            **geometry_arguments(geometry),
+            **conv_size_arguments(a.x, y), "pixels": pixels, **geometry_arguments(geometry),
         },
         {
             "KERNEL_H": weight.shape[2], "KERNEL_W": weight.shape[3], "POINTWISE": is_pointwise(weight, geometry),
@@ -165,10 +161,6 @@ def conv_bn_stats(
         partial_bytes=subsampled_bytes(height, width, x=a.x) if weight.shape[2:] == (1, 1) else None,
     ).start()  # fmt: skip
     if tile_stats is None:
-        empty = (torch.empty(0, dtype=torch.float32, device=y.device) for _ in range(4))
-        mean, var, invstd, bn_coeffs = empty
-    else:
-        mean, var, invstd, bn_coeffs = reductions.norm_statistics(
-            tile_stats, config.block_m, pixels, eps, gamma, beta
-        )
-    return y, mean, var, invstd, bn_coeffs
+        mean, var, invstd, bn_coeffs = (new_sums(y, 0) for _ in range(4))
+        return y, mean, var, invstd, bn_coeffs
+    return y, *reductions.norm_statistics(tile_stats, config.block_m, pixels, eps, gamma, beta)

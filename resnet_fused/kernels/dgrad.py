@@ -15,17 +15,17 @@ from torch import Tensor
 
 from resnet_fused.kernels import reductions
 from resnet_fused.kernels.arguments import (
+    conv_size_arguments,
     geometry_arguments,
     gradient_arguments,
     is_pointwise,
     mask_words,
     new_sums,
     precision,
-    size_arguments,
     weight_matrix,
 )
 from resnet_fused.kernels.autotune.heuristics import gemm_configs
-from resnet_fused.kernels.bn_coeffs import with_bn_coeffs, with_dy_coeffs
+from resnet_fused.kernels.bn_coeffs import with_bn_coeffs
 from resnet_fused.kernels.launch import Config, Launch, cdiv
 from resnet_fused.kernels.tiles import (
     advance_tap,
@@ -34,7 +34,6 @@ from resnet_fused.kernels.tiles import (
     load_masked_tile,
     load_tile,
     runtime_zero,
-    store_tile,
     store_tile_sums,
     unravel_pixels,
     valid_taps,
@@ -103,6 +102,7 @@ def dgrad_kernel(
         corner = (image * out_height + out_h) * out_width + out_w
         valid_h = tl.where(pixel_valid, valid_taps(out_h, -dilation_h, out_height, KERNEL_H), 0)
         valid_w = valid_taps(out_w, -dilation_w, out_width, KERNEL_W)
+    valid = pixel_valid[:, None] & (channel_offs < channels)[None, :]
     # Operands of the epilogue are loaded before the loop, which hides their latency.
     if residual is not None:
         residual_valid = pixel_valid & (h % input_stride_h == 0) & (w % input_stride_w == 0)
@@ -138,7 +138,7 @@ def dgrad_kernel(
     if residual is not None:
         acc += residual_tile
     out = acc.to(da.dtype.element_ty)
-    store_tile(da, out, pixel_offs, pixel_valid, channel_offs, channels)
+    tl.store(da + pixel_offs[:, None] * channels + channel_offs[None, :], out, valid)
     if tile_sums is not None:
         tile = tl.program_id(1) * (tl.num_programs(0) // tiles_n) + tile_m
         store_tile_sums(
@@ -181,7 +181,7 @@ def dgrad(
         da: (N, C, H, W), channels_last.
         sum_dz, sum_dz_xhat: (C,) and dy_coeffs: (3, C), float32; or None.
     """
-    dy, a, x = with_dy_coeffs(dy), with_bn_coeffs(a), a.x
+    a, x = with_bn_coeffs(a), a.x
     da = new_activation(x, x.shape[1], x.shape[2], x.shape[3])
     residues = geometry.stride[0] * geometry.stride[1]
     tiles = cdiv(_pixels_per_residue(x, geometry), config.block_m)
@@ -195,8 +195,7 @@ def dgrad(
             "x": None if tile_sums is None else x, "x_mean": a.mean, "x_bn_coeffs": a.bn_coeffs,
             "tile_sums": tile_sums,
             "residual": residual, "residual_mask": mask_words(residual_mask, x.shape[1], config.block_n),
-            **size_arguments(x), "out_height": dy.g.shape[2], "out_width": dy.g.shape[3], "outputs": outputs,
-            "images": x.shape[0], **geometry_arguments(geometry),
+            **conv_size_arguments(x, dy.g), "images": x.shape[0], **geometry_arguments(geometry),
             "input_stride_h": input_stride[0], "input_stride_w": input_stride[1],
         },
         {

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels.autotune.heuristics import tile
+from resnet_fused.kernels.bn_coeffs import rectified_mean
 from resnet_fused.kernels.fold_statistics import (
     flat_weight,
     float32_precision,
@@ -20,7 +21,6 @@ from resnet_fused.kernels.fold_statistics import (
     weight_covariance,
 )
 from resnet_fused.kernels.launch import Config, Launch, cdiv
-from resnet_fused.kernels.rectified_mean import rectified_mean
 from resnet_fused.kernels.tiles import store_tile
 
 __all__ = ["fold_gradients", "fold_statistics", "rectified_mean"]

@@ -21,7 +21,6 @@ from resnet_fused.kernels.arguments import (
     subsampled_bytes,
 )
 from resnet_fused.kernels.autotune.heuristics import sum_configs
-from resnet_fused.kernels.bn_coeffs import with_bn_coeffs
 from resnet_fused.kernels.launch import Config, Launch, cdiv
 from resnet_fused.kernels.tiles import (
     advance_pixels,
@@ -174,7 +173,6 @@ def folded_wgrad(
     Returns:
         q: (outputs, C); skip_q: (outputs, skip's channels) or None; sum_dz: (outputs,), float32.
     """
-    a = with_bn_coeffs(a)
     images, outputs, height, width = grad.shape
     channels, skip_channels = a.x.shape[1], 0 if skip is None else skip.x.shape[1]
     partial_sums = new_sums(grad, config.splits, outputs * (channels + skip_channels + 1))

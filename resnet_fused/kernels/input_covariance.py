@@ -20,7 +20,6 @@ from resnet_fused.kernels.arguments import (
     subsampled_size,
 )
 from resnet_fused.kernels.autotune.heuristics import sum_configs
-from resnet_fused.kernels.bn_coeffs import with_bn_coeffs
 from resnet_fused.kernels.launch import Config, Launch, cdiv
 from resnet_fused.kernels.tiles import (
     advance_pixels,
@@ -111,7 +110,7 @@ def input_covariance(a: Activation, input_stride: Pair, config: Config) -> tuple
     Args:
         a: (N, C, H, W), channels_last.
     """
-    a, x = with_bn_coeffs(a), a.x
+    x = a.x
     channels, (height, width) = x.shape[1], subsampled_size(x, input_stride)
     pixels, tiles = x.shape[0] * height * width, cdiv(channels, config.block_n)
     partial_sums = new_sums(x, config.splits, channels * channels + channels)

@@ -13,16 +13,15 @@ from torch import Tensor
 from resnet_fused.kernels import reductions
 from resnet_fused.kernels.arguments import (
     activation_arguments,
+    conv_size_arguments,
     geometry_arguments,
     gradient_arguments,
     is_pointwise,
     new_sums,
     precision,
-    size_arguments,
     subsampled_bytes,
 )
 from resnet_fused.kernels.autotune.heuristics import sum_configs
-from resnet_fused.kernels.bn_coeffs import with_bn_coeffs, with_dy_coeffs
 from resnet_fused.kernels.launch import Config, Launch, cdiv
 from resnet_fused.kernels.tiles import (
     advance_pixels,
@@ -134,7 +133,6 @@ def wgrad(dy: Gradient, a: Activation, weight: Tensor, geometry: ConvGeometry, c
         a: the convolution's input, (N, C, H, W), channels_last.
         weight: (outputs, C, kh, kw), given for its shape.
     """
-    dy, a = with_dy_coeffs(dy), with_bn_coeffs(a)
     x, g = a.x, dy.g
     outputs, channels, kernel_h, kernel_w = weight.shape
     pixels = g.numel() // outputs
@@ -148,8 +146,7 @@ def wgrad(dy: Gradient, a: Activation, weight: Tensor, geometry: ConvGeometry, c
         ),
         {
             **gradient_arguments(dy, config.block_n), **activation_arguments(a), "partial_sums": partial_sums,
-            **size_arguments(x), "out_height": g.shape[2], "out_width": g.shape[3], "outputs": outputs,
-            "pixels": pixels, **geometry_arguments(geometry), "kernel_w": kernel_w,
+            **conv_size_arguments(x, g), "pixels": pixels, **geometry_arguments(geometry), "kernel_w": kernel_w,
         },
         {"POINTWISE": is_pointwise(weight, geometry), "PRECISION": precision(x.dtype), **config.blocks()},
         config,
