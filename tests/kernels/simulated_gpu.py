@@ -59,14 +59,11 @@ class SimulatedGPU:
         self.measured[self.last] += 1
         return self.times[self.last]
 
-    def tunable(self, key: TuningKey = CONV, *, vendor: bool = True, **fields: Any) -> Tunable:
-        by_vendor = self.vendor if vendor else None
-        return Tunable(key, CONFIGS, self.run, by_vendor, lambda: self.exact)._replace(**fields)
+    def tunable(self, key: TuningKey = CONV, **fields: Any) -> Tunable:
+        return Tunable(key, CONFIGS, self.run, self.vendor, lambda: self.exact)._replace(**fields)
 
-    def choose(
-        self, key: TuningKey = CONV, *, vendor: bool = True, device: torch.device = DEVICE, **fields: Any
-    ) -> Config | None:
-        return choose(self.tunable(key, vendor=vendor, **fields), device)
+    def choose(self, key: TuningKey = CONV, device: torch.device = DEVICE, **fields: Any) -> Config | None:
+        return choose(self.tunable(key, **fields), device)
 
 
 def simulate(patch: pytest.MonkeyPatch, folder: Path, times: dict[Any, float]) -> SimulatedGPU:

@@ -28,11 +28,11 @@ from tests.kernels.simulated_gpu import (
 
 
 def test_cache_outlives_the_process(sim: SimulatedGPU) -> None:
-    assert (sim.choose(), sim.choose(DGRAD, vendor=False)) == (SECOND, SECOND)
+    assert (sim.choose(), sim.choose(DGRAD)) == (SECOND, SECOND)
     search.forget_measurements()
     assert search.entries() == []
     sim.times = {}
-    assert (sim.choose(), sim.choose(DGRAD, vendor=False)) == (SECOND, SECOND)
+    assert (sim.choose(), sim.choose(DGRAD)) == (SECOND, SECOND)
     assert search.entries() == [(CONV, SECOND, 1.0), (DGRAD, SECOND, 1.0)]
 
 

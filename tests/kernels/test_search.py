@@ -45,17 +45,20 @@ def test_the_vendor_is_chosen_where_it_is_faster_or_as_fast(sim: SimulatedGPU) -
     assert sim.choose(DGRAD) == SECOND
 
 
-def test_without_a_vendor_a_configuration_is_chosen(sim: SimulatedGPU) -> None:
-    sim.times[VENDOR] = 0.1
-    assert sim.choose(vendor=False) == SECOND
-    assert VENDOR not in sim.measured
+def test_where_there_is_no_kernel_the_vendor_runs(sim: SimulatedGPU) -> None:
     assert sim.choose(configs=[]) is None
-    with pytest.raises(ValueError, match="neither"):
-        sim.choose(configs=[], vendor=False)
+    with resnet_fused.backend("triton"):
+        assert sim.choose(configs=[]) is None
+    assert not sim.measured
 
 
 def test_the_median_of_interleaved_rounds_decides(sim: SimulatedGPU, monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = {FIRST: iter([0.1, 2, 2, 2]), SECOND: iter([50, 90, 1, 1]), THIRD: iter([9, 0.1, 3, 3])}
+    rounds = {
+        FIRST: iter([0.1, 2, 2, 2]),
+        SECOND: iter([50, 90, 1, 1]),
+        THIRD: iter([9, 0.1, 3, 3]),
+        VENDOR: iter([0.1, 0.2, 4, 4]),
+    }
     order = []
 
     def measure(run: Callable[[], Any], device: torch.device, repetitions: int = 1) -> float:
@@ -64,12 +67,12 @@ def test_the_median_of_interleaved_rounds_decides(sim: SimulatedGPU, monkeypatch
         return next(rounds[sim.last])
 
     monkeypatch.setattr(measurement, "measure", measure)
-    assert sim.choose(vendor=False) == SECOND
-    assert order == CONFIGS * 4
+    assert sim.choose() == SECOND
+    assert order == [*CONFIGS, VENDOR] * 4
 
 
 def test_repetitions_fit_into_the_time(sim: SimulatedGPU, monkeypatch: pytest.MonkeyPatch) -> None:
-    sim.times = {FIRST: 100.0, SECOND: 0.5, THIRD: 0.0}
+    sim.times = {FIRST: 100.0, SECOND: 0.5, THIRD: 0.0, VENDOR: 100.0}
     repeated: dict[Any, set[int]] = {}
 
     def measure(run: Callable[[], Any], device: torch.device, repetitions: int = 1) -> float:
@@ -78,8 +81,13 @@ def test_repetitions_fit_into_the_time(sim: SimulatedGPU, monkeypatch: pytest.Mo
         return sim.times[sim.last]
 
     monkeypatch.setattr(measurement, "measure", measure)
-    sim.choose(vendor=False)
-    assert repeated == {FIRST: {1}, SECOND: {1, 3}, THIRD: {1, measurement.MAX_REPETITIONS}}
+    sim.choose()
+    assert repeated == {
+        FIRST: {1},
+        SECOND: {1, 3},
+        THIRD: {1, measurement.MAX_REPETITIONS},
+        VENDOR: {1},
+    }
 
 
 # What is compiled
@@ -87,8 +95,8 @@ def test_repetitions_fit_into_the_time(sim: SimulatedGPU, monkeypatch: pytest.Mo
 
 def test_at_most_eight_are_compiled(sim: SimulatedGPU) -> None:
     many = [Config(16, 16, 16, splits=i + 1) for i in range(30)]
-    sim.times |= {config: 9.0 - i / 10 for i, config in enumerate(many)}
-    assert sim.choose(configs=many, vendor=False) == many[7]
+    sim.times |= {config: 1.9 - i / 100 for i, config in enumerate(many)}
+    assert sim.choose(configs=many) == many[7]
 
 
 def test_autotuning_is_announced_once(sim: SimulatedGPU, caplog: pytest.LogCaptureFixture) -> None:
@@ -137,7 +145,6 @@ def test_nothing_is_measured_while_recording(
     with monkeypatch.context() as recording:
         recording.setattr(module, function, lambda: True)
         assert sim.choose() is None, "a configuration that was never verified"
-        assert sim.choose(vendor=False) == FIRST
     assert not sim.measured and all(ms is None for *_, ms in search.entries())
     assert sim.choose() == SECOND, "the default was remembered"
     before = sim.measured.copy()
@@ -167,7 +174,6 @@ def test_backend_triton_never_uses_the_vendor(sim: SimulatedGPU) -> None:
         search.forget_measurements()
         assert sim.choose() == SECOND, "cache"
         assert sim.choose(DGRAD) == FIRST
-        assert sim.choose(configs=[]) is None
     assert sim.measured == measured
 
 
@@ -175,9 +181,7 @@ def test_backend_triton_never_uses_the_vendor(sim: SimulatedGPU) -> None:
 def test_backend_vendor_always_uses_the_vendor(sim: SimulatedGPU, choice: str) -> None:
     with resnet_fused.backend(choice):
         assert sim.choose() is None
-        assert sim.choose(vendor=False) == FIRST
     assert not sim.measured
     assert sim.choose() == SECOND
     with resnet_fused.backend(choice):
         assert sim.choose() is None
-        assert sim.choose(vendor=False) == SECOND

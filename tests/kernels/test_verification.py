@@ -145,8 +145,6 @@ def test_where_all_are_rejected_the_vendor_runs(sim: SimulatedGPU) -> None:
         assert sim.choose() is None
         search.forget_measurements()
         assert sim.choose() is None
-    with only_warning("every configuration"), pytest.raises(ValueError, match="neither"):
-        sim.choose(DGRAD, vendor=False)
 
 
 ILLEGAL_ACCESS = "CUDA error: an illegal memory access was encountered"
@@ -215,13 +213,6 @@ def off_by(size: float) -> Change:
 def test_limit(sim: SimulatedGPU, error: float, vendor_error: float, allowed: bool) -> None:
     sim.results |= {SECOND: off_by(error), VENDOR: off_by(vendor_error)}
     assert sim.choose() == (SECOND if allowed else None)
-
-
-def test_limit_without_a_vendor(sim: SimulatedGPU) -> None:
-    sim.results[SECOND] = off_by(0.05)
-    assert sim.choose(vendor=False) == FIRST
-    sim.results[SECOND] = off_by(0.02)
-    assert sim.choose(DGRAD, vendor=False) == SECOND
 
 
 def test_eps_is_that_of_the_key(sim: SimulatedGPU) -> None:

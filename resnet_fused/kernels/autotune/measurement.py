@@ -111,8 +111,7 @@ def _medians(
     Interleaved, so that a changing clock rate affects all alike. What fails only now is added to the rejections.
     """
     runs: dict[Config | None, Callable[[], Any]] = {c: functools.partial(tunable.run, c) for c in configs}
-    if tunable.vendor is not None:
-        runs[None] = tunable.vendor
+    runs[None] = tunable.vendor
     rounds: dict[Config | None, list[float]] = {config: [] for config in runs}
     repetitions: dict[Config | None, int] = {}
 
