@@ -14,7 +14,6 @@ from torch import Tensor
 from resnet_fused.kernels.autotune.heuristics import tile
 from resnet_fused.kernels.bn_coeffs import rectified_mean
 from resnet_fused.kernels.fold_statistics import (
-    flat_weight,
     float32_precision,
     fold_statistics,
     load_matrix,
@@ -126,7 +125,11 @@ def fold_matrix_kernel(
             a = load_matrix(weight, output_offs, row_offs, outputs, channels)
             b = load_matrix(weight, output_offs, column_offs, outputs, channels) * (factor * slope)[:, None]
             acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
-        store_tile(matrix, acc, row_offs, row_offs < channels, column_offs, channels)
+        tl.store(
+            matrix + row_offs[:, None] * channels + column_offs[None, :],
+            acc.to(matrix.dtype.element_ty),
+            (row_offs < channels)[:, None] & (column_offs < channels)[None, :],
+        )
     else:  # one more row of tiles, for the vector
         total = tl.zeros((BLOCK_N,), tl.float64)
         for first in range(0, outputs, BLOCK_K):
@@ -166,7 +169,7 @@ def fold_gradients(
     where dweight = scale Q.
 
     Args:
-        weight: W, (N, K) or (N, K, 1, 1), float32, bfloat16 or float16; gamma: (N,) float32 or None.
+        weight: W, (N, K), float32, bfloat16 or float16; gamma: (N,) float32 or None.
         mean_y, invstd: (N,) float32, of c W^T.
         mean, covariance: (K,) and S, (K, K), float32, of c; None for running statistics.
         sum_dz: (N,); q: Q = dz^T c, (N, K); float32.
@@ -176,10 +179,10 @@ def fold_gradients(
         dweight: (N, K), dgamma: (N,), float32; scaled: (N, K) and matrix: (K, K), in the weight's dtype; vector: (K,),
         float32. matrix and vector are None for running statistics.
     """
-    w = flat_weight(weight)
+    w = weight.contiguous()
     outputs, channels = w.shape
     sizes = {"outputs": outputs, "channels": channels}
-    is_running, is_float32 = mean is None or covariance is None, w.dtype == torch.float32
+    is_running, is_float32 = mean is None, w.dtype == torch.float32
     # Without tensor cores operands are held in registers, and larger tiles would spill.
     config = Config(16 if is_float32 else 32, tile(channels, 64), tile(channels, 32))
     dweight, dgamma = q.new_empty(outputs, channels), q.new_empty(outputs)
@@ -189,9 +192,8 @@ def fold_gradients(
         (cdiv(outputs, config.block_m) * cdiv(channels, config.block_n),),
         {
             "weight": w, "gamma": gamma, "mean_y": mean_y, "invstd": invstd,
-            "mean": None if is_running else mean, "covariance": None if is_running else covariance, "sum_dz": sum_dz,
-            "q": q.contiguous(), "dweight": dweight, "dgamma": dgamma,
-            "scaled": scaled, **sizes,
+            "mean": mean, "covariance": covariance, "sum_dz": sum_dz, "q": q.contiguous(),
+            "dweight": dweight, "dgamma": dgamma, "scaled": scaled, **sizes,
         },
         {"PRECISION": float32_precision(w.dtype), **config.blocks()},
         config,

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from resnet_fused.kernels.autotune.heuristics import tile
 from resnet_fused.kernels.launch import Config, Launch, cdiv
-from resnet_fused.kernels.tiles import load_tile
 
 #: Channels from which the columns of W S are split over programs; with fewer the loop has at most 8 steps.
 SPLIT_FROM = 256
@@ -22,7 +21,9 @@ SPLIT_FROM = 256
 @triton.jit
 def load_matrix(matrix, row_offs, column_offs, rows, columns):
     """A tile of a matrix (rows, columns), float32; 0 outside."""
-    return load_tile(matrix, row_offs, row_offs < rows, column_offs, columns).to(tl.float32)
+    valid = (row_offs < rows)[:, None] & (column_offs < columns)[None, :]
+    pointers = matrix + row_offs[:, None] * columns + column_offs[None, :]
+    return tl.load(pointers, valid, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -142,11 +143,6 @@ def merge_statistics_kernel(
     )  # fmt: skip
 
 
-def flat_weight(weight: Tensor) -> Tensor:
-    """(N, K), contiguous, of a weight (N, K) or (N, K, 1, 1)."""
-    return weight.view(weight.shape[:2]).contiguous()
-
-
 def float32_precision(dtype: torch.dtype) -> str:
     """input_precision with the accuracy of float32; on tensor cores where the activations have 16 bits."""
     return "ieee" if dtype == torch.float32 else "tf32x3"
@@ -164,7 +160,7 @@ def fold_statistics(
     One launch; two where W S has so many steps that its columns are split over programs.
 
     Args:
-        weight: W, (N, K) or (N, K, 1, 1), float32, bfloat16 or float16.
+        weight: W, (N, K), float32, bfloat16 or float16.
         mean, covariance: (K,) and S, (K, K), float32, contiguous.
         shift: (K,) float32, subtracted from the convolution's input to get c.
 
@@ -172,7 +168,7 @@ def fold_statistics(
         mean_y = W mean; true_mean, the mean of (c + shift) W^T; var = max(diag(W S W^T), 0);
         invstd = 1 / sqrt(var + eps): (N,) each, float32.
     """
-    w = flat_weight(weight)
+    w = weight.contiguous()
     outputs, channels = w.shape
     split = channels >= SPLIT_FROM
     # More rows read S fewer times; float32 GEMMs hold their operands in registers, where more would spill.

@@ -10,7 +10,6 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -21,8 +20,7 @@ from torch import Tensor
 Argument = Tensor | int | float | None
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """Tile sizes and compiler options of a kernel. A field that a kernel does not use has its default.
 
     Args:
@@ -41,9 +39,6 @@ class Config:
     def __str__(self) -> str:
         split = f"/{self.splits}" if self.splits > 1 else ""
         return f"{self.block_m}x{self.block_n}x{self.block_k}{split} {self.warps}w{self.stages}s"
-
-    def as_dict(self) -> dict[str, int]:
-        return asdict(self)
 
     def blocks(self) -> dict[str, int]:
         """The sizes of a tile as tl.constexpr parameters."""

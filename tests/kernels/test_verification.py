@@ -126,7 +126,7 @@ def test_rejection(sim: SimulatedGPU, caplog: pytest.LogCaptureFixture, reason: 
     assert SECOND not in sim.measured and set(sim.measured) == {FIRST, THIRD, VENDOR}
     (entry,) = json.loads(cache_file().read_text())["entries"]
     (row,) = [row for row in entry["timings"] if "rejection" in row]
-    assert row["config"] == SECOND.as_dict() and row["rejection"].startswith(reason)
+    assert row["config"] == SECOND._asdict() and row["rejection"].startswith(reason)
     before = sim.measured.copy(), sim.ran.copy()
     for _ in range(2):
         assert sim.choose() is None

@@ -6,14 +6,12 @@ measured again.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import functools
 import hashlib
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -123,14 +121,9 @@ def write_table(path: Path, header: Mapping[str, str], table: Mapping[TuningKey,
     """Replaces the file atomically; one tuning key a line."""
     lines = [json.dumps(key._asdict() | {"timings": timings_to_json(table[key])}) for key in sorted(table)]
     text = f'{{"header": {json.dumps(header)},\n"entries": [\n' + ",\n".join(lines) + "\n]}\n"
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def read_table(path: Path, fits: Callable[[dict[str, Any]], bool]) -> dict[TuningKey, Timings]:
@@ -152,7 +145,7 @@ def read_table(path: Path, fits: Callable[[dict[str, Any]], bool]) -> dict[Tunin
 
 def timings_to_json(timings: Timings) -> list[dict[str, Any]]:
     return [
-        {"config": "vendor" if config is None else config.as_dict()}
+        {"config": "vendor" if config is None else config._asdict()}
         | ({"ms": ms} if rejection is None else {"rejection": rejection})
         for config, ms, rejection in timings
     ]
