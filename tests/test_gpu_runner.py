@@ -21,7 +21,7 @@ from benchmarks.gpu import STAGES, Stage
 from benchmarks.roofline import Ceilings, read_ceilings
 from resnet_fused.backend import why_not_native
 from resnet_fused.cli.main import make_parser
-from resnet_fused.kernels.launch import Config, Launch, launch
+from resnet_fused.kernels.launch import Config, Launch
 from tests.ops.test_residual_block import BLOCKS
 
 ROOT = Path(__file__).parents[1]
@@ -233,7 +233,9 @@ def test_the_launches_that_are_profiled(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     def step() -> None:
         for name, flops in (("conv_bn_stats", 1), ("sum", 9), ("conv_bn_stats", 2), ("dgrad", 3)):
-            launch(SimpleNamespace(__name__=f"{name}_kernel"), (1,), {"x": x}, {}, Config(), flops=flops)
+            Launch(
+                SimpleNamespace(__name__=f"{name}_kernel"), (1,), {"x": x}, {}, Config(), flops=flops
+            ).start()
 
     x = torch.empty(1, device="meta")
     monkeypatch.setattr(Launch, "run", lambda self: ran.append((self.name, self.flops, profiling[-1])))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from resnet_fused.kernels.bn_coeffs import with_bn_coeffs, with_dy_coeffs
 from resnet_fused.layout import statistics_dtype
 from resnet_fused.types import Activation, ConvGeometry, Gradient, Pair
 
@@ -45,6 +46,12 @@ def size_arguments(x: Tensor) -> dict[str, int]:
     return {"height": x.shape[2], "width": x.shape[3], "channels": x.shape[1]}
 
 
+def conv_size_arguments(x: Tensor, y: Tensor) -> dict[str, int]:
+    """Sizes of a convolution's input and output."""
+    outputs = {"out_height": y.shape[2], "out_width": y.shape[3], "outputs": y.shape[1]}
+    return {**size_arguments(x), **outputs}
+
+
 def geometry_arguments(geometry: ConvGeometry) -> dict[str, int]:
     (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), _ = geometry
     return {
@@ -54,12 +61,14 @@ def geometry_arguments(geometry: ConvGeometry) -> dict[str, int]:
 
 
 def activation_arguments(a: Activation) -> dict[str, Tensor | None]:
-    """An activation with its bn_coeffs."""
+    """An activation, with its bn_coeffs computed where they are not given."""
+    a = with_bn_coeffs(a)
     return {"x": a.x, "x_mean": a.mean, "x_bn_coeffs": a.bn_coeffs, "x_shift": a.shift}
 
 
 def gradient_arguments(dy: Gradient, block: int) -> dict[str, Tensor | None]:
-    """A gradient with its bn_coeffs and dy_coeffs, for a kernel whose tiles have ``block`` channels."""
+    """A gradient, with its coefficients computed where they are not given, for tiles of ``block`` channels."""
+    dy = with_dy_coeffs(dy)
     return {
         "g": dy.g,
         "mask": mask_words(dy.mask, dy.g.shape[1], block),

@@ -1,25 +1,33 @@
-"""Coefficients of a batch norm and of its gradient (types.make_bn_coeffs, types.make_dy_coeffs), in one launch each.
+"""Vectors per channel of a batch norm, in one launch each: its coefficients, those of its gradient, the shift.
 
-Kernels that merge statistics and sums (reductions) compute them too; these here are for statistics that come from
-elsewhere: running ones, those of the vendor's implementation, those of a process group.
+Kernels that merge statistics and sums (reductions) compute coefficients too (types.make_bn_coeffs,
+types.make_dy_coeffs); these here are for statistics that come from elsewhere: running ones, those of the vendor's
+implementation, those of a process group.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels.launch import Config, cdiv, launch
+from resnet_fused.kernels.launch import Config, Launch, cdiv
 from resnet_fused.types import Activation, Gradient
 
-_BLOCK = 128  # channels of a program
+
+def _launch_per_channel(kernel: Any, arguments: dict[str, Any]) -> None:
+    block = 128  # channels of a program
+    grid = (cdiv(arguments["channels"], block),)
+    Launch(kernel, grid, arguments, {"BLOCK": block}, Config(warps=4, stages=1)).start()
 
 
 @triton.jit
-def store_bn_coeffs(mean, invstd, gamma, beta, bn_coeffs, channel_offs, channel_valid, channels):
+def store_bn_coeffs(mean, invstd, gamma, beta, bn_coeffs, channel_offs, channels):
     """types.make_bn_coeffs of the values ``mean`` and ``invstd`` (BLOCK,) float32; gamma, beta: (C,) or None."""
+    channel_valid = channel_offs < channels
     scale, bias = invstd, tl.zeros_like(mean)
     if gamma is not None:
         scale *= tl.load(gamma + channel_offs, channel_valid, 0.0)
@@ -41,11 +49,11 @@ def store_dy_coeffs(
     bn_coeffs,  # (3, channels)
     dy_coeffs,  # (3, channels)
     channel_offs,  # (BLOCK,)
-    channel_valid,  # (BLOCK,)
     pixels,
     channels,
 ):
     """types.make_dy_coeffs."""
+    channel_valid = channel_offs < channels
     factor = tl.load(bn_coeffs + channel_offs, channel_valid, 0.0).to(tl.float64) / pixels
     center = tl.load(mean + channel_offs, channel_valid, 0.0).to(tl.float64)
     slope = (factor * invstd.to(tl.float64) * sum_dz_xhat.to(tl.float64)).to(tl.float32)
@@ -71,21 +79,18 @@ def bn_coeffs_kernel(
     channel_valid = channel_offs < channels
     center = tl.load(mean + channel_offs, channel_valid, 0.0)
     invstd_value = tl.load(invstd + channel_offs, channel_valid, 0.0)
-    store_bn_coeffs(center, invstd_value, gamma, beta, bn_coeffs, channel_offs, channel_valid, channels)
+    store_bn_coeffs(center, invstd_value, gamma, beta, bn_coeffs, channel_offs, channels)
 
 
 def bn_coeffs_of(mean: Tensor, invstd: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
     """types.make_bn_coeffs in one launch, for statistics that reductions.norm_statistics has not computed."""
     bn_coeffs = mean.new_empty(3, len(mean))
-    launch(
+    _launch_per_channel(
         bn_coeffs_kernel,
-        (cdiv(len(mean), _BLOCK),),
         {
             "mean": mean, "invstd": invstd, "gamma": gamma, "beta": beta, "bn_coeffs": bn_coeffs,
             "channels": len(mean),
         },
-        {"BLOCK": _BLOCK},
-        Config(warps=4, stages=1),
     )  # fmt: skip
     return bn_coeffs
 
@@ -115,16 +120,7 @@ def dy_coeffs_kernel(
     total_xhat = tl.load(sum_dz_xhat + channel_offs, channel_valid, 0.0)
     invstd_value = tl.load(invstd + channel_offs, channel_valid, 0.0)
     store_dy_coeffs(
-        total,
-        total_xhat,
-        mean,
-        invstd_value,
-        bn_coeffs,
-        dy_coeffs,
-        channel_offs,
-        channel_valid,
-        pixels,
-        channels,
+        total, total_xhat, mean, invstd_value, bn_coeffs, dy_coeffs, channel_offs, pixels, channels
     )
 
 
@@ -133,15 +129,12 @@ def dy_coeffs_of(
 ) -> Tensor:
     """types.make_dy_coeffs in one launch, for sums that reductions.sum_tiles has not computed."""
     dy_coeffs = torch.empty_like(bn_coeffs)
-    launch(
+    _launch_per_channel(
         dy_coeffs_kernel,
-        (cdiv(len(mean), _BLOCK),),
         {
             "sum_dz": sum_dz, "sum_dz_xhat": sum_dz_xhat, "mean": mean, "invstd": invstd, "bn_coeffs": bn_coeffs,
             "dy_coeffs": dy_coeffs, "channels": len(mean), "pixels": pixels,
         },
-        {"BLOCK": _BLOCK},
-        Config(warps=4, stages=1),
     )  # fmt: skip
     return dy_coeffs
 
@@ -157,3 +150,35 @@ def with_dy_coeffs(dy: Gradient) -> Gradient:
         pixels = dy.y.numel() // dy.y.shape[1]
         dy_coeffs = dy_coeffs_of(dy.sum_dz, dy.sum_dz_xhat, dy.mean, dy.invstd, bn_coeffs, pixels)
     return dy._replace(bn_coeffs=bn_coeffs, dy_coeffs=dy_coeffs)
+
+
+@triton.jit
+def rectified_mean_kernel(
+    weight,  # (channels,) float32
+    bias,  # (channels,) float32
+    mean,  # (channels,) float32
+    channels,
+    BLOCK: tl.constexpr,
+):
+    channel_offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel_valid = channel_offs < channels
+    std = tl.abs(tl.load(weight + channel_offs, channel_valid, 0.0))
+    center = tl.load(bias + channel_offs, channel_valid, 0.0)
+    # Clamped, so that nothing overflows: at the bounds both terms have reached their limits.
+    ratio = tl.minimum(tl.maximum(center / tl.maximum(std, 1e-30), -30.0), 30.0)
+    density = tl.exp(-0.5 * ratio * ratio) * 0.3989422804014327  # 1 / sqrt(2 pi)
+    probability = 0.5 * (1.0 + tl.erf(ratio * 0.7071067811865476))  # 1 / sqrt(2)
+    tl.store(mean + channel_offs, center * probability + std * density, channel_valid)
+
+
+def rectified_mean(weight: Tensor, bias: Tensor) -> Tensor:
+    """The mean of relu(bn(y)) if y is normally distributed: the shift that centers it, before y is known.
+
+    Args:
+        weight, bias: of the batch norm, (C,), float32.
+    """
+    mean = torch.empty_like(weight)
+    _launch_per_channel(
+        rectified_mean_kernel, {"weight": weight, "bias": bias, "mean": mean, "channels": len(weight)}
+    )
+    return mean

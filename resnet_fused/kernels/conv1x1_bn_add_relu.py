@@ -21,9 +21,14 @@ from resnet_fused.kernels.arguments import (
     weight_matrix,
 )
 from resnet_fused.kernels.autotune.heuristics import gemm_configs
-from resnet_fused.kernels.bn_coeffs import with_bn_coeffs
-from resnet_fused.kernels.launch import Config, cdiv, launch
-from resnet_fused.kernels.tiles import load_activation_tile, load_tile, store_mask_tile, unravel_pixels
+from resnet_fused.kernels.launch import Config, Launch, cdiv
+from resnet_fused.kernels.tiles import (
+    load_activation_tile,
+    load_tile,
+    store_mask_tile,
+    store_tile,
+    unravel_pixels,
+)
 from resnet_fused.layout import mask_shape, new_activation
 from resnet_fused.types import Activation, Pair
 
@@ -33,10 +38,7 @@ BatchNormVectors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | N
 
 @triton.jit
 def _conv1x1(
-    x,  # (pixels of x, channels)
-    mean,  # (channels,) or None
-    bn_coeffs,  # (3, channels) or None
-    shift,  # (channels,) or None
+    a,  # Activation (tiles), x: (pixels of x, channels)
     weight,  # (outputs, channels)
     x_offs,  # (BLOCK_M,)
     x_valid,  # (BLOCK_M,)
@@ -52,13 +54,9 @@ def _conv1x1(
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for first_channel in range(0, channels, BLOCK_K):
         channel_offs = first_channel + tl.arange(0, BLOCK_K)
-        a = load_activation_tile(x, mean, bn_coeffs, shift, x_offs, x_valid, channel_offs, channels, False)
-        b = tl.load(
-            weight + output_offs[:, None] * channels + channel_offs[None, :],
-            (channel_offs < channels)[None, :] & (output_offs < outputs)[:, None],
-            other=0.0,
-        )
-        acc = tl.dot(b, tl.trans(a), acc, input_precision=PRECISION)
+        value = load_activation_tile(a, x_offs, x_valid, channel_offs, channels, False)
+        b = load_tile(weight, output_offs, output_offs < outputs, channel_offs, channels)
+        acc = tl.dot(b, tl.trans(value), acc, input_precision=PRECISION)
     return tl.trans(acc)
 
 
@@ -115,17 +113,16 @@ def conv1x1_bn_add_relu_kernel(
     tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
     pixel_offs = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     output_offs = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    pixel_valid, output_valid = pixel_offs < pixels, output_offs < outputs
-    valid = pixel_valid[:, None] & output_valid[None, :]
+    pixel_valid = pixel_offs < pixels
     if skip_weight is None:  # loaded before the loop, which hides the latency
-        shortcut = load_tile(skip, pixel_offs, pixel_valid, output_offs, output_valid, outputs)
+        shortcut = load_tile(skip, pixel_offs, pixel_valid, output_offs, outputs)
     if weight is not None:
         z = _conv1x1(
-            x, x_mean, x_bn_coeffs, x_shift, weight, pixel_offs, pixel_valid, output_offs, channels, outputs,
+            (x, x_mean, x_bn_coeffs, x_shift), weight, pixel_offs, pixel_valid, output_offs, channels, outputs,
             PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
-        z = load_tile(x, pixel_offs, pixel_valid, output_offs, output_valid, outputs).to(tl.float32)
+        z = load_tile(x, pixel_offs, pixel_valid, output_offs, outputs).to(tl.float32)
     z = _bn(z, bn_mean, bn_invstd, bn_weight, bn_bias, output_offs, outputs)
     if skip_weight is not None:
         skip_offs = pixel_offs
@@ -133,7 +130,7 @@ def conv1x1_bn_add_relu_kernel(
             image, h, w = unravel_pixels(pixel_offs, out_height, out_width)
             skip_offs = (image * skip_height + h * input_stride_h) * skip_width + w * input_stride_w
         shortcut = _conv1x1(
-            skip, None, None, skip_shift, skip_weight, skip_offs, pixel_valid, output_offs, skip_channels, outputs,
+            (skip, None, None, skip_shift), skip_weight, skip_offs, pixel_valid, output_offs, skip_channels, outputs,
             PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     if skip_bn_mean is not None:
@@ -142,17 +139,13 @@ def conv1x1_bn_add_relu_kernel(
         )
     z += shortcut
     is_zero = z <= 0
-    tl.store(
-        out + pixel_offs[:, None] * outputs + output_offs[None, :],
-        tl.where(is_zero, 0.0, z).to(out.dtype.element_ty),
-        valid,
-    )
+    store_tile(out, tl.where(is_zero, 0.0, z), pixel_offs, pixel_valid, output_offs, outputs)
+    valid = pixel_valid[:, None] & (output_offs < outputs)[None, :]
     store_mask_tile(mask, ~is_zero & valid, pixel_offs, pixel_valid, tile_n * BLOCK_N, outputs, BLOCK_N)
 
 
 def _bn_arguments(bn: BatchNormVectors, prefix: str) -> dict[str, Tensor | None]:
-    names = (f"{prefix}mean", f"{prefix}invstd", f"{prefix}weight", f"{prefix}bias")
-    return dict(zip(names, bn, strict=True))
+    return {f"{prefix}_{name}": x for name, x in zip(("mean", "invstd", "weight", "bias"), bn, strict=True)}
 
 
 def configs(
@@ -191,20 +184,20 @@ def conv1x1_bn_add_relu(
     Returns:
         out: (N, C, H, W), channels_last; mask: uint8 (N*H*W, ceil(C / 8)).
     """
-    a, x = with_bn_coeffs(a), a.x
+    x = a.x
     outputs, (height, width) = x.shape[1] if weight is None else weight.shape[0], x.shape[2:]
     out = new_activation(x, outputs, height, width)
     mask = torch.empty(mask_shape(out), dtype=torch.uint8, device=out.device)
     pixels = x.shape[0] * height * width
-    launch(
+    Launch(
         conv1x1_bn_add_relu_kernel,
         (cdiv(pixels, config.block_m) * cdiv(outputs, config.block_n),),
         {
             **activation_arguments(a),
-            "weight": None if weight is None else weight_matrix(weight, x.dtype), **_bn_arguments(bn, "bn_"),
+            "weight": None if weight is None else weight_matrix(weight, x.dtype), **_bn_arguments(bn, "bn"),
             "skip": skip.x, "skip_shift": skip.shift,
             "skip_weight": None if skip_weight is None else weight_matrix(skip_weight, x.dtype),
-            **_bn_arguments(skip_bn, "skip_bn_"),
+            **_bn_arguments(skip_bn, "skip_bn"),
             "out": out, "mask": mask_words(mask, outputs, config.block_n),
             "channels": x.shape[1], "skip_channels": skip.x.shape[1], "outputs": outputs, "pixels": pixels,
             "skip_height": skip.x.shape[2], "skip_width": skip.x.shape[3], "out_height": height, "out_width": width,
@@ -214,5 +207,5 @@ def conv1x1_bn_add_relu(
         config,
         flops=2 * pixels * sum(w.numel() for w in (weight, skip_weight) if w is not None),
         partial_bytes=subsampled_bytes(height, width, skip=skip.x),
-    )  # fmt: skip
+    ).start()  # fmt: skip
     return out, mask

@@ -7,7 +7,6 @@ channel; reductions.norm_statistics merges those of all tiles by Chan's formula.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,17 +14,24 @@ from torch import Tensor
 from resnet_fused.kernels import reductions
 from resnet_fused.kernels.arguments import (
     activation_arguments,
+    conv_size_arguments,
     geometry_arguments,
     is_pointwise,
+    new_sums,
     precision,
-    size_arguments,
     subsampled_bytes,
     weight_matrix,
 )
 from resnet_fused.kernels.autotune.heuristics import gemm_configs
-from resnet_fused.kernels.bn_coeffs import with_bn_coeffs
-from resnet_fused.kernels.launch import Config, cdiv, launch
-from resnet_fused.kernels.tiles import advance_tap, load_activation_tile, unravel_pixels, valid_taps
+from resnet_fused.kernels.launch import Config, Launch, cdiv
+from resnet_fused.kernels.tiles import (
+    advance_tap,
+    load_activation_tile,
+    load_tile,
+    store_tile,
+    unravel_pixels,
+    valid_taps,
+)
 from resnet_fused.layout import new_activation
 from resnet_fused.types import Activation, ConvGeometry
 
@@ -75,6 +81,7 @@ def conv_bn_stats_kernel(
         valid_h = valid_taps(top, dilation_h, height, KERNEL_H)
         valid_w = valid_taps(left, dilation_w, width, KERNEL_W)
         valid_h = tl.where(pixel_valid, valid_h, 0)
+    a = (x, x_mean, x_bn_coeffs, x_shift)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     r, s, first_channel = 0, 0, 0
     for _ in range(KERNEL_H * KERNEL_W * tl.cdiv(channels, BLOCK_K)):
@@ -82,26 +89,19 @@ def conv_bn_stats_kernel(
         if not POINTWISE:
             x_offs = corner + (r * dilation_h * width + s * dilation_w)
             x_valid = ((valid_h >> r) & (valid_w >> s) & 1) != 0
-        a = load_activation_tile(
-            x, x_mean, x_bn_coeffs, x_shift, x_offs, x_valid, channel_offs, channels, not POINTWISE
-        )
-        b = tl.load(
-            weight
-            + (output_offs[:, None] * (KERNEL_H * KERNEL_W) + r * KERNEL_W + s) * channels
-            + channel_offs[None, :],
-            (channel_offs < channels)[None, :] & (output_offs < outputs)[:, None],
-            other=0.0,
-        )
-        acc = tl.dot(b, tl.trans(a), acc, input_precision=PRECISION)
+        value = load_activation_tile(a, x_offs, x_valid, channel_offs, channels, not POINTWISE)
+        weight_offs = output_offs * (KERNEL_H * KERNEL_W) + r * KERNEL_W + s
+        b = load_tile(weight, weight_offs, output_offs < outputs, channel_offs, channels)
+        acc = tl.dot(b, tl.trans(value), acc, input_precision=PRECISION)
         if KERNEL_H * KERNEL_W > 1:
             r, s, first_channel = advance_tap(r, s, first_channel, channels, KERNEL_W, BLOCK_K)
         else:
             first_channel += BLOCK_K
     out = tl.trans(acc).to(y.dtype.element_ty)
-    output_valid = output_offs < outputs
-    valid = pixel_valid[:, None] & output_valid[None, :]
-    tl.store(y + pixel_offs[:, None] * outputs + output_offs[None, :], out, valid)
+    store_tile(y, out, pixel_offs, pixel_valid, output_offs, outputs)
     if tile_stats is not None:
+        output_valid = output_offs < outputs
+        valid = pixel_valid[:, None] & output_valid[None, :]
         # Of the values as they are stored, centered: no precision is lost where |mean| >> std.
         value = tl.where(valid, out.to(tl.float32), 0.0)
         count = tl.minimum(BLOCK_M, pixels - tile_m * BLOCK_M)
@@ -140,19 +140,17 @@ def conv_bn_stats(
         y: (N, outputs, H', W'), channels_last.
         mean, biased var, invstd: (outputs,) and bn_coeffs: (3, outputs), float32; empty unless ``training``.
     """
-    a = with_bn_coeffs(a)
     height, width = geometry.out_size(a.x, weight)
     y = new_activation(a.x, weight.shape[0], height, width)
     pixels, outputs = y.shape[0] * height * width, weight.shape[0]
     tiles = cdiv(pixels, config.block_m)
-    tile_stats = reductions.new_tile_sums(y, tiles, outputs) if training else None
-    launch(
+    tile_stats = new_sums(y, 2, outputs, tiles) if training else None
+    Launch(
         conv_bn_stats_kernel,
         (tiles * cdiv(outputs, config.block_n),),
         {
             **activation_arguments(a), "weight": weight_matrix(weight, y.dtype), "y": y, "tile_stats": tile_stats,
-            **size_arguments(a.x), "out_height": height, "out_width": width, "outputs": outputs, "pixels": pixels,
-            **geometry_arguments(geometry),
+            **conv_size_arguments(a.x, y), "pixels": pixels, **geometry_arguments(geometry),
         },
         {
             "KERNEL_H": weight.shape[2], "KERNEL_W": weight.shape[3], "POINTWISE": is_pointwise(weight, geometry),
@@ -161,12 +159,8 @@ def conv_bn_stats(
         config,
         flops=2 * pixels * weight.numel(),
         partial_bytes=subsampled_bytes(height, width, x=a.x) if weight.shape[2:] == (1, 1) else None,
-    )  # fmt: skip
+    ).start()  # fmt: skip
     if tile_stats is None:
-        empty = (torch.empty(0, dtype=torch.float32, device=y.device) for _ in range(4))
-        mean, var, invstd, bn_coeffs = empty
-    else:
-        mean, var, invstd, bn_coeffs = reductions.norm_statistics(
-            tile_stats, config.block_m, pixels, eps, gamma, beta
-        )
-    return y, mean, var, invstd, bn_coeffs
+        mean, var, invstd, bn_coeffs = (new_sums(y, 0) for _ in range(4))
+        return y, mean, var, invstd, bn_coeffs
+    return y, *reductions.norm_statistics(tile_stats, config.block_m, pixels, eps, gamma, beta)

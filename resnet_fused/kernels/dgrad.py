@@ -15,17 +15,18 @@ from torch import Tensor
 
 from resnet_fused.kernels import reductions
 from resnet_fused.kernels.arguments import (
+    conv_size_arguments,
     geometry_arguments,
     gradient_arguments,
     is_pointwise,
     mask_words,
+    new_sums,
     precision,
-    size_arguments,
     weight_matrix,
 )
 from resnet_fused.kernels.autotune.heuristics import gemm_configs
-from resnet_fused.kernels.bn_coeffs import with_bn_coeffs, with_dy_coeffs
-from resnet_fused.kernels.launch import Config, cdiv, launch
+from resnet_fused.kernels.bn_coeffs import with_bn_coeffs
+from resnet_fused.kernels.launch import Config, Launch, cdiv
 from resnet_fused.kernels.tiles import (
     advance_tap,
     load_gradient_coeffs,
@@ -101,8 +102,7 @@ def dgrad_kernel(
         corner = (image * out_height + out_h) * out_width + out_w
         valid_h = tl.where(pixel_valid, valid_taps(out_h, -dilation_h, out_height, KERNEL_H), 0)
         valid_w = valid_taps(out_w, -dilation_w, out_width, KERNEL_W)
-    channel_valid = channel_offs < channels
-    valid = pixel_valid[:, None] & channel_valid[None, :]
+    valid = pixel_valid[:, None] & (channel_offs < channels)[None, :]
     # Operands of the epilogue are loaded before the loop, which hides their latency.
     if residual is not None:
         residual_valid = pixel_valid & (h % input_stride_h == 0) & (w % input_stride_w == 0)
@@ -113,8 +113,8 @@ def dgrad_kernel(
             residual, residual_mask, residual_offs, residual_valid, tile_n * BLOCK_N, channels, BLOCK_N
         )
     if tile_sums is not None:
-        x_tile = load_tile(x, pixel_offs, pixel_valid, channel_offs, channel_valid, channels)
-    zero = runtime_zero(images)
+        x_tile = load_tile(x, pixel_offs, pixel_valid, channel_offs, channels)
+    dy, zero = (g, mask, y, y_mean, y_bn_coeffs, dy_coeffs), runtime_zero(images)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     i, j, first_output = 0, 0, 0
     for _ in range(taps_h * taps_w * tl.cdiv(outputs, BLOCK_K)):
@@ -123,21 +123,13 @@ def dgrad_kernel(
         if not POINTWISE:
             dy_offs = corner - (i * dilation_h * out_width + j * dilation_w)
             dy_valid = ((valid_h >> i) & (valid_w >> j) & 1) != 0
-        center, scale, offset, level, slope = load_gradient_coeffs(
-            y_mean, y_bn_coeffs, dy_coeffs, output_offs, output_offs < outputs, outputs, g.dtype.element_ty
+        coeffs = load_gradient_coeffs(dy, output_offs, outputs)
+        dy_tile = load_gradient_tile(
+            dy, coeffs, zero, dy_offs, dy_valid, first_output, outputs, BLOCK_K, not POINTWISE
         )
-        dy = load_gradient_tile(
-            g, mask, y, y_bn_coeffs, dy_coeffs, center, scale, offset, level, slope, zero, dy_offs, dy_valid,
-            first_output, outputs, BLOCK_K, not POINTWISE,
-        )  # fmt: skip
-        b = tl.load(
-            weight
-            + (output_offs[:, None] * (KERNEL_H * KERNEL_W) + r * KERNEL_W + s) * channels
-            + channel_offs[None, :],
-            (output_offs < outputs)[:, None] & (channel_offs < channels)[None, :],
-            other=0.0,
-        )
-        acc = tl.dot(tl.trans(b), tl.trans(dy), acc, input_precision=PRECISION)
+        weight_offs = output_offs * (KERNEL_H * KERNEL_W) + r * KERNEL_W + s
+        b = load_tile(weight, weight_offs, output_offs < outputs, channel_offs, channels)
+        acc = tl.dot(tl.trans(b), tl.trans(dy_tile), acc, input_precision=PRECISION)
         if KERNEL_H * KERNEL_W > 1:
             i, j, first_output = advance_tap(i, j, first_output, outputs, taps_w, BLOCK_K)
         else:
@@ -151,7 +143,7 @@ def dgrad_kernel(
         tile = tl.program_id(1) * (tl.num_programs(0) // tiles_n) + tile_m
         store_tile_sums(
             out.to(tl.float32), x_tile, x_mean, x_bn_coeffs, tile_sums, tile,
-            tl.num_programs(0) // tiles_n * tl.num_programs(1), valid, channel_offs, channels,
+            tl.num_programs(0) // tiles_n * tl.num_programs(1), pixel_valid, channel_offs, channels,
         )  # fmt: skip
 
 
@@ -189,13 +181,13 @@ def dgrad(
         da: (N, C, H, W), channels_last.
         sum_dz, sum_dz_xhat: (C,) and dy_coeffs: (3, C), float32; or None.
     """
-    dy, a, x = with_dy_coeffs(dy), with_bn_coeffs(a), a.x
+    a, x = with_bn_coeffs(a), a.x
     da = new_activation(x, x.shape[1], x.shape[2], x.shape[3])
     residues = geometry.stride[0] * geometry.stride[1]
     tiles = cdiv(_pixels_per_residue(x, geometry), config.block_m)
-    tile_sums = None if a.mean is None else reductions.new_tile_sums(x, residues * tiles, x.shape[1])
+    tile_sums = None if a.mean is None else new_sums(x, 2, x.shape[1], residues * tiles)
     outputs, _, *kernel = weight.shape
-    launch(
+    Launch(
         dgrad_kernel,
         (tiles * cdiv(x.shape[1], config.block_n), residues),
         {
@@ -203,8 +195,7 @@ def dgrad(
             "x": None if tile_sums is None else x, "x_mean": a.mean, "x_bn_coeffs": a.bn_coeffs,
             "tile_sums": tile_sums,
             "residual": residual, "residual_mask": mask_words(residual_mask, x.shape[1], config.block_n),
-            **size_arguments(x), "out_height": dy.g.shape[2], "out_width": dy.g.shape[3], "outputs": outputs,
-            "images": x.shape[0], **geometry_arguments(geometry),
+            **conv_size_arguments(x, dy.g), "images": x.shape[0], **geometry_arguments(geometry),
             "input_stride_h": input_stride[0], "input_stride_w": input_stride[1],
         },
         {
@@ -213,5 +204,5 @@ def dgrad(
         },
         config,
         flops=2 * (dy.g.numel() // outputs) * weight.numel(),
-    )  # fmt: skip
+    ).start()  # fmt: skip
     return da, *((None, None, None) if tile_sums is None else reductions.sum_tiles(tile_sums, a))

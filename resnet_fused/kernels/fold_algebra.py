@@ -12,15 +12,15 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels.autotune.heuristics import tile
+from resnet_fused.kernels.bn_coeffs import rectified_mean
 from resnet_fused.kernels.fold_statistics import (
-    flat_weight,
     float32_precision,
     fold_statistics,
     load_matrix,
     weight_covariance,
 )
-from resnet_fused.kernels.launch import Config, cdiv, launch
-from resnet_fused.kernels.rectified_mean import rectified_mean
+from resnet_fused.kernels.launch import Config, Launch, cdiv
+from resnet_fused.kernels.tiles import store_tile
 from resnet_fused.types import BatchStats, InputCovariance
 
 __all__ = ["fold_gradients", "fold_statistics", "rectified_mean"]
@@ -81,11 +81,9 @@ def fold_dweight_kernel(
         m = tl.load(mean + channel_offs, channel_offs < channels, 0.0)
         value = value - sum_dz_value[:, None] * m[None, :] - (invstd_value * dgamma_value)[:, None] * acc
     factor = _scale(gamma, invstd_value, output_offs, output_valid)[:, None]
-    valid = output_valid[:, None] & (channel_offs < channels)[None, :]
-    offs = output_offs[:, None] * channels + channel_offs[None, :]
-    tl.store(dweight + offs, factor * value, valid)
+    store_tile(dweight, factor * value, output_offs, output_valid, channel_offs, channels)
     w = load_matrix(weight, output_offs, channel_offs, outputs, channels)
-    tl.store(scaled + offs, (factor * w).to(scaled.dtype.element_ty), valid)
+    store_tile(scaled, factor * w, output_offs, output_valid, channel_offs, channels)
 
 
 @triton.jit
@@ -157,7 +155,6 @@ def fold_gradients(
     sum_dz: Tensor,
     q: Tensor,
     pixels: int,
-    precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of the parameters, and what dc = dz scaled + c matrix^T + vector is computed from.
 
@@ -171,19 +168,17 @@ def fold_gradients(
     where dweight = scale Q.
 
     Args:
-        weight: W, (N, K) or (N, K, 1, 1), float32, bfloat16 or float16; gamma: (N,) float32 or None.
+        weight: W, (N, K), float32, bfloat16 or float16; gamma: (N,) float32 or None.
         stats: of c W^T, (N,) float32.
         fold: mean, (K,), and covariance S, (K, K), float32, of c; None for running statistics.
         sum_dz: (N,); q: Q = dz^T c, (N, K); float32.
         pixels: P.
-        precision: input_precision of tl.dot. By default W S has the accuracy of float32, and so has the matrix of a
-            float32 weight; that of a 16-bit weight is rounded anyway and computed in TF32, whose range is float32's.
 
     Returns:
         dweight: (N, K), dgamma: (N,), float32; scaled: (N, K) and matrix: (K, K), in the weight's dtype; vector: (K,),
         float32. matrix and vector are None for running statistics.
     """
-    w = flat_weight(weight)
+    w = weight.contiguous()
     outputs, channels = w.shape
     sizes = {"outputs": outputs, "channels": channels}
     is_running, is_float32 = fold.covariance is None, w.dtype == torch.float32
@@ -191,7 +186,7 @@ def fold_gradients(
     config = Config(16 if is_float32 else 32, tile(channels, 64), tile(channels, 32))
     dweight, dgamma = q.new_empty(outputs, channels), q.new_empty(outputs)
     scaled = torch.empty_like(w)
-    launch(
+    Launch(
         fold_dweight_kernel,
         (cdiv(outputs, config.block_m) * cdiv(channels, config.block_n),),
         {
@@ -199,23 +194,24 @@ def fold_gradients(
             "mean": fold.mean, "covariance": fold.covariance, "sum_dz": sum_dz,
             "q": q.contiguous(), "dweight": dweight, "dgamma": dgamma, "scaled": scaled, **sizes,
         },
-        {"PRECISION": precision or float32_precision(w.dtype), **config.blocks()},
+        {"PRECISION": float32_precision(w.dtype), **config.blocks()},
         config,
         flops=2 * outputs * channels * (2 if is_running else channels + 3),
-    )  # fmt: skip
+    ).start()  # fmt: skip
     if is_running:
         return dweight, dgamma, scaled, None, None
     config = Config(tile(channels, 32), tile(channels, 64), tile(outputs, 32 if is_float32 else 64))
     matrix, vector = w.new_empty(channels, channels), q.new_empty(channels)
-    launch(
+    # The matrix of a 16-bit weight is rounded anyway: TF32 has the range of float32.
+    Launch(
         fold_matrix_kernel,
         ((cdiv(channels, config.block_m) + 1) * cdiv(channels, config.block_n),),
         {
             "weight": w, "gamma": gamma, "mean_y": stats.mean, "invstd": stats.invstd, "sum_dz": sum_dz,
             "dgamma": dgamma, "matrix": matrix, "vector": vector, **sizes, "pixels": pixels,
         },
-        {"PRECISION": precision or ("ieee" if is_float32 else "tf32"), **config.blocks()},
+        {"PRECISION": "ieee" if is_float32 else "tf32", **config.blocks()},
         config,
         flops=2 * outputs * channels * (channels + 1),
-    )  # fmt: skip
+    ).start()  # fmt: skip
     return dweight, dgamma, scaled, matrix, vector

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels.autotune.heuristics import tile
-from resnet_fused.kernels.launch import Config, cdiv, launch
+from resnet_fused.kernels.launch import Config, Launch, cdiv
 
 #: Channels from which the columns of W S are split over programs; with fewer the loop has at most 8 steps.
 SPLIT_FROM = 256
@@ -143,11 +143,6 @@ def merge_statistics_kernel(
     )  # fmt: skip
 
 
-def flat_weight(weight: Tensor) -> Tensor:
-    """(N, K), contiguous, of a weight (N, K) or (N, K, 1, 1)."""
-    return weight.view(weight.shape[:2]).contiguous()
-
-
 def float32_precision(dtype: torch.dtype) -> str:
     """input_precision with the accuracy of float32; on tensor cores where the activations have 16 bits."""
     return "ieee" if dtype == torch.float32 else "tf32x3"
@@ -159,23 +154,21 @@ def fold_statistics(
     covariance: Tensor,
     shift: Tensor | None,
     eps: float,
-    precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Statistics of y = c W^T from those of c; see reference.folded_conv_bn.fold_statistics.
 
     One launch; two where W S has so many steps that its columns are split over programs.
 
     Args:
-        weight: W, (N, K) or (N, K, 1, 1), float32, bfloat16 or float16.
+        weight: W, (N, K), float32, bfloat16 or float16.
         mean, covariance: (K,) and S, (K, K), float32, contiguous.
         shift: (K,) float32, subtracted from the convolution's input to get c.
-        precision: input_precision of tl.dot for W S; by default one with the accuracy of float32.
 
     Returns:
         mean_y = W mean; true_mean, the mean of (c + shift) W^T; var = max(diag(W S W^T), 0);
         invstd = 1 / sqrt(var + eps): (N,) each, float32.
     """
-    w = flat_weight(weight)
+    w = weight.contiguous()
     outputs, channels = w.shape
     split = channels >= SPLIT_FROM
     # More rows read S fewer times; float32 GEMMs hold their operands in registers, where more would spill.
@@ -183,24 +176,24 @@ def fold_statistics(
     splits = cdiv(channels, config.block_n) if split else 1
     partial_sums = None if splits == 1 else mean.new_empty(3, splits, outputs, dtype=torch.float64)
     results = {name: mean.new_empty(outputs) for name in ("mean_y", "true_mean", "var", "invstd")}
-    launch(
+    Launch(
         fold_statistics_kernel,
         (cdiv(outputs, config.block_m), splits),
         {
             "weight": w, "mean": mean, "covariance": covariance, "shift": shift,
             "partial_sums": partial_sums, **results, "eps": eps, "outputs": outputs, "channels": channels,
         },
-        {"PRECISION": precision or float32_precision(w.dtype), **config.blocks()},
+        {"PRECISION": float32_precision(w.dtype), **config.blocks()},
         config,
         flops=2 * outputs * channels * (channels + 2),
-    )  # fmt: skip
+    ).start()  # fmt: skip
     if partial_sums is not None:
         block = 128
-        launch(
+        Launch(
             merge_statistics_kernel,
             (cdiv(outputs, block),),
             {"partial_sums": partial_sums, **results, "eps": eps, "splits": splits, "outputs": outputs},
             {"SPLITS": 1 << (splits - 1).bit_length(), "BLOCK": block},
             Config(warps=4, stages=1),
-        )
+        ).start()
     return results["mean_y"], results["true_mean"], results["var"], results["invstd"]

@@ -15,6 +15,7 @@ from resnet_fused.kernels.arguments import (
     activation_arguments,
     folded_size_arguments,
     mask_words,
+    new_sums,
     precision,
     skip_arguments,
     subsampled_bytes,
@@ -22,11 +23,12 @@ from resnet_fused.kernels.arguments import (
 )
 from resnet_fused.kernels.autotune.heuristics import gemm_configs
 from resnet_fused.kernels.bn_coeffs import with_bn_coeffs
-from resnet_fused.kernels.launch import Config, cdiv, launch
+from resnet_fused.kernels.launch import Config, Launch, cdiv
 from resnet_fused.kernels.tiles import (
     load_activation_tile,
     load_masked_tile,
     load_tile,
+    store_tile,
     store_tile_sums,
     unravel_pixels,
 )
@@ -41,10 +43,7 @@ def _input_gradient(
     scaled,  # (outputs, channels)
     matrix,  # (channels, channels) or None
     vector,  # (channels,) or None
-    x,  # (N, height, width, channels)
-    mean,  # (channels,) or None
-    bn_coeffs,  # (3, channels) or None
-    shift,  # (channels,) or None
+    a,  # Activation (tiles), x: (N, height, width, channels)
     da,  # (pixels, channels)
     tile_sums,  # (2, channels, tiles_m) or None
     height,
@@ -69,19 +68,14 @@ def _input_gradient(
     pixel_offs = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column_offs = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     pixel_valid, column_valid = pixel_offs < pixels, column_offs < channels
-    valid = pixel_valid[:, None] & column_valid[None, :]
     if tile_sums is not None:  # loaded before the loops, which hide the latency
-        x_tile = load_tile(x, pixel_offs, pixel_valid, column_offs, column_valid, channels)
+        x_tile = load_tile(a[0], pixel_offs, pixel_valid, column_offs, channels)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for first_output in range(0, outputs, BLOCK_K):
         output_offs = first_output + tl.arange(0, BLOCK_K)
         dz = load_masked_tile(g, mask, pixel_offs, pixel_valid, first_output, outputs, BLOCK_K)
-        b = tl.load(
-            scaled + output_offs[:, None] * channels + column_offs[None, :],
-            (output_offs < outputs)[:, None] & column_valid[None, :],
-            other=0.0,
-        )
-        acc = tl.dot(tl.trans(b), tl.trans(dz), acc, input_precision=PRECISION)
+        w = load_tile(scaled, output_offs, output_offs < outputs, column_offs, channels)
+        acc = tl.dot(tl.trans(w), tl.trans(dz), acc, input_precision=PRECISION)
     if matrix is not None:
         x_offs = pixel_offs
         if not POINTWISE:
@@ -89,21 +83,15 @@ def _input_gradient(
             x_offs = (image * height + h * input_stride_h) * width + w * input_stride_w
         for first_channel in range(0, channels, BLOCK_K):
             channel_offs = first_channel + tl.arange(0, BLOCK_K)
-            a = load_activation_tile(
-                x, mean, bn_coeffs, shift, x_offs, pixel_valid, channel_offs, channels, False
-            )
-            b = tl.load(
-                matrix + column_offs[:, None] * channels + channel_offs[None, :],
-                (channel_offs < channels)[None, :] & column_valid[:, None],
-                other=0.0,
-            )
-            acc = tl.dot(b, tl.trans(a), acc, input_precision=PRECISION)
+            a_tile = load_activation_tile(a, x_offs, pixel_valid, channel_offs, channels, False)
+            m = load_tile(matrix, column_offs, column_valid, channel_offs, channels)
+            acc = tl.dot(m, tl.trans(a_tile), acc, input_precision=PRECISION)
         acc += tl.load(vector + column_offs, column_valid, 0.0)[:, None]
     out = tl.trans(acc).to(da.dtype.element_ty)
-    tl.store(da + pixel_offs[:, None] * channels + column_offs[None, :], out, valid)
+    store_tile(da, out, pixel_offs, pixel_valid, column_offs, channels)
     if tile_sums is not None:
         store_tile_sums(
-            out.to(tl.float32), x_tile, mean, bn_coeffs, tile_sums, tile_m, tiles_m, valid, column_offs, channels
+            out.to(tl.float32), x_tile, a[1], a[2], tile_sums, tile_m, tiles_m, pixel_valid, column_offs, channels
         )  # fmt: skip
 
 
@@ -156,13 +144,14 @@ def folded_dgrad_kernel(
     tiles_m = tl.num_programs(0) // all_tiles
     if tile_n < tiles:
         _input_gradient(
-            g, mask, scaled, matrix, vector, x, x_mean, x_bn_coeffs, x_shift, da, tile_sums, height, width, channels,
-            out_height, out_width, outputs, pixels, input_stride_h, input_stride_w, tile_m, tiles_m, tile_n,
+            g, mask, scaled, matrix, vector, (x, x_mean, x_bn_coeffs, x_shift), da, tile_sums,
+            height, width, channels, out_height, out_width, outputs, pixels,
+            input_stride_h, input_stride_w, tile_m, tiles_m, tile_n,
             POINTWISE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     elif skip is not None:
         _input_gradient(
-            g, mask, skip_scaled, skip_matrix, skip_vector, skip, None, None, skip_shift, dskip, None,
+            g, mask, skip_scaled, skip_matrix, skip_vector, (skip, None, None, skip_shift), dskip, None,
             skip_height, skip_width, skip_channels, out_height, out_width, outputs, pixels,
             skip_input_stride_h, skip_input_stride_w, tile_m, tiles_m, tile_n - tiles,
             SKIP_POINTWISE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
@@ -218,9 +207,9 @@ def folded_dgrad(
     da = new_activation(x, channels, height, width)
     dskip = None if skip is None else new_activation(x, skip_channels, height, width)
     tiles = cdiv(pixels, config.block_m)
-    tile_sums = None if a.mean is None else reductions.new_tile_sums(x, tiles, channels)
+    tile_sums = None if a.mean is None else new_sums(x, 2, channels, tiles)
     matrices = (*factors[:2], *skip_factors[:2])
-    launch(
+    Launch(
         folded_dgrad_kernel,
         (tiles * (cdiv(channels, config.block_n) + cdiv(skip_channels, config.block_n)),),
         {
@@ -236,5 +225,5 @@ def folded_dgrad(
         config,
         flops=2 * pixels * sum(m.numel() for m in matrices if m is not None),
         partial_bytes=subsampled_bytes(height, width, x=x, skip=None if skip is None else skip.x),
-    )  # fmt: skip
+    ).start()  # fmt: skip
     return da, dskip, *((None, None, None) if tile_sums is None else reductions.sum_tiles(tile_sums, a))

@@ -21,14 +21,14 @@ from resnet_fused.kernels.arguments import (
     subsampled_bytes,
 )
 from resnet_fused.kernels.autotune.heuristics import sum_configs
-from resnet_fused.kernels.bn_coeffs import with_bn_coeffs
-from resnet_fused.kernels.launch import Config, cdiv, launch
+from resnet_fused.kernels.launch import Config, Launch, cdiv
 from resnet_fused.kernels.tiles import (
     advance_pixels,
     apply_activation,
     load_activation_coeffs,
     load_masked_tile,
     load_tile,
+    store_tile,
     unravel_pixels,
 )
 from resnet_fused.types import Activation, Pair
@@ -38,10 +38,7 @@ from resnet_fused.types import Activation, Pair
 def _q_tile(
     g,  # (pixels, outputs)
     mask,  # (pixels, bytes or words)
-    x,  # (N, height, width, channels)
-    mean,  # (channels,) or None
-    bn_coeffs,  # (3, channels) or None
-    shift,  # (channels,) or None
+    a,  # Activation (tiles), x: (N, height, width, channels)
     q,  # (outputs, channels)
     sum_dz,  # (outputs,) or None
     height,
@@ -66,13 +63,11 @@ def _q_tile(
     channel_offs = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     steps = tl.cdiv(tl.cdiv(pixels, BLOCK_M), tl.num_programs(2))
     start = tl.program_id(2) * steps * BLOCK_M
+    x, _, bn_coeffs, shift = a
     LOADED: tl.constexpr = bn_coeffs is None and shift is None  # the order of operands, see wgrad_kernel
     acc = tl.zeros((BLOCK_K, BLOCK_N) if LOADED else (BLOCK_N, BLOCK_K), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    channel_valid = channel_offs < channels
-    center, scale, offset, shift_value = load_activation_coeffs(
-        mean, bn_coeffs, shift, channel_offs, channel_valid, channels, x.dtype.element_ty
-    )
+    coeffs = load_activation_coeffs(a, channel_offs, channels)
     if not POINTWISE:
         image, h, w = unravel_pixels(start + tl.arange(0, BLOCK_M), out_height, out_width)
         step_images, step_h, step_w = unravel_pixels(BLOCK_M, out_height, out_width)
@@ -83,21 +78,20 @@ def _q_tile(
         x_offs = pixel_offs
         if not POINTWISE:
             x_offs = (image * height + h * input_stride_h) * width + w * input_stride_w
-        x_tile = load_tile(x, x_offs, pixel_valid, channel_offs, channel_valid, channels)
+        x_tile = load_tile(x, x_offs, pixel_valid, channel_offs, channels)
         # Not padded: dz is 0 at pixels outside.
-        a = apply_activation(x_tile, bn_coeffs, shift, center, scale, offset, shift_value, pixel_valid, False)
+        a_tile = apply_activation(x_tile, a, coeffs, pixel_valid, False)
         if sum_dz is not None:
             total += tl.sum(dz.to(tl.float32), 0)
         if LOADED:
-            acc = tl.dot(tl.trans(a), dz, acc, input_precision=PRECISION)
+            acc = tl.dot(tl.trans(a_tile), dz, acc, input_precision=PRECISION)
         else:
-            acc = tl.dot(tl.trans(dz), a, acc, input_precision=PRECISION)
+            acc = tl.dot(tl.trans(dz), a_tile, acc, input_precision=PRECISION)
         if not POINTWISE:
             image, h, w = advance_pixels(image, h, w, step_images, step_h, step_w, out_height, out_width)
     if LOADED:
         acc = tl.trans(acc)
-    valid = (output_offs < outputs)[:, None] & (channel_offs < channels)[None, :]
-    tl.store(q + output_offs[:, None] * channels + channel_offs[None, :], acc, valid)
+    store_tile(q, acc, output_offs, output_offs < outputs, channel_offs, channels)
     if sum_dz is not None:
         tl.store(sum_dz + output_offs, total, (output_offs < outputs) & (tile_k == 0))
 
@@ -140,13 +134,13 @@ def folded_wgrad_kernel(
     tile_k, tiles_k = tl.program_id(0), tl.cdiv(channels, BLOCK_K)
     if tile_k < tiles_k:
         _q_tile(
-            g, mask, x, x_mean, x_bn_coeffs, x_shift, q, sum_dz, height, width, channels,
+            g, mask, (x, x_mean, x_bn_coeffs, x_shift), q, sum_dz, height, width, channels,
             out_height, out_width, outputs, pixels, input_stride_h, input_stride_w, tile_k,
             POINTWISE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     elif skip is not None:
         _q_tile(
-            g, mask, skip, None, None, skip_shift, skip_q, None, skip_height, skip_width, skip_channels,
+            g, mask, (skip, None, None, skip_shift), skip_q, None, skip_height, skip_width, skip_channels,
             out_height, out_width, outputs, pixels, skip_input_stride_h, skip_input_stride_w, tile_k - tiles_k,
             SKIP_POINTWISE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
@@ -179,11 +173,10 @@ def folded_wgrad(
     Returns:
         q: (outputs, C); skip_q: (outputs, skip's channels) or None; sum_dz: (outputs,), float32.
     """
-    a = with_bn_coeffs(a)
     images, outputs, height, width = grad.shape
     channels, skip_channels = a.x.shape[1], 0 if skip is None else skip.x.shape[1]
     partial_sums = new_sums(grad, config.splits, outputs * (channels + skip_channels + 1))
-    launch(
+    Launch(
         folded_wgrad_kernel,
         (
             cdiv(channels, config.block_k) + cdiv(skip_channels, config.block_k),
@@ -202,7 +195,7 @@ def folded_wgrad(
         config,
         flops=2 * images * height * width * outputs * (channels + skip_channels),
         partial_bytes=subsampled_bytes(height, width, x=a.x, skip=None if skip is None else skip.x),
-    )  # fmt: skip
+    ).start()  # fmt: skip
     q, sum_dz = new_sums(grad, outputs, channels), new_sums(grad, outputs)
     skip_q = None if skip is None else new_sums(grad, outputs, skip_channels)
     reductions.sum_splits(partial_sums, q, skip_q, sum_dz)

@@ -20,14 +20,14 @@ from resnet_fused.kernels.arguments import (
     subsampled_size,
 )
 from resnet_fused.kernels.autotune.heuristics import sum_configs
-from resnet_fused.kernels.bn_coeffs import with_bn_coeffs
-from resnet_fused.kernels.launch import Config, cdiv, launch
+from resnet_fused.kernels.launch import Config, Launch, cdiv
 from resnet_fused.kernels.tiles import (
     advance_pixels,
     apply_activation,
     load_activation_coeffs,
     load_tile,
     runtime_zero,
+    store_tile,
     unravel_pixels,
 )
 from resnet_fused.types import Activation, Pair
@@ -69,15 +69,11 @@ def input_covariance_kernel(
     start = tl.program_id(1) * steps * BLOCK_M
     acc = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    row_valid, column_valid = row_offs < channels, column_offs < channels
-    center_i, scale_i, offset_i, shift_i = load_activation_coeffs(
-        x_mean, x_bn_coeffs, x_shift, row_offs, row_valid, channels, x.dtype.element_ty
-    )
+    activation = (x, x_mean, x_bn_coeffs, x_shift)
+    center, scale, offset, shift = load_activation_coeffs(activation, row_offs, channels)
     zero = runtime_zero(pixels)
-    scale_i, shift_i = scale_i + zero, shift_i + zero
-    center_j, scale_j, offset_j, shift_j = load_activation_coeffs(
-        x_mean, x_bn_coeffs, x_shift, column_offs, column_valid, channels, x.dtype.element_ty
-    )
+    row_coeffs = (center, scale + zero, offset, shift + zero)
+    column_coeffs = load_activation_coeffs(activation, column_offs, channels)
     if not POINTWISE:
         image, h, w = unravel_pixels(start + tl.arange(0, BLOCK_M), out_height, out_width)
         step_images, step_h, step_w = unravel_pixels(BLOCK_M, out_height, out_width)
@@ -87,23 +83,18 @@ def input_covariance_kernel(
         x_offs = pixel_offs
         if not POINTWISE:
             x_offs = (image * height + h * input_stride_h) * width + w * input_stride_w
-        value = load_tile(x, x_offs, pixel_valid, column_offs, column_valid, channels)
-        b = apply_activation(
-            value, x_bn_coeffs, x_shift, center_j, scale_j, offset_j, shift_j, pixel_valid, True
-        )
+        value = load_tile(x, x_offs, pixel_valid, column_offs, channels)
+        b = apply_activation(value, activation, column_coeffs, pixel_valid, True)
         a = b
         if not ONE_TILE:
-            value = load_tile(x, x_offs, pixel_valid, row_offs, row_valid, channels)
-            a = apply_activation(
-                value, x_bn_coeffs, x_shift, center_i, scale_i, offset_i, shift_i, pixel_valid, False
-            )
+            value = load_tile(x, x_offs, pixel_valid, row_offs, channels)
+            a = apply_activation(value, activation, row_coeffs, pixel_valid, False)
         total += tl.sum(b.to(tl.float32), 0)
         acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
         if not POINTWISE:
             image, h, w = advance_pixels(image, h, w, step_images, step_h, step_w, out_height, out_width)
     split_sums = partial_sums + tl.program_id(1) * (channels * channels + channels)
-    valid = (row_offs < channels)[:, None] & (column_offs < channels)[None, :]
-    tl.store(split_sums + row_offs[:, None] * channels + column_offs[None, :], acc, valid)
+    store_tile(split_sums, acc, row_offs, row_offs < channels, column_offs, channels)
     tl.store(split_sums + channels * channels + column_offs, total, (column_offs < channels) & (i == 0))
 
 
@@ -119,11 +110,11 @@ def input_covariance(a: Activation, input_stride: Pair, config: Config) -> tuple
     Args:
         a: (N, C, H, W), channels_last.
     """
-    a, x = with_bn_coeffs(a), a.x
+    x = a.x
     channels, (height, width) = x.shape[1], subsampled_size(x, input_stride)
     pixels, tiles = x.shape[0] * height * width, cdiv(channels, config.block_n)
     partial_sums = new_sums(x, config.splits, channels * channels + channels)
-    launch(
+    Launch(
         input_covariance_kernel,
         (tiles * (tiles + 1) // 2, config.splits),
         {
@@ -138,5 +129,5 @@ def input_covariance(a: Activation, input_stride: Pair, config: Config) -> tuple
         config,
         flops=2 * pixels * channels * channels,
         partial_bytes=subsampled_bytes(height, width, x=x),
-    )  # fmt: skip
+    ).start()  # fmt: skip
     return reductions.covariance_of(partial_sums, channels, pixels)

@@ -1,4 +1,4 @@
-"""Launches of Triton kernels: all go through ``launch``, so that they can be counted, timed and compiled ahead of time.
+"""Launches of Triton kernels: all go through ``Launch``, so that they can be counted, timed and compiled ahead of time.
 
 On meta tensors no kernel runs, only observers are called. That is how a machine without a GPU lists the launches of a
 step (plan).
@@ -10,9 +10,8 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cache, cached_property
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +20,7 @@ from torch import Tensor
 Argument = Tensor | int | float | None
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """Tile sizes and compiler options of a kernel. A field that a kernel does not use has its default.
 
     Args:
@@ -42,9 +40,6 @@ class Config:
         split = f"/{self.splits}" if self.splits > 1 else ""
         return f"{self.block_m}x{self.block_n}x{self.block_k}{split} {self.warps}w{self.stages}s"
 
-    def as_dict(self) -> dict[str, int]:
-        return asdict(self)
-
     def blocks(self) -> dict[str, int]:
         """The sizes of a tile as tl.constexpr parameters."""
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
@@ -62,14 +57,13 @@ def _specialization_key(arguments: Mapping[str, Argument]) -> list[Any]:
     ]
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """One launch of a kernel.
 
     Args:
         kernel: a triton.jit function.
         grid: programs, up to three numbers.
-        arguments: tensors, numbers or None by the names of the kernel's parameters, in their order.
+        arguments: tensors, numbers or None by the names of the kernel's parameters, in their order; first a tensor.
         constants: the tl.constexpr parameters by name, in their order.
         config: its tile sizes and splits are already part of constants and grid.
         flops: floating point operations, two for a multiply-add.
@@ -79,7 +73,7 @@ class Launch:
     kernel: Any
     grid: tuple[int, ...]
     arguments: Mapping[str, Any]
-    constants: Mapping[str, Any]
+    constants: Mapping[str, int | bool | str]
     config: Config
     flops: int = 0
     partial_bytes: Mapping[str, int] | None = None
@@ -88,16 +82,52 @@ class Launch:
     def name(self) -> str:
         return str(self.kernel.__name__).removesuffix("_kernel")
 
-    @cached_property
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(iter(self.arguments.values())).device
+        return device
+
+    @property
     def bytes(self) -> int:
         """Bytes read and written, each tensor once."""
         partial = self.partial_bytes or {}
         tensors = {name: x for name, x in self.arguments.items() if isinstance(x, Tensor)}
         return sum(partial.get(name, x.numel() * x.element_size()) for name, x in tensors.items())
 
+    def start(self) -> None:
+        """Starts the kernel, unless it is captured or its tensors are on no device, and calls the observers."""
+        captured = getattr(_thread, "captured", None)
+        if captured is not None:
+            captured.append(self)
+            return
+        if self.device.type != "meta":
+            self.run()
+        for observer in list(_observers):
+            observer(self)
+
     def run(self) -> None:
-        """Starts the kernel. It can run again with the same result: no kernel reads what it writes."""
-        _start(self.kernel, self.grid, self.arguments, self.constants, self.config)
+        """Starts the kernel alone. It can run again with the same result: no kernel reads what it writes."""
+        kernel, grid, arguments, constants, config, *_ = self
+        device = self.device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.run()
+        # Triton's own look-up takes half of a launch's host time: it is skipped from the second launch on.
+        cache_key = (
+            kernel.fn,
+            device,
+            config.warps,
+            config.stages,
+            *_specialization_key(arguments),
+            *constants.values(),
+        )
+        compiled = _compiled.get(cache_key)
+        if compiled is None:
+            options = compiler_options(config, architecture(device))
+            _compiled[cache_key] = kernel[grid](*arguments.values(), **constants, **options)
+        else:
+            compiled[(*grid, 1, 1)[:3]](*arguments.values(), *constants.values())
+        return None
 
     def compile(self) -> None:
         """Compiles the kernel as the first ``run`` would; needs a GPU, from any thread.
@@ -106,9 +136,8 @@ class Launch:
             triton.TritonError: it does not compile.
             RuntimeError: the code may read registers while they change (``reads_changing_registers``).
         """
-        device = next(iter(self.arguments.values())).device
-        options = compiler_options(self.config, architecture(device))
-        with torch.cuda.device(device):
+        options = compiler_options(self.config, architecture(self.device))
+        with torch.cuda.device(self.device):
             compiled = self.kernel.warmup(
                 *self.arguments.values(), grid=self.grid, **self.constants, **options
             )
@@ -160,37 +189,6 @@ def compiler_options(config: Config, arch: int) -> dict[str, Any]:
 
 #: Compiled kernels, by device and all that Triton specializes for.
 _compiled: dict[tuple[Any, ...], Any] = {}
-
-
-def _start(
-    kernel: Any,
-    grid: tuple[int, ...],
-    arguments: Mapping[str, Argument],
-    constants: Mapping[str, int | bool | str],
-    config: Config,
-) -> None:
-    device = next(iter(arguments.values())).device  # type: ignore[union-attr]
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return _start(kernel, grid, arguments, constants, config)
-    # Triton's own look-up takes half of a launch's host time: it is skipped from the second launch on.
-    cache_key = (
-        kernel.fn,
-        device,
-        config.warps,
-        config.stages,
-        *_specialization_key(arguments),
-        *constants.values(),
-    )
-    compiled = _compiled.get(cache_key)
-    if compiled is None:
-        options = compiler_options(config, architecture(device))
-        _compiled[cache_key] = kernel[grid](*arguments.values(), **constants, **options)
-    else:
-        compiled[(*grid, 1, 1)[:3]](*arguments.values(), *constants.values())
-    return None
-
-
 _observers: list[Callable[[Launch], None]] = []
 _thread = threading.local()
 
@@ -214,26 +212,3 @@ def capture_launches() -> Iterator[list[Launch]]:
         yield captured
     finally:
         _thread.captured = None
-
-
-def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    arguments: Mapping[str, Argument],
-    constants: Mapping[str, int | bool | str],
-    config: Config,
-    *,
-    flops: int = 0,
-    partial_bytes: Mapping[str, int] | None = None,
-) -> None:
-    """Starts a kernel. Takes the fields of ``Launch``; the first of ``arguments`` is a tensor."""
-    captured = getattr(_thread, "captured", None)
-    if captured is not None:
-        captured.append(Launch(kernel, grid, arguments, constants, config, flops, partial_bytes))
-        return
-    if not next(iter(arguments.values())).is_meta:  # type: ignore[union-attr]
-        _start(kernel, grid, arguments, constants, config)
-    if _observers:
-        started = Launch(kernel, grid, arguments, constants, config, flops, partial_bytes)
-        for observer in list(_observers):
-            observer(started)

@@ -7,13 +7,12 @@ of a channel are contiguous, so that one program can merge one channel of thousa
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels.bn_coeffs import store_bn_coeffs, store_dy_coeffs
-from resnet_fused.kernels.launch import Config, cdiv, launch
+from resnet_fused.kernels.launch import Config, Launch, cdiv
 from resnet_fused.types import Activation
 
 #: Elements that a program loads at once, and the most splits and channels among them.
@@ -60,9 +59,7 @@ def norm_statistics_kernel(
     tl.store(mean + channel_offs, center.to(tl.float32), channel_valid)
     tl.store(var + channel_offs, variance.to(tl.float32), channel_valid)
     tl.store(invstd + channel_offs, invstd_value, channel_valid)
-    store_bn_coeffs(
-        center.to(tl.float32), invstd_value, gamma, beta, bn_coeffs, channel_offs, channel_valid, channels
-    )
+    store_bn_coeffs(center.to(tl.float32), invstd_value, gamma, beta, bn_coeffs, channel_offs, channels)
 
 
 def norm_statistics(
@@ -84,7 +81,7 @@ def norm_statistics(
     mean, var, invstd = (tile_stats.new_empty(channels) for _ in range(3))
     bn_coeffs = tile_stats.new_empty(3, channels)
     tiles_at_once, block, config = _tiles_at_once(tiles)
-    launch(
+    Launch(
         norm_statistics_kernel,
         (cdiv(channels, block),),
         {
@@ -93,7 +90,7 @@ def norm_statistics(
         },
         {"TILE_PIXELS": tile_pixels, "TILES": tiles_at_once, "BLOCK": block},
         config,
-    )  # fmt: skip
+    ).start()  # fmt: skip
     return mean, var, invstd, bn_coeffs
 
 
@@ -128,16 +125,7 @@ def sum_tiles_kernel(
     tl.store(sum_dz + channel_offs, total, channel_valid)
     tl.store(sum_dz_xhat + channel_offs, total_xhat, channel_valid)
     store_dy_coeffs(
-        total,
-        total_xhat,
-        mean,
-        invstd_value,
-        bn_coeffs,
-        dy_coeffs,
-        channel_offs,
-        channel_valid,
-        pixels,
-        channels,
+        total, total_xhat, mean, invstd_value, bn_coeffs, dy_coeffs, channel_offs, pixels, channels
     )
 
 
@@ -151,7 +139,7 @@ def sum_tiles(tile_sums: Tensor, a: Activation) -> tuple[Tensor, Tensor, Tensor]
     _, channels, tiles = tile_sums.shape
     sum_dz, sum_dz_xhat, dy_coeffs = (tile_sums.new_empty(*size, channels) for size in ((), (), (3,)))
     tiles_at_once, block, config = _tiles_at_once(tiles)
-    launch(
+    Launch(
         sum_tiles_kernel,
         (cdiv(channels, block),),
         {
@@ -161,7 +149,7 @@ def sum_tiles(tile_sums: Tensor, a: Activation) -> tuple[Tensor, Tensor, Tensor]
         },
         {"TILES": tiles_at_once, "BLOCK": block},
         config,
-    )  # fmt: skip
+    ).start()  # fmt: skip
     return sum_dz, sum_dz_xhat, dy_coeffs
 
 
@@ -204,7 +192,7 @@ def sum_splits(
     splits_at_once = _splits_at_once(len(partial_sums))
     block = min(1024, ELEMENTS // splits_at_once)
     size, size2, size3 = (0 if x is None else x.numel() for x in (out, out2, out3))
-    launch(
+    Launch(
         sum_splits_kernel,
         (cdiv(size + size2 + size3, block),),
         {
@@ -213,7 +201,7 @@ def sum_splits(
         },
         {"SPLITS": splits_at_once, "BLOCK": block},
         Config(warps=4, stages=1),
-    )  # fmt: skip
+    ).start()  # fmt: skip
 
 
 @triton.jit
@@ -263,7 +251,7 @@ def covariance_of(partial_sums: Tensor, channels: int, pixels: int) -> tuple[Ten
     # Not fewer than 8: 32 bytes are the least that is read from memory.
     block = 8 if splits_at_once * 16 * 16 > ELEMENTS else 16
     blocks = cdiv(channels, block)
-    launch(
+    Launch(
         covariance_kernel,
         (blocks, blocks),
         {
@@ -272,13 +260,8 @@ def covariance_of(partial_sums: Tensor, channels: int, pixels: int) -> tuple[Ten
         },
         {"SPLITS": splits_at_once, "BLOCK": block},
         Config(warps=4, stages=1),
-    )  # fmt: skip
+    ).start()  # fmt: skip
     return mean, covariance
-
-
-def new_tile_sums(like: Tensor, tiles: int, channels: int) -> Tensor:
-    """Uninitialized (2, channels, tiles) float32: two numbers for each channel of each tile."""
-    return torch.empty(2, channels, tiles, dtype=torch.float32, device=like.device)
 
 
 def _tiles_at_once(tiles: int) -> tuple[int, int, Config]:

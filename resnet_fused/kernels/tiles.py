@@ -1,6 +1,8 @@
 """What the kernels share: how a tile of a lazy operand (types) is computed from the tensors that are in memory.
 
-A kernel takes an operand as pointers, of which some may be None; Triton compiles a variant for each combination.
+A kernel takes an operand as pointers, of which some may be None; Triton compiles a variant for each combination. The
+functions here take an Activation as the tuple (x, mean, bn_coeffs, shift), and a Gradient as (g, mask, y, mean,
+bn_coeffs, dy_coeffs), with None for what is not given:
 
     Activation   x                                        x
                  x, shift                                 x - shift
@@ -16,8 +18,8 @@ A kernel takes an operand as pointers, of which some may be None; Triton compile
 activations read mean and the rows 0 and 1, those of 16-bit activations the rows 0 and 2.
 
 Activations are NHWC: a row for each of the N*H*W pixels, a column for each channel. A tile has BLOCK pixels x BLOCK
-channels, given by offsets (``pixel_offs``, ``channel_offs``) and by which of them are inside (``pixel_valid``,
-``channel_valid``). Arithmetic is float32; a tile is rounded to the activations' dtype before tensor cores multiply it.
+channels, given by offsets (``pixel_offs``, ``channel_offs``); inside are the pixels of ``pixel_valid`` and the channels
+below ``channels``. Arithmetic is float32; a tile is rounded to the activations' dtype before tensor cores multiply it.
 """
 
 from __future__ import annotations
@@ -27,11 +29,27 @@ import triton.language as tl
 
 
 @triton.jit
-def load_bn_coeffs(mean, bn_coeffs, channel_offs, channel_valid, channels, dtype: tl.constexpr):
+def load_tile(matrix, row_offs, row_valid, column_offs, columns):
+    """A tile of a matrix (rows, columns), as it is in memory; 0 outside."""
+    pointers = matrix + row_offs[:, None] * columns + column_offs[None, :]
+    return tl.load(pointers, row_valid[:, None] & (column_offs < columns)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(matrix, value, row_offs, row_valid, column_offs, columns):
+    """Stores a tile of a matrix (rows, columns), rounded to its dtype; the counterpart of ``load_tile``."""
+    valid = row_valid[:, None] & (column_offs < columns)[None, :]
+    pointers = matrix + row_offs[:, None] * columns + column_offs[None, :]
+    tl.store(pointers, value.to(matrix.dtype.element_ty), valid)
+
+
+@triton.jit
+def load_bn_coeffs(mean, bn_coeffs, channel_offs, channels, dtype: tl.constexpr):
     """center, scale and offset for ``apply_bn``, each (BLOCK,); 0 outside, so that what is loaded as 0 stays 0.
 
     mean: (C,), bn_coeffs: (3, C), of a batch norm of ``channels`` channels; dtype: of its input.
     """
+    channel_valid = channel_offs < channels
     scale = tl.load(bn_coeffs + channel_offs, channel_valid, 0.0)
     if dtype == tl.float32:
         center = tl.load(mean + channel_offs, channel_valid, 0.0)
@@ -66,79 +84,52 @@ def apply_bn(value, center, scale, offset):
 
 
 @triton.jit
-def load_activation_coeffs(
-    mean, bn_coeffs, shift, channel_offs, channel_valid, channels, dtype: tl.constexpr
-):
-    """center, scale, offset and the shift's values for ``apply_activation``, each (BLOCK,); 0 where not given.
-
-    mean, shift: (C,) or None; bn_coeffs: (3, C) or None.
-    """
+def load_activation_coeffs(a, channel_offs, channels):
+    """center, scale, offset and the shift's values for ``apply_activation``, each (BLOCK,); 0 where not given."""
+    x, mean, bn_coeffs, shift = a
     zeros = tl.zeros(channel_offs.shape, tl.float32)
     center, scale, offset, shift_value = zeros, zeros, zeros, zeros
     if bn_coeffs is not None:
-        center, scale, offset = load_bn_coeffs(mean, bn_coeffs, channel_offs, channel_valid, channels, dtype)
+        center, scale, offset = load_bn_coeffs(mean, bn_coeffs, channel_offs, channels, x.dtype.element_ty)
     if shift is not None:
-        shift_value = tl.load(shift + channel_offs, channel_valid, 0.0)
+        shift_value = tl.load(shift + channel_offs, channel_offs < channels, 0.0)
     return center, scale, offset, shift_value
 
 
 @triton.jit
 def apply_activation(
     value,  # (BLOCK, BLOCK) tile of x
-    bn_coeffs,  # or None: no batch norm and ReLU
-    shift,  # or None: no shift
-    center,  # (BLOCK,), and the next three: ``load_activation_coeffs``
-    scale,
-    offset,
-    shift_value,
+    a,
+    coeffs,  # ``load_activation_coeffs``
     pixel_valid,  # (BLOCK,)
     PADDED: tl.constexpr,  # whether pixels outside are 0, as padding of a is; otherwise arbitrary but finite
 ):
     """a of a tile of x, in the dtype of x."""
+    _, _, bn_coeffs, shift = a
+    center, scale, offset, shift_value = coeffs
     if bn_coeffs is not None or shift is not None:
         if bn_coeffs is not None:
             z = apply_bn(value, center, scale, offset)
             if PADDED and shift is None:
-                z *= pixel_valid.to(tl.float32)[
-                    :, None
-                ]  # tl.where would compute a condition for each element
-            a = tl.where(z <= 0, 0.0, z)
+                # tl.where would compute a condition for each element
+                z *= pixel_valid.to(tl.float32)[:, None]
+            result = tl.where(z <= 0, 0.0, z)
         else:
-            a = value.to(tl.float32)
+            result = value.to(tl.float32)
         if shift is not None:
-            a -= shift_value[None, :]
+            result -= shift_value[None, :]
             if PADDED:
-                a *= pixel_valid.to(tl.float32)[:, None]
-        return a.to(value.dtype)
+                result *= pixel_valid.to(tl.float32)[:, None]
+        return result.to(value.dtype)
     return value
 
 
 @triton.jit
-def load_activation_tile(
-    x,  # (pixels, channels)
-    mean,  # (channels,) or None
-    bn_coeffs,  # (3, channels) or None
-    shift,  # (channels,) or None
-    pixel_offs,  # (BLOCK,)
-    pixel_valid,  # (BLOCK,)
-    channel_offs,  # (BLOCK,)
-    channels,
-    PADDED: tl.constexpr = True,  # see ``apply_activation``
-):
-    """A tile of a, (BLOCK, BLOCK)."""
-    channel_valid = channel_offs < channels
-    center, scale, offset, shift_value = load_activation_coeffs(
-        mean, bn_coeffs, shift, channel_offs, channel_valid, channels, x.dtype.element_ty
-    )
-    value = load_tile(x, pixel_offs, pixel_valid, channel_offs, channel_valid, channels)
-    return apply_activation(value, bn_coeffs, shift, center, scale, offset, shift_value, pixel_valid, PADDED)
-
-
-@triton.jit
-def load_tile(x, pixel_offs, pixel_valid, channel_offs, channel_valid, channels):
-    """A tile of x, (pixels, channels), as it is in memory; 0 outside."""
-    pointers = x + pixel_offs[:, None] * channels + channel_offs[None, :]
-    return tl.load(pointers, pixel_valid[:, None] & channel_valid[None, :], other=0.0)
+def load_activation_tile(a, pixel_offs, pixel_valid, channel_offs, channels, PADDED: tl.constexpr):
+    """A tile of ``a``, (BLOCK, BLOCK); PADDED: see ``apply_activation``."""
+    coeffs = load_activation_coeffs(a, channel_offs, channels)
+    value = load_tile(a[0], pixel_offs, pixel_valid, channel_offs, channels)
+    return apply_activation(value, a, coeffs, pixel_valid, PADDED)
 
 
 @triton.jit
@@ -175,18 +166,16 @@ def store_mask_tile(mask, value, pixel_offs, pixel_valid, first_channel, channel
 
 
 @triton.jit
-def load_gradient_coeffs(
-    mean, bn_coeffs, dy_coeffs, channel_offs, channel_valid, channels, dtype: tl.constexpr
-):
-    """center, scale, offset, level and slope for ``load_gradient_tile``, each (BLOCK,); 0 where not given.
-
-    mean: (C,) or None; bn_coeffs, dy_coeffs: (3, C) or None.
-    """
+def load_gradient_coeffs(dy, channel_offs, channels):
+    """center, scale, offset, level and slope for ``load_gradient_tile``, each (BLOCK,); 0 where not given."""
+    g, _, _, mean, bn_coeffs, dy_coeffs = dy
+    dtype: tl.constexpr = g.dtype.element_ty
     zeros = tl.zeros(channel_offs.shape, tl.float32)
     center, scale, offset, level, slope = zeros, zeros, zeros, zeros, zeros
     if bn_coeffs is not None:
-        center, scale, offset = load_bn_coeffs(mean, bn_coeffs, channel_offs, channel_valid, channels, dtype)
+        center, scale, offset = load_bn_coeffs(mean, bn_coeffs, channel_offs, channels, dtype)
     if dy_coeffs is not None:
+        channel_valid = channel_offs < channels
         slope = tl.load(dy_coeffs + channel_offs, channel_valid, 0.0)
         if dtype == tl.float32:
             level = tl.load(dy_coeffs + channels + channel_offs, channel_valid, 0.0)
@@ -201,8 +190,7 @@ def load_masked_tile(g, mask, pixel_offs, pixel_valid, first_channel, channels, 
 
     g: (pixels, channels); mask: see ``load_mask_tile``.
     """
-    channel_offs = first_channel + tl.arange(0, BLOCK)
-    value = load_tile(g, pixel_offs, pixel_valid, channel_offs, channel_offs < channels, channels)
+    value = load_tile(g, pixel_offs, pixel_valid, first_channel + tl.arange(0, BLOCK), channels)
     if mask is not None:
         # Selected, not multiplied: where the mask is 0 the gradient may be infinite or NaN.
         bits = load_mask_tile(mask, pixel_offs, pixel_valid, first_channel, channels, BLOCK)
@@ -212,16 +200,8 @@ def load_masked_tile(g, mask, pixel_offs, pixel_valid, first_channel, channels, 
 
 @triton.jit
 def load_gradient_tile(
-    g,  # (pixels, channels)
-    mask,  # see ``load_mask_tile``, or None
-    y,  # (pixels, channels) or None
-    bn_coeffs,  # (3, channels) or None
-    dy_coeffs,  # (3, channels) or None
-    center,  # (BLOCK,), and the next four: ``load_gradient_coeffs``
-    scale,
-    offset,
-    level,
-    slope,
+    dy,
+    coeffs,  # ``load_gradient_coeffs``
     zero,  # ``runtime_zero``
     pixel_offs,  # (pixels of the tile,)
     pixel_valid,  # (pixels of the tile,)
@@ -234,23 +214,24 @@ def load_gradient_tile(
 
     dy = dz * scale - level - (y - mean) * slope; for 16 bits two multiply-adds, as in ``apply_bn``.
     """
+    g, mask, y, _, bn_coeffs, dy_coeffs = dy
+    center, scale, offset, level, slope = coeffs
     value = load_masked_tile(g, mask, pixel_offs, pixel_valid, first_channel, channels, BLOCK)
     if bn_coeffs is not None:
         dz = value.to(tl.float32)
         if mask is None or dy_coeffs is not None:
-            channel_offs = first_channel + tl.arange(0, BLOCK)
-            y_tile = load_tile(y, pixel_offs, pixel_valid, channel_offs, channel_offs < channels, channels)
+            y_tile = load_tile(y, pixel_offs, pixel_valid, first_channel + tl.arange(0, BLOCK), channels)
         if mask is None:
             dz = tl.where(apply_bn(y_tile, center, scale, offset) <= zero, 0.0, dz)
         if dy_coeffs is None:
-            dy = dz * scale[None, :]
+            result = dz * scale[None, :]
         elif value.dtype == tl.float32:
-            dy = dz * scale[None, :] - level[None, :] - (y_tile - center[None, :]) * slope[None, :]
+            result = dz * scale[None, :] - level[None, :] - (y_tile - center[None, :]) * slope[None, :]
         else:
-            dy = dz * scale[None, :] - (y_tile.to(tl.float32) * slope[None, :] + level[None, :])
+            result = dz * scale[None, :] - (y_tile.to(tl.float32) * slope[None, :] + level[None, :])
         if PADDED:
-            dy *= pixel_valid.to(tl.float32)[:, None]
-        value = dy.to(value.dtype)
+            result *= pixel_valid.to(tl.float32)[:, None]
+        value = result.to(value.dtype)
     return value
 
 
@@ -302,15 +283,14 @@ def store_tile_sums(
     tile_sums,  # (2, channels, tiles)
     tile,
     tiles,
-    valid,  # (BLOCK, BLOCK)
+    pixel_valid,  # (BLOCK,)
     channel_offs,  # (BLOCK,)
     channels,
 ):
     """Stores the sums over a tile's pixels of dz = da * mask and of dz * (x - mean), for reductions.sum_tiles."""
     channel_valid = channel_offs < channels
-    center, scale, offset = load_bn_coeffs(
-        mean, bn_coeffs, channel_offs, channel_valid, channels, value.dtype
-    )
+    center, scale, offset = load_bn_coeffs(mean, bn_coeffs, channel_offs, channels, value.dtype)
+    valid = pixel_valid[:, None] & channel_valid[None, :]
     dz = tl.where((apply_bn(value, center, scale, offset) <= 0) | ~valid, 0.0, da)
     pointers = tile_sums + channel_offs * tiles + tile
     tl.store(pointers, tl.sum(dz, 0), channel_valid)

@@ -13,17 +13,16 @@ from torch import Tensor
 from resnet_fused.kernels import reductions
 from resnet_fused.kernels.arguments import (
     activation_arguments,
+    conv_size_arguments,
     geometry_arguments,
     gradient_arguments,
     is_pointwise,
     new_sums,
     precision,
-    size_arguments,
     subsampled_bytes,
 )
 from resnet_fused.kernels.autotune.heuristics import sum_configs
-from resnet_fused.kernels.bn_coeffs import with_bn_coeffs, with_dy_coeffs
-from resnet_fused.kernels.launch import Config, cdiv, launch
+from resnet_fused.kernels.launch import Config, Launch, cdiv
 from resnet_fused.kernels.tiles import (
     advance_pixels,
     apply_activation,
@@ -78,13 +77,9 @@ def wgrad_kernel(
     steps = tl.cdiv(tl.cdiv(pixels, BLOCK_M), tl.num_programs(2))
     start = tl.program_id(2) * steps * BLOCK_M
     tap_h, tap_w = tap // kernel_w * dilation_h - pad_h, tap % kernel_w * dilation_w - pad_w
-    output_valid, channel_valid = output_offs < outputs, channel_offs < channels
-    center, scale, offset, level, slope = load_gradient_coeffs(
-        y_mean, y_bn_coeffs, dy_coeffs, output_offs, output_valid, outputs, g.dtype.element_ty
-    )
-    x_center, x_scale, x_offset, x_shift_value = load_activation_coeffs(
-        x_mean, x_bn_coeffs, x_shift, channel_offs, channel_valid, channels, x.dtype.element_ty
-    )
+    dy, a = (g, mask, y, y_mean, y_bn_coeffs, dy_coeffs), (x, x_mean, x_bn_coeffs, x_shift)
+    y_coeffs = load_gradient_coeffs(dy, output_offs, outputs)
+    x_coeffs = load_activation_coeffs(a, channel_offs, channels)
     # On sm_90 the second operand of tl.dot comes from shared memory, and so does the first if it is loaded as it is:
     # a computed operand is second. A first operand in registers would change while wgmma may still read it.
     LOADED: tl.constexpr = x_bn_coeffs is None and x_shift is None
@@ -97,24 +92,21 @@ def wgrad_kernel(
         pixel_offs = start + step * BLOCK_M + tl.arange(0, BLOCK_M)
         pixel_valid = pixel_offs < pixels
         # Not padded: a is 0 at pixels outside.
-        dy = load_gradient_tile(
-            g, mask, y, y_bn_coeffs, dy_coeffs, center, scale, offset, level, slope, zero, pixel_offs, pixel_valid,
-            first_output, outputs, BLOCK_N, False,
-        )  # fmt: skip
+        dy_tile = load_gradient_tile(
+            dy, y_coeffs, zero, pixel_offs, pixel_valid, first_output, outputs, BLOCK_N, False
+        )
         if POINTWISE:
             x_offs, x_valid = pixel_offs, pixel_valid
         else:
             h, w = out_h * stride_h + tap_h, out_w * stride_w + tap_w
             x_valid = pixel_valid & (h >= 0) & (h < height) & (w >= 0) & (w < width)
             x_offs = (image * height + h) * width + w
-        x_tile = load_tile(x, x_offs, x_valid, channel_offs, channel_valid, channels)
-        a = apply_activation(
-            x_tile, x_bn_coeffs, x_shift, x_center, x_scale, x_offset, x_shift_value, x_valid, True
-        )
+        x_tile = load_tile(x, x_offs, x_valid, channel_offs, channels)
+        a_tile = apply_activation(x_tile, a, x_coeffs, x_valid, True)
         if LOADED:
-            acc = tl.dot(tl.trans(a), dy, acc, input_precision=PRECISION)
+            acc = tl.dot(tl.trans(a_tile), dy_tile, acc, input_precision=PRECISION)
         else:
-            acc = tl.dot(tl.trans(dy), a, acc, input_precision=PRECISION)
+            acc = tl.dot(tl.trans(dy_tile), a_tile, acc, input_precision=PRECISION)
         if not POINTWISE:
             image, out_h, out_w = advance_pixels(
                 image, out_h, out_w, step_images, step_h, step_w, out_height, out_width
@@ -124,7 +116,7 @@ def wgrad_kernel(
     columns = tl.num_programs(0) // tiles_k * channels
     split_sums = partial_sums + tl.program_id(2) * outputs * columns
     pointers = split_sums + output_offs[:, None] * columns + tap * channels + channel_offs[None, :]
-    tl.store(pointers, acc, output_valid[:, None] & channel_valid[None, :])
+    tl.store(pointers, acc, (output_offs < outputs)[:, None] & (channel_offs < channels)[None, :])
 
 
 def configs(dy: Gradient, a: Activation, weight: Tensor, geometry: ConvGeometry) -> list[Config]:
@@ -141,12 +133,11 @@ def wgrad(dy: Gradient, a: Activation, weight: Tensor, geometry: ConvGeometry, c
         a: the convolution's input, (N, C, H, W), channels_last.
         weight: (outputs, C, kh, kw), given for its shape.
     """
-    dy, a = with_dy_coeffs(dy), with_bn_coeffs(a)
     x, g = a.x, dy.g
     outputs, channels, kernel_h, kernel_w = weight.shape
     pixels = g.numel() // outputs
     partial_sums = new_sums(x, config.splits, outputs, kernel_h, kernel_w, channels)
-    launch(
+    Launch(
         wgrad_kernel,
         (
             kernel_h * kernel_w * cdiv(channels, config.block_k),
@@ -155,14 +146,13 @@ def wgrad(dy: Gradient, a: Activation, weight: Tensor, geometry: ConvGeometry, c
         ),
         {
             **gradient_arguments(dy, config.block_n), **activation_arguments(a), "partial_sums": partial_sums,
-            **size_arguments(x), "out_height": g.shape[2], "out_width": g.shape[3], "outputs": outputs,
-            "pixels": pixels, **geometry_arguments(geometry), "kernel_w": kernel_w,
+            **conv_size_arguments(x, g), "pixels": pixels, **geometry_arguments(geometry), "kernel_w": kernel_w,
         },
         {"POINTWISE": is_pointwise(weight, geometry), "PRECISION": precision(x.dtype), **config.blocks()},
         config,
         flops=2 * pixels * weight.numel(),
         partial_bytes=subsampled_bytes(*g.shape[2:], x=x) if (kernel_h, kernel_w) == (1, 1) else None,
-    )  # fmt: skip
+    ).start()  # fmt: skip
     dweight = partial_sums[0]
     if config.splits > 1:
         dweight = new_sums(x, *partial_sums.shape[1:])

@@ -186,14 +186,14 @@ def _widened(value: Any, dtype: torch.dtype) -> Any:
 def fastest(candidate: Tunable, device: torch.device) -> Any:
     """The results of the fastest configuration, or of the vendor if that is faster."""
     chosen = _autotuner().choose(candidate, device)
-    return candidate.vendor() if chosen is None else candidate.run(chosen)  # type: ignore[misc]
+    return candidate.vendor() if chosen is None else candidate.run(chosen)
 
 
 def fastest_sharing(candidates: list[Tunable], shared: Tunable, device: torch.device) -> list[Any]:
     """Results of the fastest combination of candidates whose vendor implementations all use that of ``shared``."""
     chosen = _autotuner().choose_sharing(candidates, shared, device)
     return [
-        candidate.vendor() if config is None else candidate.run(config)  # type: ignore[misc]
+        candidate.vendor() if config is None else candidate.run(config)
         for candidate, config in zip(candidates, chosen, strict=True)
     ]
 

@@ -7,7 +7,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 
 from resnet_fused.kernels.autotune import cache, measurement, search, verification
-from resnet_fused.kernels.autotune.search import Tunable, TuningKey, choose
+from resnet_fused.kernels.autotune.search import choose
+from resnet_fused.kernels.autotune.tunable import Tunable, TuningKey
 from resnet_fused.kernels.launch import Config
 
 DEVICE = torch.device("cuda", 0)
@@ -59,25 +59,20 @@ class SimulatedGPU:
         self.measured[self.last] += 1
         return self.times[self.last]
 
-    def tunable(self, key: TuningKey = CONV, *, vendor: bool = True, **fields: Any) -> Tunable:
-        by_vendor = self.vendor if vendor else None
-        return Tunable(key, CONFIGS, self.run, by_vendor, lambda: self.exact)._replace(**fields)
+    def tunable(self, key: TuningKey = CONV, **fields: Any) -> Tunable:
+        return Tunable(key, CONFIGS, self.run, self.vendor, lambda: self.exact)._replace(**fields)
 
-    def choose(
-        self, key: TuningKey = CONV, *, vendor: bool = True, device: torch.device = DEVICE, **fields: Any
-    ) -> Config | None:
-        return choose(self.tunable(key, vendor=vendor, **fields), device)
+    def choose(self, key: TuningKey = CONV, device: torch.device = DEVICE, **fields: Any) -> Config | None:
+        return choose(self.tunable(key, **fields), device)
 
 
 def simulate(patch: pytest.MonkeyPatch, folder: Path, times: dict[Any, float]) -> SimulatedGPU:
     """An H100 whose cache and shipped tables are in ``folder``."""
     sim = SimulatedGPU(times)
-    properties = SimpleNamespace(shared_memory_per_block_optin=227 << 10)
     patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     patch.setattr(cache, "SHIPPED_TABLES", folder)
     patch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
     patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     patch.setattr(measurement, "measure", sim.measure)
     patch.setattr(verification, "wait", lambda device: None)

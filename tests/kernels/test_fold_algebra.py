@@ -158,20 +158,6 @@ def test_nan_stays() -> None:
     assert stats["var"].isnan().all() and stats["invstd"].isnan().all()
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_weight_of_a_convolution(memory_format: torch.memory_format) -> None:
-    sums = Sums(33, 7, torch.float32)
-    flat = sums.statistics(fold_statistics), sums.gradients(fold_gradients)
-    weight = sums.weight[:, :, None, None].contiguous(memory_format=memory_format)
-    c, dz = (sums.mean, sums.covariance), (sums.sum_dz, sums.q)
-    stats = fold_statistics(weight, *c, sums.shift, EPS)
-    expected = sums.statistics(reference.fold_statistics, torch.float32)
-    batch_stats, fold = BatchStats(expected["mean_y"], expected["invstd"]), InputCovariance(None, *c)
-    gradients = fold_gradients(weight, sums.gamma, batch_stats, fold, *dz, PIXELS)
-    assert all(map(torch.equal, stats, flat[0].values()))
-    assert all(map(torch.equal, gradients, flat[1].values()))
-
-
 def test_rectified_mean() -> None:
     def draw() -> tuple[Named, Named, Named]:
         weight, bias = torch.randn(200), torch.randn(200)

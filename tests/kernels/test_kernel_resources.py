@@ -106,7 +106,7 @@ def test_signature() -> None:
 
 
 def test_equal_where_triton_compiles_once() -> None:
-    same = product(), product(size=512), replace(product(), config=Config(64, 64, 32, 4, 3, splits=7))
+    same = product(), product(size=512), product()._replace(config=Config(64, 64, 32, 4, 3, splits=7))
     assert len({specialisation(x) for x in same}) == 1
     others = (
         product(size=33),

@@ -1,4 +1,4 @@
-"""``launch``: what is compiled again, on which device kernels start, captured launches. No kernel runs."""
+"""``Launch``: what is compiled again, on which device kernels start, captured launches. No kernel runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from resnet_fused.kernels import launch as module
-from resnet_fused.kernels.launch import Config, capture_launches, cdiv, launch, observe_launches
+from resnet_fused.kernels.launch import Config, Launch, capture_launches, cdiv, observe_launches
+from resnet_fused.plan import launches
 
 
 class Kernel:
@@ -42,9 +43,9 @@ class Kernel:
 
 
 class TensorOnSecondGPU:
-    """What ``launch`` uses of a tensor."""
+    """What ``Launch`` uses of a tensor."""
 
-    device, is_meta = torch.device("cuda", 1), False
+    device = torch.device("cuda", 1)
 
 
 @pytest.fixture
@@ -54,7 +55,8 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 
 
 def start(kernel: Kernel, x: Tensor, size: int = 5, block: int = 32, warps: int = 4) -> None:
-    launch(kernel, (2,), {"x": x, "absent": None, "size": size}, {"BLOCK": block}, Config(warps=warps))
+    arguments = {"x": x, "absent": None, "size": size}
+    Launch(kernel, (2,), arguments, {"BLOCK": block}, Config(warps=warps)).start()
 
 
 def test_a_second_launch_uses_the_compiled_kernel(kernel: Kernel) -> None:
@@ -130,10 +132,7 @@ def test_cdiv(size: int, part: int, parts: int) -> None:
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_arguments_are_in_the_order_of_the_parameters(arch: str, dtype: str) -> None:
     """They are passed by position."""
-    pytest.importorskip("triton")
-    from resnet_fused.plan import launches
-
-    found = launches(arch, 8, dtype, 64)
-    assert found
-    for each in found:
+    planned = launches(arch, 8, dtype, 64)
+    assert planned
+    for each in planned:
         assert [*each.arguments, *each.constants] == each.kernel.arg_names, each.name

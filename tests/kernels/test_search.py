@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import gc
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 import resnet_fused
 from resnet_fused.kernels.autotune import measurement, search
-from resnet_fused.kernels.autotune.search import TuningKey
-from resnet_fused.kernels.launch import Config, Launch, launch
+from resnet_fused.kernels.launch import Config, Launch
 from tests.kernels.simulated_gpu import (
     CONFIGS,
     CONV,
@@ -27,7 +23,6 @@ from tests.kernels.simulated_gpu import (
     VENDOR,
     SimulatedGPU,
     cache_file,
-    only_warning,
 )
 
 # What is chosen
@@ -50,17 +45,20 @@ def test_the_vendor_is_chosen_where_it_is_faster_or_as_fast(sim: SimulatedGPU) -
     assert sim.choose(DGRAD) == SECOND
 
 
-def test_without_a_vendor_a_configuration_is_chosen(sim: SimulatedGPU) -> None:
-    sim.times[VENDOR] = 0.1
-    assert sim.choose(vendor=False) == SECOND
-    assert VENDOR not in sim.measured
+def test_where_there_is_no_kernel_the_vendor_runs(sim: SimulatedGPU) -> None:
     assert sim.choose(configs=[]) is None
-    with pytest.raises(ValueError, match="neither"):
-        sim.choose(configs=[], vendor=False)
+    with resnet_fused.backend("triton"):
+        assert sim.choose(configs=[]) is None
+    assert not sim.measured
 
 
 def test_the_median_of_interleaved_rounds_decides(sim: SimulatedGPU, monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = {FIRST: iter([0.1, 2, 2, 2]), SECOND: iter([50, 90, 1, 1]), THIRD: iter([9, 0.1, 3, 3])}
+    rounds = {
+        FIRST: iter([0.1, 2, 2, 2]),
+        SECOND: iter([50, 90, 1, 1]),
+        THIRD: iter([9, 0.1, 3, 3]),
+        VENDOR: iter([0.1, 0.2, 4, 4]),
+    }
     order = []
 
     def measure(run: Callable[[], Any], device: torch.device, repetitions: int = 1) -> float:
@@ -69,12 +67,12 @@ def test_the_median_of_interleaved_rounds_decides(sim: SimulatedGPU, monkeypatch
         return next(rounds[sim.last])
 
     monkeypatch.setattr(measurement, "measure", measure)
-    assert sim.choose(vendor=False) == SECOND
-    assert order == CONFIGS * 4
+    assert sim.choose() == SECOND
+    assert order == [*CONFIGS, VENDOR] * 4
 
 
 def test_repetitions_fit_into_the_time(sim: SimulatedGPU, monkeypatch: pytest.MonkeyPatch) -> None:
-    sim.times = {FIRST: 100.0, SECOND: 0.5, THIRD: 0.0}
+    sim.times = {FIRST: 100.0, SECOND: 0.5, THIRD: 0.0, VENDOR: 100.0}
     repeated: dict[Any, set[int]] = {}
 
     def measure(run: Callable[[], Any], device: torch.device, repetitions: int = 1) -> float:
@@ -83,35 +81,22 @@ def test_repetitions_fit_into_the_time(sim: SimulatedGPU, monkeypatch: pytest.Mo
         return sim.times[sim.last]
 
     monkeypatch.setattr(measurement, "measure", measure)
-    sim.choose(vendor=False)
-    assert repeated == {FIRST: {1}, SECOND: {1, 3}, THIRD: {1, measurement.MAX_REPETITIONS}}
+    sim.choose()
+    assert repeated == {
+        FIRST: {1},
+        SECOND: {1, 3},
+        THIRD: {1, measurement.MAX_REPETITIONS},
+        VENDOR: {1},
+    }
 
 
 # What is compiled
 
 
-def test_what_exceeds_shared_memory_is_not_compiled(sim: SimulatedGPU) -> None:
-    fits, large = Config(128, 128, 64, stages=3), Config(256, 256, 64, stages=4)
-    sim.errors[large] = AssertionError("was run")
-    sim.times |= {fits: 1.0, large: 0.1}
-    assert sim.choose(configs=[large, fits]) == fits
-    fp32 = TuningKey("conv_bn_stats", (1,), "fp32")  # twice the bytes: now 192 KiB, and 4 stages are too many
-    four_stages = Config(128, 128, 64, stages=4)
-    sim.errors[four_stages] = AssertionError("was run")
-    assert sim.choose(fp32, configs=[four_stages, fits]) == fits
-
-
-def test_where_none_seems_to_fit_the_smallest_is_tried(sim: SimulatedGPU) -> None:
-    larger, large = Config(512, 512, 64), Config(256, 512, 64)
-    sim.times |= {larger: 0.1, large: 1.0}
-    assert sim.choose(configs=[larger, large]) == large
-    assert set(sim.measured) == {large, VENDOR}
-
-
 def test_at_most_eight_are_compiled(sim: SimulatedGPU) -> None:
     many = [Config(16, 16, 16, splits=i + 1) for i in range(30)]
-    sim.times |= {config: 9.0 - i / 10 for i, config in enumerate(many)}
-    assert sim.choose(configs=many, vendor=False) == many[7]
+    sim.times |= {config: 1.9 - i / 100 for i, config in enumerate(many)}
+    assert sim.choose(configs=many) == many[7]
 
 
 def test_autotuning_is_announced_once(sim: SimulatedGPU, caplog: pytest.LogCaptureFixture) -> None:
@@ -121,28 +106,6 @@ def test_autotuning_is_announced_once(sim: SimulatedGPU, caplog: pytest.LogCaptu
     (record,) = caplog.records
     assert "autotuning kernels for NVIDIA H100" in record.message
     assert str(cache_file().parent) in record.message
-
-
-COMPILE_ERRORS = [
-    OutOfResources(1, 0, "shared memory"),
-    triton.CompilationError("x", ast.parse("x").body[0], "no"),
-]
-
-
-@pytest.mark.parametrize("error", COMPILE_ERRORS, ids=lambda error: type(error).__name__)
-def test_what_does_not_compile_is_left_out(sim: SimulatedGPU, error: Exception) -> None:
-    sim.errors[SECOND] = error
-    assert sim.choose() is None
-    assert SECOND not in sim.measured
-    assert sim.choose(DGRAD, vendor=False) == FIRST
-
-
-def test_where_nothing_compiles_it_warns(sim: SimulatedGPU) -> None:
-    sim.errors = dict.fromkeys(CONFIGS, COMPILE_ERRORS[0])
-    with only_warning("every configuration", "shared memory"):
-        assert sim.choose() is None
-    with only_warning("every configuration"), pytest.raises(ValueError, match="neither"):
-        sim.choose(DGRAD, vendor=False)
 
 
 def test_any_other_error_is_raised(sim: SimulatedGPU) -> None:
@@ -161,7 +124,7 @@ def test_no_garbage_is_collected_while_threads_compile(
     arguments = {"x": torch.empty(1, device="meta")}
 
     def run(config: Config) -> list[Tensor]:
-        launch(None, (1,), arguments, {}, config)
+        Launch(None, (1,), arguments, {}, config).start()
         return sim.run(config)
 
     sim.choose(run=run)
@@ -182,7 +145,6 @@ def test_nothing_is_measured_while_recording(
     with monkeypatch.context() as recording:
         recording.setattr(module, function, lambda: True)
         assert sim.choose() is None, "a configuration that was never verified"
-        assert sim.choose(vendor=False) == FIRST
     assert not sim.measured and all(ms is None for *_, ms in search.entries())
     assert sim.choose() == SECOND, "the default was remembered"
     before = sim.measured.copy()
@@ -212,7 +174,6 @@ def test_backend_triton_never_uses_the_vendor(sim: SimulatedGPU) -> None:
         search.forget_measurements()
         assert sim.choose() == SECOND, "cache"
         assert sim.choose(DGRAD) == FIRST
-        assert sim.choose(configs=[]) is None
     assert sim.measured == measured
 
 
@@ -220,9 +181,7 @@ def test_backend_triton_never_uses_the_vendor(sim: SimulatedGPU) -> None:
 def test_backend_vendor_always_uses_the_vendor(sim: SimulatedGPU, choice: str) -> None:
     with resnet_fused.backend(choice):
         assert sim.choose() is None
-        assert sim.choose(vendor=False) == FIRST
     assert not sim.measured
     assert sim.choose() == SECOND
     with resnet_fused.backend(choice):
         assert sim.choose() is None
-        assert sim.choose(vendor=False) == SECOND

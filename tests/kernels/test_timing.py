@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from resnet_fused.kernels.autotune import measurement, search, timing
-from tests.kernels.simulated_gpu import DEVICE, FIRST, SECOND, THIRD, VENDOR, SimulatedGPU
+from resnet_fused.kernels.autotune import timing
+from tests.kernels.simulated_gpu import DEVICE
 
 CYCLES_PER_MS = 1.7e6
 
@@ -59,15 +56,6 @@ def timeline(monkeypatch: pytest.MonkeyPatch) -> Timeline:
     return clocks
 
 
-def without_sleep(timeline: Timeline, run: Callable[[], Any], repetitions: int) -> float:
-    start, end = timeline.event(), timeline.event()
-    start.record()
-    for _ in range(repetitions):
-        run()
-    end.record()
-    return start.elapsed_time(end) / repetitions
-
-
 @pytest.mark.parametrize("repetitions", [1, 20])
 @pytest.mark.parametrize("launching", [0.0, 0.01, 0.09, 0.4, 3.0])
 @pytest.mark.parametrize("running", [0.004, 0.02, 2.0])
@@ -83,26 +71,3 @@ def test_a_run_that_synchronizes(timeline: Timeline) -> None:
 
     assert timing.measure(run, DEVICE, 20) >= 0.02
     assert timeline.host < timing.ATTEMPTS * (timing.MAX_SLEEP + 20)
-
-
-def test_a_slow_launcher_changes_no_choice(
-    sim: SimulatedGPU, timeline: Timeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Launching takes 90 us and the kernel 20; for all others it is 10 and 30."""
-    launching_running: dict[Any, tuple[float, float]] = dict.fromkeys((FIRST, THIRD, VENDOR), (0.01, 0.03))
-    launching_running[SECOND] = (0.09, 0.02)
-    plain = sim.result
-
-    def result(what: Any) -> list[Tensor]:
-        timeline.start(*launching_running[what])
-        return plain(what)
-
-    monkeypatch.setattr(sim, "result", result)
-    slow, fast = (
-        without_sleep(timeline, lambda config=config: sim.run(config), 20) for config in (SECOND, FIRST)
-    )
-    assert slow > fast, "the test shows nothing"
-    monkeypatch.setattr(measurement, "measure", timing.measure)
-    assert sim.choose() == SECOND
-    ((_, config, ms),) = search.entries()
-    assert config == SECOND and ms == pytest.approx(0.02)

@@ -6,14 +6,12 @@ measured again.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import functools
 import hashlib
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,14 +21,7 @@ import torch
 import triton
 
 from resnet_fused._version import __version__
-from resnet_fused.kernels.autotune.tunable import (
-    Timing,
-    Timings,
-    TuningKey,
-    fastest,
-    is_outdated,
-    sorted_timings,
-)
+from resnet_fused.kernels.autotune.tunable import Timing, Timings, TuningKey, sorted_timings
 from resnet_fused.kernels.launch import Config
 
 KERNELS = Path(__file__).parents[1]
@@ -51,25 +42,21 @@ def device_name(index: int | None) -> str:
     return torch.cuda.get_device_name(index)
 
 
-def load(
-    device: torch.device, key: TuningKey, configs: Sequence[Config], vendor_allowed: bool
-) -> Timings | None:
+def load(device: torch.device, key: TuningKey, configs: Sequence[Config]) -> Timings | None:
     """From the table that is shipped for the device, else from the cache on disk."""
     expected = header(device)
     model = _model(expected["device"])
     for path, fits in (
-        (SHIPPED_TABLES / f"{model}.json", lambda actual: _model(str(actual.get("device"))) == model),
+        (SHIPPED_TABLES / f"{model}.json", lambda actual: _model(str(actual["device"])) == model),
         (cache_path(expected), lambda actual: actual == expected),
     ):
         if path not in _loaded:
             _loaded[path] = read_table(path, fits)
         timings = _loaded[path].get(key, ())
-        best = fastest(timings, vendor_allowed)
-        if best is not None and is_outdated(best.config, configs):
-            outdated = (
-                f"{path} has {best.config} for {key}, which is not a configuration of the kernel any more"
-            )
-            warn_once(str(path), f"{outdated}: delete the file")
+        outdated = [t.config for t in timings if t.config is not None and t.config not in configs]
+        if outdated:
+            why = f"{outdated[0]} for {key}, which is not a configuration of the kernel any more"
+            warn_once(str(path), f"{path} has {why}: delete the file")
         elif timings:
             return timings
     return None
@@ -134,73 +121,45 @@ def write_table(path: Path, header: Mapping[str, str], table: Mapping[TuningKey,
     """Replaces the file atomically; one tuning key a line."""
     lines = [json.dumps(key._asdict() | {"timings": timings_to_json(table[key])}) for key in sorted(table)]
     text = f'{{"header": {json.dumps(header)},\n"entries": [\n' + ",\n".join(lines) + "\n]}\n"
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def read_table(path: Path, fits: Callable[[dict[str, Any]], bool]) -> dict[TuningKey, Timings]:
     """The entries of a file whose header ``fits``; none, and a warning, where it is damaged or does not fit."""
     try:
         content = json.loads(path.read_bytes())
-        _check(isinstance(content, dict) and isinstance(content.get("header"), dict), "it has no header")
-        _check(fits(content["header"]), "it was written by another version or for another device")
-        _check(isinstance(content.get("entries"), list), "it has no entries")
-        return dict(map(_entry_from_json, content["entries"]))
+        if not fits(content["header"]):
+            raise ValueError("it was written by another version or for another device")
+        return {
+            TuningKey(row["kernel"], tuple(row["sizes"]), row["dtype"]): timings_from_json(row["timings"])
+            for row in content["entries"]
+        }
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        warn_once(str(path), f"{path} is ignored: {error}; delete it")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        warn_once(str(path), f"{path} is ignored: {error!r}; delete it")
         return {}
-
-
-def _check(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise ValueError(otherwise)
 
 
 def timings_to_json(timings: Timings) -> list[dict[str, Any]]:
     return [
-        {"config": "vendor" if config is None else config.as_dict()}
+        {"config": "vendor" if config is None else config._asdict()}
         | ({"ms": ms} if rejection is None else {"rejection": rejection})
         for config, ms, rejection in timings
     ]
 
 
-def timings_from_json(rows: Any) -> Timings:
-    _check(isinstance(rows, list) and bool(rows), "an entry has no timings")
-    return sorted_timings(map(_timing_from_json, rows))
-
-
-def _entry_from_json(row: Any) -> tuple[TuningKey, Timings]:
-    fields = {*TuningKey._fields, "timings"}
-    _check(isinstance(row, dict) and row.keys() == fields, "an entry has other fields")
-    kernel, sizes, dtype = (row[field] for field in TuningKey._fields)
-    _check(isinstance(kernel, str) and isinstance(dtype, str), "a kernel or dtype is not a string")
-    _check(isinstance(sizes, list) and all(type(size) is int for size in sizes), "sizes are not integers")
-    return TuningKey(kernel, tuple(sizes), dtype), timings_from_json(row["timings"])
-
-
-def _timing_from_json(row: Any) -> Timing:
-    _check(isinstance(row, dict) and len(row) == 2 and "config" in row, "a timing has other fields")
-    config, ms, rejection = row["config"], row.get("ms"), row.get("rejection")
-    if rejection is None:
-        _check(type(ms) in (int, float) and 0 <= ms < 1e9, "a time is not a number of milliseconds")
-        ms = float(ms)
-    else:
-        _check(
-            isinstance(rejection, str) and config != "vendor", "a rejection is not a configuration's reason"
+def timings_from_json(rows: list[dict[str, Any]]) -> Timings:
+    return sorted_timings(
+        Timing(
+            None if row["config"] == "vendor" else Config(**row["config"]),
+            row.get("ms"),
+            row.get("rejection"),
         )
-    if config == "vendor":
-        return Timing(None, ms)
-    _check(isinstance(config, dict) and config.keys() == Config().as_dict().keys(), "not a configuration")
-    _check(all(type(value) is int and value > 0 for value in config.values()), "not a configuration")
-    return Timing(Config(**config), ms, rejection)
+        for row in rows
+    )
 
 
 def warn_once(subject: str, text: str) -> None:

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 
-from resnet_fused.kernels.autotune import cache, verification
-from resnet_fused.kernels.autotune.heuristics import SHARED_MEMORY
+from resnet_fused.kernels.autotune import cache
 from resnet_fused.kernels.autotune.timing import measure
-from resnet_fused.kernels.autotune.tunable import ELEMENT_BYTES, Timing, Timings, Tunable, sorted_timings
-from resnet_fused.kernels.autotune.verification import Unverifiable, Verifier, record_rejection
+from resnet_fused.kernels.autotune.tunable import Timing, Timings, Tunable, sorted_timings
+from resnet_fused.kernels.autotune.verification import EPS, Rejections, Unverifiable, Verifier
 from resnet_fused.kernels.launch import Config, Launch, capture_launches
 
 #: Configurations that are compiled for a tuning key: compiling takes most of the time.
@@ -41,11 +40,16 @@ def measure_all(tunable: Tunable, device: torch.device) -> Timings:
     """
     _announce(torch.cuda.get_device_name(device))
     _log.info("measuring %s", tunable.key)
-    configs = configs_to_try(tunable, device)
+    configs = tunable.configs[:MAX_CONFIGS]
+    rejections = Rejections(tunable.key, device)
     try:
-        rejections = _compile(tunable, configs, device)
-        rejections |= _verify(tunable, [config for config in configs if config not in rejections], device)
-        medians = _medians(tunable, [c for c in configs if c not in rejections], device, rejections)
+        _compile(tunable, configs, rejections)
+        if len(rejections) < len(configs):
+            verifier = Verifier(tunable.exact, tunable.vendor, EPS[tunable.key.dtype], device)
+        for config in [c for c in configs if c not in rejections]:
+            with rejections.catch(config):
+                verifier.check(functools.partial(tunable.run, config))
+        medians = _medians(tunable, configs, device, rejections)
     except torch.OutOfMemoryError as error:
         raise Unverifiable(str(error)) from None
     if configs and len(rejections) == len(configs):
@@ -53,23 +57,6 @@ def measure_all(tunable: Tunable, device: torch.device) -> Timings:
         warnings.warn(f"every configuration of {tunable.key} is rejected: {reason}", stacklevel=3)
     timings = [Timing(config, ms) for config, ms in medians.items()]
     return sorted_timings([*timings, *(Timing(config, None, why) for config, why in rejections.items())])
-
-
-def configs_to_try(tunable: Tunable, device: torch.device) -> list[Config]:
-    """The first ``MAX_CONFIGS`` that fit into shared memory; the smallest one where none seems to."""
-    if not tunable.configs:
-        return []
-
-    def shared_bytes(config: Config) -> int:
-        elements = config.stages * (config.block_m + config.block_n) * config.block_k
-        return elements * ELEMENT_BYTES[tunable.key.dtype]
-
-    limit = SHARED_MEMORY
-    if device.type == "cuda":
-        properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack the field
-        limit = properties.shared_memory_per_block_optin
-    fitting = [config for config in tunable.configs if shared_bytes(config) <= limit]
-    return fitting[:MAX_CONFIGS] or [min(tunable.configs, key=shared_bytes)]
 
 
 @functools.cache
@@ -86,7 +73,8 @@ def _announce(device: str) -> None:
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
     """For threads that compile: in Python 3.11 ``ast.parse`` raises a SystemError where a finalizer that it runs lets
-    another thread parse."""
+    another thread parse.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -96,50 +84,34 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _compile(tunable: Tunable, configs: Sequence[Config], device: torch.device) -> dict[Config, str]:
-    """Compiles in parallel what the runs would compile one after the other; returns rejections."""
-    rejections: dict[Config, str] = {}
+def _compile(tunable: Tunable, configs: Sequence[Config], rejections: Rejections) -> None:
+    """Compiles in parallel what the runs would compile one after the other."""
     launches: list[tuple[Config, Launch]] = []
     for config in configs:
-        with record_rejection(rejections, config, tunable.key, device):
-            with capture_launches() as captured:
-                tunable.run(config)
+        with rejections.catch(config), capture_launches() as captured:
+            tunable.run(config)
             launches += [(config, launch) for launch in captured]
 
     def compile_one(pair: tuple[Config, Launch]) -> None:
         config, launch = pair
-        with record_rejection(rejections, config, tunable.key, device):
+        with rejections.catch(config):
             launch.compile()
 
     if launches:
         threads = min(len(launches), os.cpu_count() or 1)
         with _without_garbage_collection(), ThreadPoolExecutor(threads) as pool:
             list(pool.map(compile_one, launches))
-    return rejections
-
-
-def _verify(tunable: Tunable, configs: Sequence[Config], device: torch.device) -> dict[Config, str]:
-    """Compares results with the exact ones; returns rejections."""
-    rejections: dict[Config, str] = {}
-    if configs:
-        eps = verification.EPS[tunable.key.dtype]
-        verifier = Verifier(tunable.exact, tunable.vendor, eps, device)
-    for config in configs:
-        with record_rejection(rejections, config, tunable.key, device):
-            verifier.check(functools.partial(tunable.run, config))
-    return rejections
 
 
 def _medians(
-    tunable: Tunable, configs: Sequence[Config], device: torch.device, rejections: dict[Config, str]
+    tunable: Tunable, configs: Sequence[Config], device: torch.device, rejections: Rejections
 ) -> dict[Config | None, float]:
-    """Milliseconds of configurations and, under None, of the vendor's implementation.
+    """Milliseconds of configurations that are not rejected and, under None, of the vendor's implementation.
 
     Interleaved, so that a changing clock rate affects all alike. What fails only now is added to the rejections.
     """
     runs: dict[Config | None, Callable[[], Any]] = {c: functools.partial(tunable.run, c) for c in configs}
-    if tunable.vendor is not None:
-        runs[None] = tunable.vendor
+    runs[None] = tunable.vendor
     rounds: dict[Config | None, list[float]] = {config: [] for config in runs}
     repetitions: dict[Config | None, int] = {}
 
@@ -153,9 +125,6 @@ def _medians(
 
     for _ in range(1 + ROUNDS):
         for config in [config for config in runs if config not in rejections]:
-            if config is None:
+            with rejections.catch(config):
                 measure_one(config)
-            else:
-                with record_rejection(rejections, config, tunable.key, device):
-                    measure_one(config)
     return {c: statistics.median(times) for c, times in rounds.items() if c not in rejections}

@@ -23,32 +23,12 @@ import torch.distributed as dist
 
 from resnet_fused.backend import choice
 from resnet_fused.kernels.autotune import cache, verification
-from resnet_fused.kernels.autotune.measurement import configs_to_try, measure_all
+from resnet_fused.kernels.autotune.measurement import MAX_CONFIGS, measure_all
 from resnet_fused.kernels.autotune.ranks import agree, process_group
-from resnet_fused.kernels.autotune.tunable import (
-    Timing,
-    Timings,
-    Tunable,
-    TuningKey,
-    dtype_name,
-    fastest,
-    is_outdated,
-)
+from resnet_fused.kernels.autotune.tunable import Timing, Timings, Tunable, TuningKey
+from resnet_fused.kernels.autotune.tunable import dtype_name as dtype_name
 from resnet_fused.kernels.autotune.verification import Unverifiable
 from resnet_fused.kernels.launch import Config, Launch, capture_launches
-
-__all__ = [
-    "Tunable",
-    "TuningKey",
-    "choose",
-    "choose_sharing",
-    "collect_candidates",
-    "dtype_name",
-    "entries",
-    "forget_measurements",
-    "summary",
-    "write_table",
-]
 
 #: A device's name, a tuning key, and whether it could be measured when it was asked for.
 _MemoryKey = tuple[str, TuningKey, bool]
@@ -68,13 +48,8 @@ _joint_choices: dict[tuple[Any, ...], tuple[list[tuple[Timings, bool]] | None, l
 
 
 def choose(tunable: Tunable, device: torch.device) -> Config | None:
-    """The configuration to run with; None for the vendor's implementation.
-
-    Raises:
-        ValueError: it has neither.
-    """
-    timings, vendor_allowed = _known(tunable, device)
-    return _choice(tunable, timings, vendor_allowed)
+    """The configuration to run with; None for the vendor's implementation."""
+    return _options(tunable, *_known(tunable, device))[0].config
 
 
 def choose_sharing(tunables: Sequence[Tunable], shared: Tunable, device: torch.device) -> list[Config | None]:
@@ -90,11 +65,11 @@ def choose_sharing(tunables: Sequence[Tunable], shared: Tunable, device: torch.d
     if known_before == known:
         return chosen
     options = [_options(tunable, *of_it) for tunable, of_it in zip(tunables, known, strict=True)]
-    best = [min(timings, key=lambda t: t.ms or 0.0) for timings in options]
+    best = [timings[0] for timings in options]
     shared_timings: Timings = ()
     needs_shared = any(timing.config is None for timing in best) and max(map(len, options)) > 1
     if needs_shared:
-        shared_timings = _look_up(shared, device, True)
+        shared_timings = _look_up(shared, device)
         shared_ms = (shared_timings[0].ms or 0.0) if shared_timings else 0.0
 
         def cost(timings: tuple[Timing, ...]) -> float:
@@ -109,48 +84,38 @@ def choose_sharing(tunables: Sequence[Tunable], shared: Tunable, device: torch.d
 
 
 def _options(tunable: Tunable, timings: Timings, vendor_allowed: bool) -> list[Timing]:
-    """The vendor and the fastest configuration, as far as they are timed, the faster first; else what is chosen."""
+    """The vendor and the fastest configuration, as far as they are timed and allowed, the faster first.
+
+    Where there is neither the vendor, if it is allowed, else the first configuration that is not rejected.
+    """
     options: dict[bool, Timing] = {}
+    rejected = set()
     for timing in timings:
         is_vendor = timing.config is None
-        if timing.ms is None or is_vendor in options or (is_vendor and not vendor_allowed):
-            continue
-        if not is_outdated(timing.config, tunable.configs):
-            options[is_vendor] = timing
-    return [*options.values()] or [Timing(_choice(tunable, timings, vendor_allowed))]
+        if timing.rejection is not None:
+            rejected.add(timing.config)
+        elif vendor_allowed or not is_vendor:
+            options.setdefault(is_vendor, timing)
+    if options or vendor_allowed:
+        return [*options.values()] or [Timing(None)]
+    return [Timing(next((config for config in tunable.configs if config not in rejected), None))]
 
 
 def _known(tunable: Tunable, device: torch.device) -> tuple[Timings, bool]:
     """What is known of a tuning key, and whether the vendor may be chosen."""
-    backend = choice()
-    if not tunable.configs or (tunable.vendor is not None and backend in ("vendor", "reference")):
+    if not tunable.configs or choice() in ("vendor", "reference"):
         return (), True
-    if device.type != "cuda":
-        if _collected is not None:
-            with capture_launches() as captured:
-                for config in configs_to_try(tunable, device):
-                    tunable.run(config)
-            _collected.extend(captured)
-        return (), False
-    vendor_allowed = tunable.vendor is not None and backend == "auto"
-    return _look_up(tunable, device, vendor_allowed), vendor_allowed
+    if device.type == "cuda":
+        return _look_up(tunable, device), choice() == "auto"
+    if _collected is not None:
+        with capture_launches() as captured:
+            for config in tunable.configs[:MAX_CONFIGS]:
+                tunable.run(config)
+        _collected.extend(captured)
+    return (), False
 
 
-def _choice(tunable: Tunable, timings: Timings, vendor_allowed: bool) -> Config | None:
-    """The fastest; where nothing is known the vendor, if it is allowed, else the first configuration."""
-    best = fastest(timings, vendor_allowed)
-    if best is not None and not is_outdated(best.config, tunable.configs):
-        return best.config
-    if vendor_allowed and tunable.vendor is not None:
-        return None
-    rejected = {timing.config for timing in timings if timing.rejection is not None}
-    first = next((config for config in tunable.configs if config not in rejected), None)
-    if first is None and tunable.vendor is None:
-        raise ValueError(f"{tunable.key} has neither a configuration that works nor a vendor implementation")
-    return first
-
-
-def _look_up(tunable: Tunable, device: torch.device, vendor_allowed: bool) -> Timings:
+def _look_up(tunable: Tunable, device: torch.device) -> Timings:
     """From memory, files, or a measurement; empty where nothing is known and it can't be measured now."""
     group = process_group()
     memory = _single_process if group is None else _by_group.setdefault(group, {})
@@ -162,7 +127,7 @@ def _look_up(tunable: Tunable, device: torch.device, vendor_allowed: bool) -> Ti
     memory_key = (name, tunable.key, may_measure)
 
     def load_or_measure() -> Timings | None:
-        timings = cache.load(device, tunable.key, tunable.configs, vendor_allowed)
+        timings = cache.load(device, tunable.key, tunable.configs)
         if timings is None and may_measure:
             timings = measure_all(tunable, device)
             cache.store(device, tunable.key, timings)
@@ -214,8 +179,8 @@ def collect_candidates() -> Iterator[list[Launch]]:
 
 def entries() -> list[tuple[TuningKey, Config | None, float | None]]:
     """(key, fastest configuration or None for the vendor, its milliseconds or None where nothing was timed)."""
-    best = {key: fastest(timings, True) or Timing(None) for (_, key), timings in _memory().items()}
-    return [(key, timing.config, timing.ms) for key, timing in best.items()]
+    best = {key: [t for t in timings if t.rejection is None] for (_, key), timings in _memory().items()}
+    return [(key, *(timings[0] if timings else Timing(None))[:2]) for key, timings in best.items()]
 
 
 def summary() -> dict[str, int]:

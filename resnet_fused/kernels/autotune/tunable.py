@@ -10,9 +10,6 @@ import torch
 from resnet_fused.kernels.arguments import precision
 from resnet_fused.kernels.launch import Config
 
-#: Bytes of an element of a tile, by ``dtype_name``.
-ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}
-
 
 class TuningKey(NamedTuple):
     """What identifies launches that have the same fastest configuration.
@@ -36,14 +33,14 @@ class Tunable(NamedTuple):
         configs: of the kernel. The first one is the default: it is chosen where nothing is known, nothing can be
             measured, and the vendor is not allowed. Empty where there is no kernel.
         run: starts the kernel on the device and returns its results; called many times while measuring.
-        vendor: the same by the vendor's library; None where there is no such implementation.
+        vendor: the same by the vendor's library.
         exact: computes the same results with more bits.
     """
 
     key: TuningKey
     configs: Sequence[Config]
     run: Callable[[Config], Any]
-    vendor: Callable[[], Any] | None
+    vendor: Callable[[], Any]
     exact: Callable[[], Any]
 
 
@@ -70,17 +67,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     if dtype == torch.float32:
         return "tf32" if precision(dtype) == "tf32" else "fp32"
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-
-
-def fastest(timings: Timings, vendor_allowed: bool) -> Timing | None:
-    """The fastest that may be chosen."""
-    allowed = (t for t in timings if t.rejection is None and (t.config is not None or vendor_allowed))
-    return next(allowed, None)
-
-
-def is_outdated(config: Config | None, configs: Sequence[Config]) -> bool:
-    """Whether a stored configuration is none of the kernel's any more."""
-    return config is not None and config not in configs
 
 
 def sorted_timings(timings: Iterable[Timing]) -> Timings:

@@ -12,7 +12,6 @@ import torch
 import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime.errors import OutOfResources, PTXASError
 
 from resnet_fused import accuracy
 from resnet_fused.kernels.autotune.tunable import TuningKey
@@ -59,36 +58,33 @@ class PoisonedMemory(TorchDispatchMode):
         return result
 
 
-@contextmanager
-def record_rejection(
-    rejections: dict[Config, str], config: Config, key: TuningKey, device: torch.device
-) -> Iterator[None]:
-    """Adds why ``config`` is rejected to ``rejections``, where it is.
+class Rejections(dict[Config | None, str]):
+    """Why configurations of a tuning key must not be chosen."""
 
-    Raises:
-        RuntimeError: CUDA reports an error after which the device can't be used; it says which configuration ran.
-    """
-    try:
-        yield
-        return
-    except Rejected as error:
-        reason = str(error)
-    except torch.OutOfMemoryError:
-        raise
-    except (OutOfResources, PTXASError, triton.CompilationError) as error:
-        reason = _reason_of(error)
-    except RuntimeError as error:
-        if _is_device_error(error, device):
-            raise RuntimeError(
-                f"{config} of {key} left {device} in an error state, in which no result can be trusted: {error}"
-            ) from error
-        reason = _reason_of(error)
-    rejections[config] = reason
-    _log.warning("%s is rejected for %s: %s", config, key, reason)
+    def __init__(self, key: TuningKey, device: torch.device) -> None:
+        self.key, self.device = key, device
 
+    @contextmanager
+    def catch(self, config: Config | None) -> Iterator[None]:
+        """A context whose errors reject ``config``; those of the vendor's implementation, None, are raised.
 
-def _reason_of(error: Exception) -> str:
-    return f"{COMPILE}: {type(error).__name__}: {error}"[:400]
+        Raises:
+            RuntimeError: CUDA reports an error after which the device can't be used; it says which configuration ran.
+        """
+        try:
+            yield
+            return
+        except torch.OutOfMemoryError:
+            raise
+        except (Rejected, triton.TritonError, RuntimeError) as error:
+            if config is None:
+                raise
+            if isinstance(error, RuntimeError) and _is_device_error(error, self.device):
+                state = f"left {self.device} in an error state, in which no result can be trusted"
+                raise RuntimeError(f"{config} of {self.key} {state}: {error}") from error
+            is_rejected = isinstance(error, Rejected)
+            self[config] = str(error) if is_rejected else f"{COMPILE}: {type(error).__name__}: {error}"[:400]
+        _log.warning("%s is rejected for %s: %s", config, self.key, self[config])
 
 
 def _is_device_error(error: RuntimeError, device: torch.device) -> bool:
@@ -111,7 +107,7 @@ class Verifier:
 
     Args:
         exact: computes the results with more bits.
-        vendor: the same by the vendor's library; None where there is none: it counts as exact.
+        vendor: the same by the vendor's library.
         eps: of the dtype that results are rounded to.
 
     Raises:
@@ -119,7 +115,7 @@ class Verifier:
     """
 
     def __init__(
-        self, exact: Callable[[], Any], vendor: Callable[[], Any] | None, eps: float, device: torch.device
+        self, exact: Callable[[], Any], vendor: Callable[[], Any], eps: float, device: torch.device
     ) -> None:
         self.device, self.eps = device, eps
         try:
@@ -135,16 +131,9 @@ class Verifier:
             raise Unverifiable("a result is not finite")
         if not all(self.sizes):
             raise Unverifiable("a result is all zero")
-        if vendor is None:
-            self.vendor_errors: list[Any] = [(0.0, 0.0) if x.is_floating_point() else 0 for x in self.exact]
-            return
-        results = _results(vendor())
-        if [x.shape for x in results] != [x.shape for x in self.exact]:
-            raise Unverifiable(f"the vendor's results have shapes {[tuple(x.shape) for x in results]}")
-        self.vendor_errors = [self._errors(i, x) for i, x in enumerate(results)]
-        if not all(
-            math.isfinite(e) for errors in self.vendor_errors if isinstance(errors, tuple) for e in errors
-        ):
+        self.vendor_errors = [self._errors(i, x) for i, x in enumerate(_results(vendor()))]
+        of_floats = (errors for errors in self.vendor_errors if isinstance(errors, tuple))
+        if not all(math.isfinite(error) for errors in of_floats for error in errors):
             raise Unverifiable("a result of the vendor is not finite")
 
     def check(self, run: Callable[[], Any]) -> None:
