@@ -169,15 +169,14 @@ def store_mask_tile(mask, value, pixel_offs, pixel_valid, first_channel, channel
 def load_gradient_coeffs(dy, channel_offs, channels):
     """center, scale, offset, level and slope for ``load_gradient_tile``, each (BLOCK,); 0 where not given."""
     g, _, _, mean, bn_coeffs, dy_coeffs = dy
-    dtype: tl.constexpr = g.dtype.element_ty
     zeros = tl.zeros(channel_offs.shape, tl.float32)
     center, scale, offset, level, slope = zeros, zeros, zeros, zeros, zeros
     if bn_coeffs is not None:
-        center, scale, offset = load_bn_coeffs(mean, bn_coeffs, channel_offs, channels, dtype)
+        center, scale, offset = load_bn_coeffs(mean, bn_coeffs, channel_offs, channels, g.dtype.element_ty)
     if dy_coeffs is not None:
         channel_valid = channel_offs < channels
         slope = tl.load(dy_coeffs + channel_offs, channel_valid, 0.0)
-        if dtype == tl.float32:
+        if g.dtype.element_ty == tl.float32:
             level = tl.load(dy_coeffs + channels + channel_offs, channel_valid, 0.0)
         else:
             level = tl.load(dy_coeffs + 2 * channels + channel_offs, channel_valid, 0.0)
