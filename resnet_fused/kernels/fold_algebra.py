@@ -20,7 +20,6 @@ from resnet_fused.kernels.fold_statistics import (
     weight_covariance,
 )
 from resnet_fused.kernels.launch import Config, Launch, cdiv
-from resnet_fused.kernels.tiles import store_tile
 from resnet_fused.types import BatchStats, InputCovariance
 
 __all__ = ["fold_gradients", "fold_statistics", "rectified_mean"]
@@ -81,9 +80,11 @@ def fold_dweight_kernel(
         m = tl.load(mean + channel_offs, channel_offs < channels, 0.0)
         value = value - sum_dz_value[:, None] * m[None, :] - (invstd_value * dgamma_value)[:, None] * acc
     factor = _scale(gamma, invstd_value, output_offs, output_valid)[:, None]
-    store_tile(dweight, factor * value, output_offs, output_valid, channel_offs, channels)
+    valid = output_valid[:, None] & (channel_offs < channels)[None, :]
+    offs = output_offs[:, None] * channels + channel_offs[None, :]
+    tl.store(dweight + offs, factor * value, valid)
     w = load_matrix(weight, output_offs, channel_offs, outputs, channels)
-    store_tile(scaled, factor * w, output_offs, output_valid, channel_offs, channels)
+    tl.store(scaled + offs, (factor * w).to(scaled.dtype.element_ty), valid)
 
 
 @triton.jit
