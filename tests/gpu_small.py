@@ -26,9 +26,9 @@ def main(arguments: Sequence[str] = ()) -> int:
                 grad = gradient_for(plain(case.to(torch.float64), True).detach(), dtype)
                 with resnet_fused.backend(choice):
                     for training in (True, False):
-                        found = results(fused, case, grad, training, None)
+                        outputs = results(fused, case, grad, training, None)
                 torch.cuda.synchronize()
-                assert not any(x.isnan().any() for x in found.values()), (choice, name, dtype)
+                assert not any(x.isnan().any() for x in outputs.values()), (choice, name, dtype)
                 print(choice, name, dtype, flush=True)
     if names:
         return 0

@@ -319,7 +319,7 @@ def violations(what: Specialisation, arch: int, found: Resources | str) -> list[
     return [f"{what.name} {what.config} on sm_{arch}: {line} ({what.details})" for line in lines]
 
 
-def _result_or_error(what: Specialisation, arch: int, compiler: Callable[[Specialisation, int], Any]) -> Any:
+def _result_or_error(what: Any, arch: int, compiler: Callable[[Any, int], Any]) -> Any:
     try:
         return compiler(what, arch)
     except CompileError as error:
@@ -327,10 +327,10 @@ def _result_or_error(what: Specialisation, arch: int, compiler: Callable[[Specia
 
 
 def compile_all(
-    pairs: Iterable[tuple[Specialisation, int]],
-    compiler: Callable[[Specialisation, int], Any] = compiled,
+    pairs: Iterable[tuple[Any, int]],
+    compiler: Callable[[Any, int], Any] = compiled,
     processes: int | None = None,
-) -> Iterator[tuple[Specialisation, int, Any]]:
+) -> Iterator[tuple[Any, int, Any]]:
     """What ``compiler`` returns for kernel and architecture, or why it does not compile, in the order of completion.
 
     Args:
