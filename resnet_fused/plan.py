@@ -5,8 +5,7 @@ The same code runs as in training; kernels are recorded instead of started.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,16 +118,6 @@ def _is_free(func: Any, name: str) -> bool:
     return views or name.startswith(("empty", "new_empty", "fresh_like", "detach", "_unsafe_view"))
 
 
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
 def plan(arch: str, batch: int, dtype: str = "bf16", image_size: int = 224) -> list[Planned]:
     """Kernels of a training step, forward and backward of stem and blocks, in channels_last, block by block.
 
@@ -146,7 +135,7 @@ def plan(arch: str, batch: int, dtype: str = "bf16", image_size: int = 224) -> l
     if reason := why_not_triton("meta"):
         raise ValueError(f"a plan needs Triton kernels: {reason}")
     recorder = _Recorder(batch)
-    with torch.device("meta"), _tf32(dtype == "tf32"):
+    with torch.device("meta"), torch.backends.cudnn.flags(enabled=True, allow_tf32=dtype == "tf32"):
         model = getattr(models, arch)().to(DTYPES[dtype], memory_format=torch.channels_last)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):

@@ -22,16 +22,16 @@ REASON = "resnet_fused: trains without --cuda-graph: it needs a CUDA GPU, and th
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[StepOnCPU]:
     """The captured steps of all learners, with a stand-in for the graph."""
-    made: list[StepOnCPU] = []
+    captured: list[StepOnCPU] = []
 
     def make(*arguments: Any, **options: Any) -> StepOnCPU:
-        made.append(StepOnCPU(*arguments, **options))
-        return made[-1]
+        captured.append(StepOnCPU(*arguments, **options))
+        return captured[-1]
 
     monkeypatch.setattr(learner, "GraphedStep", make)
     for module in (learner, training):
         monkeypatch.setattr(module, "why_no_cuda_graph", lambda device, world: None)
-    return made
+    return captured
 
 
 def test_a_cpu_trains_without(train: Cli, tmp_path: Path) -> None:
