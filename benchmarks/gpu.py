@@ -36,29 +36,29 @@ SECONDS = 560
 GRACE = 5.0
 
 _EXTENSION_LOADS = (
-    "python -c 'import sys; from resnet_fused.backend import why_not_native as why; sys.exit(why(\"cuda\"))'"
+    "$PYTHON -c 'import sys; from resnet_fused.backend import why_not_native as why; sys.exit(why(\"cuda\"))'"
 )
-_LAUNCHES = "python -m tools.kernel_times"
-_PYTEST = "python -m pytest -q -p no:cacheprovider"
+_LAUNCHES = "$PYTHON -m tools.kernel_times"
+_PYTEST = "$PYTHON -m pytest -q -p no:cacheprovider"
 #: With every kernel of ours, and nothing measured. Most of the time of a test is compiling on the CPU.
-_TESTS = f"RESNET_FUSED_BACKEND=triton {_PYTEST} -m gpu -n 12 --maxfail=50 --junitxml=$OUT/tests.xml"
+_TESTS = f'RESNET_FUSED_BACKEND=triton {_PYTEST} -m gpu -n 12 --maxfail=50 --junitxml="$OUT/tests.xml"'
 #: The clocks stay as they are: they are the machine's, not ours.
 _NCU = (
-    "ncu --profile-from-start off --clock-control none --force-overwrite --export $OUT/profile"
+    'ncu --profile-from-start off --clock-control none --force-overwrite --export "$OUT/profile"'
     " --section SpeedOfLight --section WarpStateStats --section MemoryWorkloadAnalysis"
 )
 _MEMCHECK = (
     "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --print-limit 20 --error-exitcode 1"
 )
 #: Every kernel is in one of these blocks.
-_BLOCKS = "python -m tests.gpu_small triton bottleneck_downsample basic_block"
+_BLOCKS = "$PYTHON -m tests.gpu_small triton bottleneck_downsample basic_block"
 
 
 def _models(name: str, impls: str = "eager_channels_last", arch: str = "resnet50", batch: int = 256) -> str:
     """Training steps, checked and timed, as a file for benchmarks/results."""
     return (
         f"RESNET_FUSED_BENCH_BATCH={batch} {_PYTEST} benchmarks/test_models.py -k {arch}-train --device cuda"
-        f" --dtypes bf16 --impls {impls} --results $OUT/{name}.json"
+        f' --dtypes bf16 --impls {impls} --results "$OUT/{name}.json"'
     )
 
 
@@ -66,17 +66,17 @@ def _models(name: str, impls: str = "eager_channels_last", arch: str = "resnet50
 STAGES = {
     "load": (
         240,
-        f"if [ -e {BUNDLE} ]; then python -m benchmarks.gpu_bundle load {BUNDLE}; fi;"
-        f" {_EXTENSION_LOADS} || {{ python setup.py -q build_ext --inplace && {_EXTENSION_LOADS}; }}",
+        f"if [ -e {BUNDLE} ]; then $PYTHON -m benchmarks.gpu_bundle load {BUNDLE}; fi;"
+        f" {_EXTENSION_LOADS} || {{ $PYTHON setup.py -q build_ext --inplace && {_EXTENSION_LOADS}; }}",
     ),
-    "environment": (30, "nvidia-smi; python -m resnet_fused info; python -m benchmarks.roofline --measure"),
-    "tune": (115, f"{_LAUNCHES} --tune $OUT/tuned.json"),
+    "environment": (30, "nvidia-smi; $PYTHON -m resnet_fused info; $PYTHON -m benchmarks.roofline --measure"),
+    "tune": (115, f'{_LAUNCHES} --tune "$OUT/tuned.json"'),
     "models": (120, _models("models")),
     "kernels": (
         75,
-        f"for b in auto triton; do {_LAUNCHES} --backend $b --json $OUT/kernels-$b.json || exit 1; done",
+        f'for b in auto triton; do {_LAUNCHES} --backend $b --json "$OUT/kernels-$b.json" || exit 1; done',
     ),
-    "profile": (55, f"{_NCU} {_LAUNCHES} --profile && ncu --import $OUT/profile.ncu-rep --page details"),
+    "profile": (55, f'{_NCU} {_LAUNCHES} --profile && ncu --import "$OUT/profile.ncu-rep" --page details'),
     "tests": (95, f"{_TESTS} tests/kernels tests/ops/test_accuracy.py tests/ops/test_residual_block.py"),
     "compiled": (200, _models("compiled", "eager_channels_last,compile_default")),
     "capture": (90, f"{_PYTEST} -m gpu -k 'captured or graphed' tests/kernels tests/test_captured_steps.py"),
@@ -91,15 +91,15 @@ STAGES = {
 def environment(out: Path) -> dict[str, str]:
     """Of every stage. Caches lie in the folder of bundles, so that a second call on the same machine finds them."""
     folders = [*glob("/opt/nvidia/nsight-compute/*"), "/usr/local/cuda/bin"]  # not always on PATH
-    path = [str(Path(sys.executable).parent), os.environ.get("PATH", ""), *folders]
     variables = {
         "XDG_CACHE_HOME": f"{ROOT}/{CACHE}",
         "TRITON_CACHE_DIR": f"{ROOT}/{CACHE}/triton",
         "TORCHINDUCTOR_CACHE_DIR": f"{ROOT}/{CACHE}/inductor",
         **os.environ,
-        "PATH": os.pathsep.join(path),
+        "PATH": os.pathsep.join([os.environ.get("PATH", ""), *folders]),
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/{TOOLS}",
         "PYTHONUNBUFFERED": "1",
+        "PYTHON": sys.executable,
         "OUT": str(out),
     }
     # nvcc on PATH may be a script that lies elsewhere than its libraries.

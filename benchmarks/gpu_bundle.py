@@ -62,6 +62,7 @@ def load(file: Path, root: Path = ROOT) -> dict[str, Any]:
     Raises:
         OSError, tarfile.TarError, lzma.LZMAError: it cannot be read or written.
     """
+    (root / EXTENSION).unlink(missing_ok=True)  # never write into a library that a process has loaded
     with tarfile.open(file) as tar:
         tar.extractall(root, filter="data")
     manifest: dict[str, Any] = json.loads((root / MANIFEST).read_text())

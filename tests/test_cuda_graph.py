@@ -22,8 +22,8 @@ from tests.graphed_steps import (
     batch,
     compare,
     eager_step,
-    made,
     sgd,
+    small_model,
     state_of,
 )
 
@@ -71,7 +71,7 @@ def test_other_optimizers() -> None:
 
 
 def trained(steps: int = WARMUP + 1, **options: Any) -> tuple[StepOnCPU, nn.Module, torch.optim.SGD]:
-    model = made()
+    model = small_model()
     optimizer = sgd(model)
     step = StepOnCPU(model, optimizer, F.cross_entropy, warmup=WARMUP, **options)
     for _ in range(steps):
@@ -101,9 +101,9 @@ def test_neither_construction_nor_capture_changes_anything() -> None:
 def test_results_are_the_callers() -> None:
     step, *_ = trained()
     loss, logits = step(*batch())
-    kept = loss.clone(), logits.clone()
+    copies = loss.clone(), logits.clone()
     step(*batch())
-    assert torch.equal(loss, kept[0]) and torch.equal(logits, kept[1])
+    assert torch.equal(loss, copies[0]) and torch.equal(logits, copies[1])
     assert not loss.requires_grad and not logits.requires_grad
 
 
@@ -217,7 +217,7 @@ def test_autocast_is_that_of_the_step() -> None:
         seen.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
         return F.cross_entropy(logits, labels)
 
-    model = made()
+    model = small_model()
     logits = StepOnCPU(model, sgd(model), loss, autocast=torch.bfloat16)(*batch())[1]
     assert logits.dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
@@ -226,7 +226,7 @@ def test_autocast_is_that_of_the_step() -> None:
 
 
 def refused(match: str, optimizer: Callable[[nn.Module], Any] = sgd, **options: Any) -> None:
-    model = made()
+    model = small_model()
     with pytest.raises(ValueError, match=match):
         StepOnCPU(model, optimizer(model), F.cross_entropy, **options)
 
@@ -258,7 +258,7 @@ def test_an_optimizer_that_became_one_by_loading_is_refused_before_the_capture()
 def test_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     refused("warmup must be at least 1, got 0", warmup=0)
     refused("autocast must be", autocast=torch.float32)
-    model = made()
+    model = small_model()
     with pytest.raises(ValueError, match="a model on one CUDA device; this one is on cpu"):
         GraphedStep(model, sgd(model), F.cross_entropy)
     nothing = nn.ReLU()

@@ -89,7 +89,7 @@ def test_commands() -> None:
     """Shell syntax, and that programs, their options and files are there."""
     commands = "\n".join(command for _, command in gpu.STAGES.values())
     subprocess.run(["bash", "-n", "-c", commands], check=True)
-    for module in {*re.findall(r"python -m ((?:benchmarks|tools|resnet_fused)\S*)", commands)}:
+    for module in {*re.findall(r"PYTHON -m ((?:benchmarks|tools|resnet_fused)\S*)", commands)}:
         command = [sys.executable, "-m", module, "--help"]
         text = subprocess.check_output(command, cwd=ROOT, text=True)
         given = {

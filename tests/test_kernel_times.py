@@ -21,7 +21,7 @@ from tools.kernel_times import grouped, split, table, timed
 def test_needs_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert kernel_times.main([]) == 2 and "needs a CUDA device" in capsys.readouterr().err
-    assert gpu_small.main() == 2 and "needs a CUDA device" in capsys.readouterr().err
+    assert gpu_small.main([]) == 2 and "needs a CUDA device" in capsys.readouterr().err
 
 
 def launch(size: int, flops: int) -> Launch:

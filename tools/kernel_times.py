@@ -8,7 +8,6 @@ configurations, ``--profile`` runs the launches that Nsight Compute is to look a
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
 import statistics
@@ -213,7 +212,7 @@ def main(arguments: list[str]) -> int:
     torch.backends.cudnn.allow_tf32 = options.dtype == "tf32"
     precision = "fp32" if options.dtype == "tf32" else options.dtype
     training = TrainingStep(options.arch, options.batch, options.image_size, precision, "cuda")
-    step = functools.partial(training.train(training.model(OURS)), *training.data(0))
+    step = training.one_step(training.model(OURS))
     with backend("triton" if options.profile else options.backend):
         if options.tune:
             tune(step, options.tune)
