@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from resnet_fused import GraphedStep
 from tests.graphed_steps import (
     WARMUP,
+    Batch,
     StepOnCPU,
     assert_same,
     batch,
@@ -28,29 +29,29 @@ from tests.graphed_steps import (
 )
 
 
+def usual(count: int = WARMUP + 1) -> list[Batch]:
+    """With these a step is captured."""
+    return [batch() for _ in range(count)]
+
+
 def test_trains_as_eager_steps_do() -> None:
-    step = compare([batch() for _ in range(WARMUP + 5)], sgd)
-    assert step.captures == 1
+    assert compare(usual(WARMUP + 5), sgd).captures == 1
 
 
 def test_last_batches_of_epochs_run_eagerly() -> None:
     """However many epochs there are: they do not follow each other."""
-    epoch = [*(batch() for _ in range(WARMUP + 1)), batch(3)]
-    step = compare(epoch * (WARMUP + 2), sgd)
+    step = compare([*usual(), batch(3)] * (WARMUP + 2), sgd)
     assert step.captures == 1 and step._captured[0][0][0] == (4, 3, 8, 8)
 
 
-def test_other_batches_are_captured_once_they_follow_each_other() -> None:
-    grown = [batch(size=10) for _ in range(WARMUP)]
-    step = compare([*(batch() for _ in range(WARMUP + 1)), *grown], sgd)
-    assert step.captures == 1
-    step = compare([*(batch() for _ in range(WARMUP + 1)), *grown, batch(size=10), batch(size=10)], sgd)
-    assert step.captures == 2
+@pytest.mark.parametrize(("count", "captures"), [(WARMUP, 1), (WARMUP + 2, 2)])
+def test_other_batches_are_captured_once_they_follow_each_other(count: int, captures: int) -> None:
+    assert compare([*usual(), *(batch(size=10) for _ in range(count))], sgd).captures == captures
 
 
 def test_another_layout_is_not_replayed() -> None:
     images, labels = batch()
-    step = compare([*(batch() for _ in range(WARMUP + 1)), (images.contiguous(), labels)], sgd)
+    step = compare([*usual(), (images.contiguous(), labels)], sgd)
     assert step.captures == 1 and step._alike == 1
 
 
@@ -67,7 +68,7 @@ def test_other_optimizers() -> None:
                 for p in group["params"]:
                     p.sub_(p.grad.sign() * group["lr"])
 
-    assert compare([batch() for _ in range(WARMUP + 3)], lambda model: Lion(model.parameters())).captures == 1
+    assert compare(usual(WARMUP + 3), lambda model: Lion(model.parameters())).captures == 1
 
 
 def trained(steps: int = WARMUP + 1, **options: Any) -> tuple[StepOnCPU, nn.Module, torch.optim.SGD]:
