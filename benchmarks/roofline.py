@@ -12,7 +12,6 @@ import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -146,24 +145,6 @@ def steps_table(arch: str, batch: int, image_size: int, dtype: str, ceilings: Ce
     return table(rows)
 
 
-def kernels_table(kernels: list[Kernel], ceilings: Ceilings) -> str:
-    """The limit of each kernel, and their sum by kind."""
-    import pandas as pd  # only here: a machine with a GPU may have nothing but torch
-
-    frame = pd.DataFrame([vars(kernel) for kernel in kernels])
-    frame["limit us"] = [limit([kernel], ceilings) * 1e6 for kernel in kernels]
-    frame["limited by"] = [
-        "memory" if ceilings.memory_seconds(k) >= ceilings.compute_seconds(k) else "compute" for k in kernels
-    ]
-    frame = frame.assign(MB=frame.bytes / 1e6, GFLOP=frame.flops / 1e9, kernels=1)
-    numbers = ["MB", "GFLOP", "limit us"]
-    sums = frame.groupby("kind", sort=False)[["kernels", *numbers]].sum()
-    sums.loc["all"] = sums.sum()
-    each = frame[["name", "kind", *numbers, "limited by"]]
-    options: dict[str, Any] = {"float_format": "{:,.2f}".format}
-    return f"{each.to_string(index=False, **options)}\n\n{sums.to_string(**options)}"
-
-
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
     parser.add_argument("--arch", default="resnet50", help="one of the ten ResNets (default: resnet50)")
@@ -173,23 +154,20 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--bandwidth", type=float, default=H100.bandwidth, help="bytes/s (default: an H100)")
     parser.add_argument("--flops", type=float, default=H100.flops, help="operations/s (default: an H100)")
     parser.add_argument("--measure", action="store_true", help="measure this machine's ceilings instead")
-    parser.add_argument("--kernels", choices=SCHEDULES, help="show each kernel of this schedule")
     parser.add_argument("--whole", action="store_true", help="with pooling, classifier, loss and optimizer")
     options = parser.parse_args(arguments)
-    workload = options.arch, options.batch, options.image_size, options.dtype
+    arch, batch, size, dtype = options.arch, options.batch, options.image_size, options.dtype
     try:
-        kernels = step(*workload, options.kernels or "folded", whole=options.whole)
         if options.measure:
-            ceilings = measure(options.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+            ceilings = measure(dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         else:
             ceilings = Ceilings(options.bandwidth, options.flops)
+        steps = steps_table(arch, batch, size, dtype, ceilings, options.whole)
     except ValueError as error:
         parser.error(str(error))
-    arch, batch, size, dtype = workload
     part = "whole step" if options.whole else "stem and blocks"
     print(f"{arch}, batch {batch}, {size}x{size}, {dtype}, {part}; {ceilings}")
-    by_schedule = steps_table(*workload, ceilings, options.whole)
-    print(kernels_table(kernels, ceilings) if options.kernels else by_schedule)
+    print(steps)
     return 0
 
 
