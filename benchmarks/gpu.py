@@ -72,10 +72,7 @@ STAGES = {
     "environment": (30, "nvidia-smi; $PYTHON -m resnet_fused info; $PYTHON -m benchmarks.roofline --measure"),
     "tune": (115, f'{_LAUNCHES} --tune "$OUT/tuned.json"'),
     "models": (120, _models("models")),
-    "kernels": (
-        75,
-        f'for b in auto triton; do {_LAUNCHES} --backend $b --json "$OUT/kernels-$b.json" || exit 1; done',
-    ),
+    "kernels": (75, f"{_LAUNCHES} --backend auto && {_LAUNCHES} --backend triton"),
     "profile": (55, f'{_NCU} {_LAUNCHES} --profile && ncu --import "$OUT/profile.ncu-rep" --page details'),
     "tests": (95, f"{_TESTS} tests/kernels tests/ops/test_accuracy.py tests/ops/test_residual_block.py"),
     "compiled": (200, _models("compiled", "eager_channels_last,compile_default")),

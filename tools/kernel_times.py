@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,9 @@ from benchmarks.roofline_model import Kernel
 from resnet_fused import backend
 from resnet_fused.cli.precision import PRECISIONS
 from resnet_fused.cli.steps import TrainingStep
+from resnet_fused.cli.text import columns
 from resnet_fused.kernels.launch import Launch, observe_launches
-from resnet_fused.measure import COLD_BYTES, OURS, header, milliseconds
+from resnet_fused.measure import COLD_BYTES, OURS, milliseconds
 from resnet_fused.plan import PASSES
 from resnet_fused.reference.resnet import ARCHITECTURES
 
@@ -79,29 +79,21 @@ def grouped(rows: Iterable[Row]) -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     """A line per row, then per kernel, then their sum; ``*`` is below half of the limit."""
-    heads = ("launches", "MB", "GFLOP", "us", "limit us", "of limit", "lost us")
-    lines = [f"{'kernel':18}{'config':26}{'grid':18}" + "".join(f"{head:>10}" for head in heads)]
-
-    def add(name: str, config: str, grid: str, group: list[Row]) -> None:
-        us, limit_us = (
-            sum(r.count * t(r) * 1e3 for r in group) for t in (lambda r: r.ms, lambda r: r.limit_ms)
-        )
-        megabytes, gflop = (
-            sum(r.count * r.bytes for r in group) / 1e6,
-            sum(r.count * r.flops for r in group) / 1e9,
-        )
-        share = limit_us / us if us else 0.0
-        lines.append(
-            f"{name:18}{config:26}{grid:18}{sum(r.count for r in group):10}{megabytes:10.1f}{gflop:10.2f}{us:10.1f}"
-            f"{limit_us:10.1f}{share:9.0%}{'*' if share < 0.5 else ' '}{us - limit_us:10.1f}"
-        )
-
-    for row in rows:
-        add(row.kernel, row.config, row.grid, [row])
+    groups = [((row.kernel, row.config, row.grid), [row]) for row in rows]
     for kernel in sorted({row.kernel for row in rows}):
-        add(f"all {kernel}", "", "", [row for row in rows if row.kernel == kernel])
-    add("all", "", "", rows)
-    return "\n".join(lines)
+        groups.append(((f"all {kernel}", "", ""), [row for row in rows if row.kernel == kernel]))
+    heads = ("launches", "MB", "GFLOP", "us", "limit us", "of limit", "lost us")
+    lines = [["kernel", "config", "grid", *heads]]
+    for names, group in [*groups, (("all", "", ""), rows)]:
+        moved, flops, ms, limit_ms = (
+            sum(row.count * getattr(row, name) for row in group)
+            for name in ("bytes", "flops", "ms", "limit_ms")
+        )
+        of_limit = limit_ms / ms if ms else 0.0
+        cells = [f"{moved / 1e6:.1f}", f"{flops / 1e9:.2f}", f"{1e3 * ms:.1f}", f"{1e3 * limit_ms:.1f}"]
+        cells += [f"{of_limit:.0%}{'*' if of_limit < 0.5 else ' '}", f"{1e3 * (ms - limit_ms):.1f}"]
+        lines.append([*names, str(sum(row.count for row in group)), *cells])
+    return "\n".join(columns(lines, numbers=True))
 
 
 def observed(step: Callable[[], object], ceilings: Ceilings, device: torch.device) -> list[Row]:
@@ -200,7 +192,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--image-size", type=int, default=224, help="height and width (default: 224)")
     parser.add_argument("--dtype", default="bf16", choices=list(PRECISIONS), help="default: bf16")
     parser.add_argument("--backend", default="auto", choices=("auto", "triton", "vendor"))
-    parser.add_argument("--json", type=Path, help="write header and rows to this file")
     parser.add_argument("--tune", type=Path, metavar="FILE", help="tune, write the table, and no more")
     parser.add_argument(
         "--profile", action="store_true", help="for ncu --profile-from-start off, with Triton"
@@ -224,7 +215,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _show(options: argparse.Namespace, step: Callable[[], object]) -> None:
-    begun, device = time.monotonic(), torch.device("cuda")
+    device = torch.device("cuda")
     ceilings = ceilings_of(options.dtype, device)
     for _ in range(2):
         step()
@@ -245,17 +236,6 @@ def _show(options: argparse.Namespace, step: Callable[[], object]) -> None:
         f"step {whole:.3f} ms, {options.batch / whole * 1e3:,.0f} img/s; in it Triton kernels {triton_ms:.3f} ms"
         f" ({triton_ms / whole:.0%}), others {other_ms:.3f} ms; Triton kernels one by one, cold {alone:.3f} ms"
     )
-    if options.json:
-        known = header(device, time.monotonic() - begun, {options.dtype: asdict(ceilings)})
-        chosen = {name: getattr(options, name) for name in ("arch", "batch", "dtype", "backend")}
-        results = {
-            "header": known | chosen,
-            "step_ms": whole,
-            "triton_ms": triton_ms,
-            "rows": [{**asdict(row), "share": row.limit_ms / row.ms} for row in rows],
-            "others": [{"kernel": name, "count": count, "ms": ms} for name, count, ms in others],
-        }
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
