@@ -90,9 +90,9 @@ def environment(out: Path) -> dict[str, str]:
     folders = [*glob("/opt/nvidia/nsight-compute/*"), "/usr/local/cuda/bin"]  # not always on PATH
     variables = {
         "XDG_CACHE_HOME": f"{ROOT}/{CACHE}",
-        "TRITON_CACHE_DIR": f"{ROOT}/{CACHE}/triton",
         "TORCHINDUCTOR_CACHE_DIR": f"{ROOT}/{CACHE}/inductor",
         **os.environ,
+        "TRITON_CACHE_DIR": f"{ROOT}/{CACHE}/triton",  # where a bundle has its kernels
         "PATH": os.pathsep.join([os.environ.get("PATH", ""), *folders]),
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/{TOOLS}",
         "PYTHONUNBUFFERED": "1",
