@@ -24,8 +24,7 @@ from torch.utils._pytree import tree_leaves
 from resnet_fused import models, reference
 from resnet_fused.kernels.launch import Launch
 from resnet_fused.measure import saved_storages
-from resnet_fused.ops.dispatch import IMPLEMENTATIONS
-from resnet_fused.plan import launches, plan
+from resnet_fused.plan import composition, launches, plan
 from tools.kernel_resources import Resources, Specialisation, compile_all, specialisation
 
 TABLE = Path(__file__).with_name("counts.json")
@@ -118,12 +117,9 @@ class _LargeResults(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        namespace, _, name = func._schema.name.partition("::")
-        composed = IMPLEMENTATIONS[name].composed if namespace == "resnet_fused" else None
-        if composed is not None:
-            defaults = (a.default_value for a in func._schema.arguments[len(args) :])
+        if composed := composition(func, args):
             with self:  # counts the operators that it is composed of
-                return composed(*args, *defaults)
+                return composed()
         result = func(*args, **(kwargs or {}))
         given = {_address(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         new = [x for x in tree_leaves(result) if isinstance(x, Tensor) and _address(x) not in given]

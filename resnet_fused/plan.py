@@ -5,7 +5,8 @@ The same code runs as in training; kernels are recorded instead of started.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,12 +89,11 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        namespace, _, name = func._schema.name.partition("::")
-        composed = IMPLEMENTATIONS[name].composed if namespace == "resnet_fused" else None
-        if composed is not None:
+        if composed := composition(func, args):
             with self:
-                return composed(*_complete(func, args))
+                return composed()
         result = func(*args, **(kwargs or {}))
+        namespace, _, name = func._schema.name.partition("::")
         native = namespace == "resnet_fused"
         if _is_free(func, name):
             return result
@@ -107,9 +107,14 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-def _complete(func: Any, args: Sequence[Any]) -> list[Any]:
-    """``args`` with the defaults of those that were not given."""
-    return [*args, *(a.default_value for a in func._schema.arguments[len(args) :])]
+def composition(func: Any, args: Sequence[Any]) -> Callable[[], Any] | None:
+    """A call of an op of ours as one of the operators that it is composed of; None for other operators."""
+    namespace, _, name = func._schema.name.partition("::")
+    composed = IMPLEMENTATIONS[name].composed if namespace == "resnet_fused" else None
+    if composed is None:
+        return None
+    defaults = (a.default_value for a in func._schema.arguments[len(args) :])
+    return functools.partial(composed, *args, *defaults)
 
 
 def _is_free(func: Any, name: str) -> bool:
