@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.harness import table, write_results
 from benchmarks.providers import NAMES, default_names
-from benchmarks.roofline import H100, Ceilings, measure
+from benchmarks.roofline import Ceilings, ceilings_of
 from resnet_fused.cli.precision import PRECISIONS, Precision
-from resnet_fused.measure import OURS, Case, Comparison, Provider
+from resnet_fused.cli.text import columns, shown
+from resnet_fused.measure import OURS, Case, Comparison, Provider, header
 
 Compare = Callable[[Case, list[Provider], int], None]
 
@@ -73,24 +74,20 @@ def names(request: pytest.FixtureRequest, device: torch.device) -> tuple[str, ..
 
 
 @pytest.fixture(autouse=True)
-def _tf32(precision: Precision) -> Iterator[None]:
-    """TF32 in convolutions and matrix products for tf32 alone."""
-    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = precision.name == "tf32"
-    yield
-    for backend, allowed in zip(backends, before, strict=True):
-        backend.allow_tf32 = allowed
+def _cudnn(precision: Precision, device: torch.device) -> Iterator[None]:
+    """TF32 for tf32 alone, and on a GPU cuDNN's fastest algorithms."""
+    tf32, matmul = precision.name == "tf32", torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, tf32
+    with torch.backends.cudnn.flags(enabled=True, benchmark=device.type == "cuda", allow_tf32=tf32):
+        yield
+    matmul.allow_tf32 = before
 
 
 @pytest.fixture
 def ceilings(device: torch.device, precision: Precision) -> Ceilings:
     """What the device can do in this dtype: known of an H100, else measured once."""
     if precision.name not in _ceilings:
-        is_h100 = device.type == "cuda" and "H100" in torch.cuda.get_device_name(device)
-        known = is_h100 and precision.dtype != torch.float32
-        _ceilings[precision.name] = H100 if known else measure(precision.name, device)
+        _ceilings[precision.name] = ceilings_of(precision.name, device)
     return _ceilings[precision.name]
 
 
@@ -100,7 +97,9 @@ def compare(device: torch.device) -> Iterator[Compare]:
 
     def run(case: Case, providers: list[Provider], rounds: int) -> None:
         model = case.layer == "model"
-        comparison = Comparison(case, providers, device, cold_cache=not model)
+        # Several steps, so that the processor runs ahead of a GPU as it does in training.
+        repeats = 5 if model and device.type == "cuda" else 1
+        comparison = Comparison(case, providers, device, repeats, cold_cache=not model)
         _comparisons.append(comparison)
         comparison.warm_up(measure_peak=not model)
         gc.collect()
@@ -117,9 +116,23 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     measured = [comparison for comparison in _comparisons if comparison.ours.times]
     if not measured:
         return
-    terminalreporter.section(f"how many times as fast ours is, {torch.get_num_threads()} threads")
-    terminalreporter.write_line(table(measured))
+    rows = [row for comparison in measured for row in comparison.rows()]
+    terminalreporter.section(f"times / ours, {torch.get_num_threads()} threads")
+    case = ("name", "mode", "dtype", "shape", "impl")
+    cells = [
+        [
+            *(str(row[key]) for key in case),
+            shown("{:.2f}", row["median_ms"]),
+            shown("{:.2f}x  {:.2f} - {:.2f}", row["ratio"], row["ratio_p20"], row["ratio_p80"]),
+            row["note"],
+        ]
+        for row in rows
+    ]
+    terminalreporter.write_line("\n".join(columns([[*case, "ms", "time / ours", ""], *cells])))
     if path := config.getoption("--results"):
         device = torch.device(config.getoption("--device"))
-        write_results(path, device, measured, time.monotonic() - _begun, _ceilings)
+        ceilings = {dtype: asdict(of_dtype) for dtype, of_dtype in _ceilings.items()}
+        head = header(device, time.monotonic() - _begun, ceilings)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"header": head, "rows": rows}, indent=1) + "\n")
         terminalreporter.write_line(f"written to {path}")

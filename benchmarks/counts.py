@@ -24,8 +24,7 @@ from torch.utils._pytree import tree_leaves
 from resnet_fused import models, reference
 from resnet_fused.kernels.launch import Launch
 from resnet_fused.measure import saved_storages
-from resnet_fused.ops.dispatch import IMPLEMENTATIONS
-from resnet_fused.plan import launches, plan
+from resnet_fused.plan import composition, launches, plan
 from tools.kernel_resources import Resources, Specialisation, compile_all, specialisation
 
 TABLE = Path(__file__).with_name("counts.json")
@@ -56,42 +55,42 @@ SAMPLES: Builds = (
 
 def launch_counts() -> Counts:
     """Launches of a training step by kernel, and the bytes that all of them move per image."""
-    found = {}
+    counts = {}
     for arch, dtype in itertools.product(ARCHS, PLANNED_DTYPES):
         planned = plan(arch, PLANNED_BATCH, dtype)
-        found[f"{arch} {dtype}"] = {
+        counts[f"{arch} {dtype}"] = {
             "passes": sum(p.is_pass for p in planned),
             "all": len(planned),
             "bytes an image": sum(p.bytes for p in planned) // PLANNED_BATCH,
             "by kernel": dict(sorted(Counter(p.kernel for p in planned).items())),
         }
-    return found
+    return counts
 
 
 def memory_counts() -> Counts:
     """Bytes that autograd saves in float32 and under bfloat16 autocast, and large tensors made in float32."""
-    found: Counts = {}
+    counts: Counts = {}
     for arch, (name, library) in itertools.product(ARCHS, (("fused", models), ("eager", reference))):
         torch.manual_seed(0)
         model = getattr(library, arch)(num_classes=10).to(memory_format=torch.channels_last)
         forward, backward = large_tensors(model)
-        found[f"{arch} {name}"] = {
-            "kept bytes fp32": saved_bytes(model, torch.float32),
-            "kept bytes bf16": saved_bytes(model, torch.bfloat16),
+        counts[f"{arch} {name}"] = {
+            "saved bytes fp32": saved_bytes(model, torch.float32),
+            "saved bytes bf16": saved_bytes(model, torch.bfloat16),
             "large tensors in forward": forward,
             "large tensors in backward": backward,
         }
-    return found
+    return counts
 
 
 def saved_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """Bytes of the storages, other than the model's own and the input's, that a forward pass saves for backward."""
     x = _images()
     known = (x, *model.parameters(), *model.buffers())
-    with saved_storages(*known) as found, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with saved_storages(*known) as saved, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         out = model(x)
     assert out.grad_fn is not None  # which keeps the storages alive, and so their addresses distinct
-    return sum(found.values())
+    return sum(saved.values())
 
 
 def large_tensors(model: nn.Module) -> tuple[int, int]:
@@ -118,16 +117,13 @@ class _LargeResults(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        namespace, _, name = func._schema.name.partition("::")
-        composed = IMPLEMENTATIONS[name].composed if namespace == "resnet_fused" else None
-        if composed is not None:
-            defaults = (a.default_value for a in func._schema.arguments[len(args) :])
+        if composed := composition(func, args):
             with self:  # counts the operators that it is composed of
-                return composed(*args, *defaults)
+                return composed()
         result = func(*args, **(kwargs or {}))
         given = {_address(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        made = [x for x in tree_leaves(result) if isinstance(x, Tensor) and _address(x) not in given]
-        activations = [x for x in made if x.dim() == 4 and len(x) == BATCH]  # not weights and covariances
+        new = [x for x in tree_leaves(result) if isinstance(x, Tensor) and _address(x) not in given]
+        activations = [x for x in new if x.dim() == 4 and len(x) == BATCH]  # not weights and covariances
         self.count += sum(x.untyped_storage().nbytes() >= LARGE for x in activations)
         return result
 
@@ -145,17 +141,17 @@ def resource_counts(built: Iterable[tuple[Specialisation, int, Resources | str]]
 
     And how many are serialized: ptxas has every wgmma of them wait for the one before it.
     """
-    found: Counts = {}
+    counts: Counts = {}
     for what, arch, resources in built:
         if isinstance(resources, str):
             continue
-        most = found.setdefault(f"sm_{arch}", {}).setdefault(what.name, Counter())
+        most = counts.setdefault(f"sm_{arch}", {}).setdefault(what.name, Counter())
         for name in ("registers", "spill_bytes", "shared_bytes"):
             most[name] = max(most[name], getattr(resources, name))
         most["serialized"] += resources.serialized
     return {
         arch: {name: dict(kernels[name]) for name in sorted(kernels)}
-        for arch, kernels in sorted(found.items())
+        for arch, kernels in sorted(counts.items())
     }
 
 
@@ -164,11 +160,11 @@ def step_launches(builds: Builds, samples: Builds) -> Iterator[tuple[Launch, int
     for group, is_sample in ((builds, False), (samples, True)):
         for names, dtype, archs in group:
             for arch, name in itertools.product(archs, names):
-                found: Iterable[Launch] = launches(name, PLANNED_BATCH, dtype, capability=arch)
+                planned: Iterable[Launch] = launches(name, PLANNED_BATCH, dtype, capability=arch)
                 if is_sample:
-                    by_tile = sorted(found, key=lambda x: x.config.block_m * x.config.block_n)
-                    found = {x.name: x for x in by_tile}.values()
-                yield from ((x, arch) for x in found)
+                    by_tile = sorted(planned, key=lambda x: x.config.block_m * x.config.block_n)
+                    planned = {x.name: x for x in by_tile}.values()
+                yield from ((x, arch) for x in planned)
 
 
 def compile_steps() -> list[tuple[Specialisation, int, Resources | str]]:

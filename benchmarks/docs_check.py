@@ -39,6 +39,6 @@ def problems() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    found = list(problems())
-    print("\n".join(found) or "all pages show their data")
-    sys.exit(1 if found else 0)
+    stale = list(problems())
+    print("\n".join(stale) or "all pages show their data")
+    sys.exit(1 if stale else 0)

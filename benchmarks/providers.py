@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from importlib import import_module
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers import PEERS, Missing, peer_module
-from resnet_fused.cli.precision import Precision
 from resnet_fused.cli.steps import COMPILED
 from resnet_fused.measure import EAGER, OURS, Provider
 
 #: Eager PyTorch in its default layout; EAGER is channels_last, as everything else.
 CONTIGUOUS = "eager"
+#: Libraries with whole models, where they are installed: a function of the architecture's name.
+PEERS: dict[str, Callable[[str], Any]] = {
+    "torchvision": lambda arch: getattr(import_module("torchvision.models"), arch)(),
+    "timm": lambda arch: import_module("timm").create_model(arch),
+}
 NAMES = (OURS, CONTIGUOUS, EAGER, *COMPILED, *PEERS)
+#: Images per batch; a GPU wants more than a CPU has time for.
+BATCH = int(os.environ.get("RESNET_FUSED_BENCH_BATCH", "16"))
+
 
 #: A module, or a function of tensors.
 Module = TypeVar("Module")
@@ -33,30 +41,38 @@ def default_names(device: torch.device, layer: str) -> tuple[str, ...]:
 
 
 def modules(
-    names: Iterable[str], arch: str, block: str, eager: nn.Module, fused: nn.Module, precision: Precision
-) -> dict[str, nn.Module | Missing]:
-    """A module of each provider with the same weights.
+    names: Iterable[str], arch: str, block: str, eager: nn.Module, fused: nn.Module
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """A module of each provider with the same weights, and which libraries are missing and why.
 
     Args:
         arch, block: of which ``eager`` is: a model, and a submodule such as "layer1.0" or "".
         eager: the reference's, channels_last, on the device; copied for each but ours.
         fused: ours.
     """
-    by_name: dict[str, nn.Module | Missing] = {}
+    by_name: dict[str, nn.Module] = {}
+    missing: dict[str, str] = {}
     # Else torch.compile counts this module as another shape of the previous one, and gives up on static shapes.
     torch.compiler.reset()
-    device = next(eager.parameters()).device
     for name in names:
+        module: Any = copy.deepcopy(eager)
         if name == OURS:
-            by_name[name] = fused
-            continue
-        own = copy.deepcopy(eager)
-        if name == CONTIGUOUS:
-            own = own.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            module = fused
+        elif name == CONTIGUOUS:
+            module.to(memory_format=torch.contiguous_format)
         elif name in COMPILED:
-            own.compile(mode=COMPILED[name], dynamic=False)
-        by_name[name] = peer_module(name, arch, block, own, precision.dtype, device) if name in PEERS else own
-    return by_name
+            module.compile(mode=COMPILED[name], dynamic=False)
+        elif name in PEERS:
+            try:
+                module = PEERS[name](arch).get_submodule(block)
+            except (ImportError, OSError) as error:
+                missing[name] = f"{name} could not be imported ({error}): pip install {name}"
+                continue
+            module.load_state_dict(eager.state_dict())
+            device = next(eager.parameters()).device
+            module.to(device, memory_format=torch.channels_last).train(eager.training)
+        by_name[name] = module
+    return by_name, missing
 
 
 def to_layout(name: str, x: Tensor) -> Tensor:
@@ -65,14 +81,13 @@ def to_layout(name: str, x: Tensor) -> Tensor:
 
 
 def make_providers(
-    by_name: dict[str, Module | Missing],
+    names: Iterable[str],
+    runnable: dict[str, Module],
     notes: dict[str, str],
     run_of: Callable[[str, Module], Callable[[], object]],
 ) -> list[Provider]:
-    """A provider of each module; a missing one does not run."""
+    """A provider of each name. One that is not ``runnable`` does not run; ``notes`` say why, or what is wrong."""
     return [
-        Provider(name, note=module.reason)
-        if isinstance(module, Missing)
-        else Provider(name, run_of(name, module), notes[name])
-        for name, module in by_name.items()
+        Provider(name, run_of(name, runnable[name]) if name in runnable else None, notes[name])
+        for name in names
     ]

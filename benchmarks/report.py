@@ -78,8 +78,13 @@ class Device:
 
     title: str
     rows: pd.DataFrame
-    #: (file, header, layers)
-    sources: list[tuple[Path, dict[str, Any], list[str]]]
+    #: Of the files that ``rows.path`` names.
+    headers: dict[Path, dict[str, Any]]
+
+    def sources(self) -> Iterator[tuple[Path, dict[str, Any], list[str]]]:
+        """Each file with its header and the titles of its layers."""
+        for (path,), rows in groups(self.rows, ["path"]):
+            yield path, self.headers[path], [LAYERS[layer] for layer in rows.layer.unique()]
 
     @property
     def impls(self) -> list[str]:
@@ -99,23 +104,22 @@ def devices(folder: Path = RESULTS) -> list[Device]:
     Raises:
         ValueError: there are no results, or a file has none.
     """
-    files = [(path, *read(path)) for path in sorted(folder.glob("*.json"))]
+    files = {path: read(path) for path in sorted(folder.glob("*.json"))}
     if not files:
         raise ValueError(f"{folder} is empty: run `make bench RESULTS=benchmarks/results/NAME.json`")
-    newest: dict[tuple[bool, str], dict[str, tuple[Path, dict[str, Any], pd.DataFrame]]] = {}
-    for path, header, rows in sorted(files, key=lambda file: pd.Timestamp(file[1]["date"])):
-        title = f"{header['device']}, {header['threads']} threads"
-        own = newest.setdefault((header["device_type"] == "cpu", title), {})
-        own |= {layer: (path, header, rows[rows.layer == layer]) for layer in rows.layer.unique()}
-    found = []
-    for (_, title), by_layer in sorted(newest.items()):
-        sources: dict[Path, tuple[Path, dict[str, Any], list[str]]] = {}
-        for layer in (layer for layer in LAYERS if layer in by_layer):
-            path, header, _ = by_layer[layer]
-            sources.setdefault(path, (path, header, []))[2].append(layer)
-        rows = pd.concat(by_layer[layer][2] for layer in LAYERS if layer in by_layer)
-        found.append(Device(title, rows, list(sources.values())))
-    return found
+    rows = pd.concat(
+        rows.assign(
+            path=path,
+            date=pd.Timestamp(header["date"]),
+            title=f"{header['device']}, {header['threads']} threads",
+            is_cpu=header["device_type"] == "cpu",
+        )
+        for path, (header, rows) in files.items()
+    )
+    dates = rows.groupby(["title", "layer"], observed=True).date
+    newest = rows[rows.date == dates.transform("max")].sort_values("layer", kind="stable")
+    headers = {path: header for path, (header, _) in files.items()}
+    return [Device(title, of_title, headers) for (_, title), of_title in newest.groupby(["is_cpu", "title"])]
 
 
 # Cells
@@ -170,9 +174,9 @@ def groups(frame: pd.DataFrame, by: list[str]) -> Iterator[tuple[tuple[Any, ...]
 # RESULTS.md
 
 
-def results(found: list[Device]) -> str:
+def results(of_devices: list[Device]) -> str:
     parts = []
-    for device in found:
+    for device in of_devices:
         parts += [f"## {device.title}", "\n".join(provenance(device))]
         for layer, title in LAYERS.items():
             rows = device.layer(layer)
@@ -188,10 +192,10 @@ def results(found: list[Device]) -> str:
 
 def provenance(device: Device) -> Iterator[str]:
     """A line per file: what was measured, with what and when."""
-    for path, header, layers in device.sources:
+    for path, header, titles in device.sources():
         ceilings = " and ".join(
-            f"{dtype} {found['bandwidth'] / 1e9:,.0f} GB/s, {found['flops'] / 1e9:,.0f} GFLOP/s"
-            for dtype, found in header["ceilings"].items()
+            f"{dtype} {rates['bandwidth'] / 1e9:,.0f} GB/s, {rates['flops'] / 1e9:,.0f} GFLOP/s"
+            for dtype, rates in header["ceilings"].items()
         )
         names = ("torch", "triton", "cuda", "cudnn", "driver", "python")
         facts = [
@@ -201,8 +205,7 @@ def provenance(device: Device) -> Iterator[str]:
             f"ran for {header['seconds']:,.0f} s",
             f"ceilings {ceilings}" if ceilings else "",
         ]
-        titles = ", ".join(LAYERS[layer] for layer in layers)
-        yield f"- {titles} ([{path.name}](results/{path.name})): {'; '.join(filter(None, facts))}"
+        yield f"- {', '.join(titles)} ([{path.name}](results/{path.name})): {'; '.join(filter(None, facts))}"
 
 
 def commit(header: dict[str, Any]) -> str:
@@ -262,17 +265,16 @@ def comparison(row: Any) -> str:
 # README.md
 
 
-def readme(found: list[Device]) -> str:
+def readme(of_devices: list[Device]) -> str:
     parts = [
         "Times and ratios are medians, with the 20th and the 80th percentile, or geometric means over the number of\n"
         "cases given in the row; above 1x fused is faster. Charts, other implementations and how close each is to\n"
         "the roofline: [benchmarks/RESULTS.md](benchmarks/RESULTS.md)."
     ]
-    for device in found:
+    for device in of_devices:
         sources = [
-            f"{', '.join(LAYERS[layer].lower() for layer in layers)} {header['date'][:10]},"
-            f" torch {header['torch']}, {commit(header)}"
-            for _, header, layers in device.sources
+            f"{', '.join(titles).lower()} {header['date'][:10]}, torch {header['torch']}, {commit(header)}"
+            for _, header, titles in device.sources()
         ]
         parts.append(f"**{device.title}** ({'; '.join(sources)})")
         rows = device.rows
@@ -362,10 +364,10 @@ def draw(data: pd.DataFrame) -> Any:
 
 
 def charts() -> list[Chart]:
-    found = [
+    data_of_charts = [
         (device.chart_path(layer), chart_data(device, layer)) for device in devices() for layer in LAYERS
     ]
-    return [Chart(path, data, draw) for path, data in found if data is not None]
+    return [Chart(path, data, draw) for path, data in data_of_charts if data is not None]
 
 
 COMMAND = "python -m benchmarks.report --write"

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.roofline_model import ELEMENT, SCHEDULES, Kernel, check_choice, step
+from resnet_fused.cli.text import table
 from resnet_fused.measure import milliseconds
-
-__all__ = ["H100", "Ceilings", "Kernel", "limit", "measure", "op_bytes", "read_ceilings", "step"]
 
 
 @dataclass(frozen=True)
@@ -57,17 +54,6 @@ H100 = Ceilings(bandwidth=3.0e12, flops=790e12)
 def limit(kernels: Iterable[Kernel], ceilings: Ceilings) -> float:
     """Seconds that the kernels take at least, one after the other."""
     return sum(max(ceilings.memory_seconds(k), ceilings.compute_seconds(k)) for k in kernels)
-
-
-def read_ceilings(file: Path | None, dtype: str) -> Ceilings | None:
-    """Of a device, as the stage environment of benchmarks.gpu writes them; None where there are none."""
-    if file is None:
-        return None
-    try:
-        return Ceilings(**json.loads(file.read_text())["ceilings"][dtype])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"{file} has no ceilings for {dtype}: {error!r}", file=sys.stderr)
-        return None
 
 
 def op_bytes(name: str, shape: tuple[int, int, int, int], dtype: str) -> int:
@@ -126,6 +112,12 @@ def measure(dtype: str, device: torch.device) -> Ceilings:
     return Ceilings(2 * source.nbytes / fastest_seconds(lambda: target.copy_(source), device), max(rates))
 
 
+def ceilings_of(dtype: str, device: torch.device) -> Ceilings:
+    """Known of an H100 in 16 bits, else measured."""
+    is_h100 = device.type == "cuda" and "H100" in torch.cuda.get_device_name(device)
+    return H100 if is_h100 and dtype in ("bf16", "fp16") else measure(dtype, device)
+
+
 def fastest_seconds(run: Callable[[], object], device: torch.device) -> float:
     """The fastest of up to ten runs in about half a second, after one that warms up."""
     with torch.no_grad():
@@ -138,44 +130,19 @@ def fastest_seconds(run: Callable[[], object], device: torch.device) -> float:
 
 def steps_table(arch: str, batch: int, image_size: int, dtype: str, ceilings: Ceilings, whole: bool) -> str:
     """One line per schedule."""
-    import pandas as pd  # only here: a machine with a GPU may have nothing but torch
-
-    rows = []
+    rows = [["schedule", "kernels", "MB/image", "GFLOP/image", "limit ms", "limit img/s"]]
     for schedule in SCHEDULES:
         kernels = step(arch, batch, image_size, dtype, schedule, whole=whole)
         seconds = limit(kernels, ceilings)
-        moved, flops = sum(k.bytes for k in kernels), sum(k.flops for k in kernels)
-        rows.append(
-            {
-                "schedule": schedule,
-                "kernels": len(kernels),
-                "MB/image": f"{moved / batch / 1e6:.1f}",
-                "GFLOP/image": f"{flops / batch / 1e9:.2f}",
-                "limit ms": f"{seconds * 1e3:.3f}",
-                "limit img/s": f"{batch / seconds:,.0f}",
-            }
-        )
-    return pd.DataFrame(rows).to_string(index=False)
-
-
-def kernels_table(kernels: list[Kernel], ceilings: Ceilings) -> str:
-    """The limit of each kernel, and their sum by kind."""
-    import pandas as pd
-
-    frame = pd.DataFrame([vars(kernel) for kernel in kernels])
-    frame["limit us"] = [limit([kernel], ceilings) * 1e6 for kernel in kernels]
-    frame["limited by"] = [
-        "memory" if ceilings.memory_seconds(k) >= ceilings.compute_seconds(k) else "compute" for k in kernels
-    ]
-    frame = frame.assign(MB=frame.bytes / 1e6, GFLOP=frame.flops / 1e9, kernels=1)
-    numbers = ["MB", "GFLOP", "limit us"]
-    sums = frame.groupby("kind", sort=False)[["kernels", *numbers]].sum()
-    sums.loc["all"] = sums.sum()
-    each = frame[["name", "kind", *numbers, "limited by"]]
-    return "\n\n".join(
-        table.to_string(index=index, float_format="{:,.2f}".format)
-        for table, index in ((each, False), (sums, True))
-    )
+        moved, flops = (sum(getattr(k, name) for k in kernels) / batch for name in ("bytes", "flops"))
+        figures = [
+            f"{moved / 1e6:.1f}",
+            f"{flops / 1e9:.2f}",
+            f"{seconds * 1e3:.3f}",
+            f"{batch / seconds:,.0f}",
+        ]
+        rows.append([schedule, str(len(kernels)), *figures])
+    return table(rows)
 
 
 def main(arguments: list[str]) -> int:
@@ -187,27 +154,20 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--bandwidth", type=float, default=H100.bandwidth, help="bytes/s (default: an H100)")
     parser.add_argument("--flops", type=float, default=H100.flops, help="operations/s (default: an H100)")
     parser.add_argument("--measure", action="store_true", help="measure this machine's ceilings instead")
-    parser.add_argument("--kernels", choices=SCHEDULES, help="show each kernel of this schedule")
     parser.add_argument("--whole", action="store_true", help="with pooling, classifier, loss and optimizer")
     options = parser.parse_args(arguments)
-    workload = options.arch, options.batch, options.image_size, options.dtype
+    arch, batch, size, dtype = options.arch, options.batch, options.image_size, options.dtype
     try:
-        kernels = step(*workload, options.kernels or "folded", whole=options.whole)
         if options.measure:
-            ceilings = measure(options.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+            ceilings = measure(dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         else:
             ceilings = Ceilings(options.bandwidth, options.flops)
+        steps = steps_table(arch, batch, size, dtype, ceilings, options.whole)
     except ValueError as error:
         parser.error(str(error))
-    arch, batch, size, dtype = workload
     part = "whole step" if options.whole else "stem and blocks"
     print(f"{arch}, batch {batch}, {size}x{size}, {dtype}, {part}; {ceilings}")
-    table = (
-        kernels_table(kernels, ceilings)
-        if options.kernels
-        else steps_table(*workload, ceilings, options.whole)
-    )
-    print(table)
+    print(steps)
     return 0
 
 

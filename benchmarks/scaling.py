@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -91,15 +91,14 @@ def point(step: TrainingStep, check: tuple[int, int], rounds: int) -> list[Row]:
     notes = verdicts(replace(step, batch=check[0], image_size=check[1]))
     providers = [
         Provider(
-            impl, train(step, step.model(impl)), notes[impl], probe(step, impl, benchmark=True).get("peak_mb")
+            impl,
+            step.one_step(step.model(impl)),
+            notes[impl],
+            probe(step, impl, benchmark=True).get("peak_mb"),
         )
         for impl in IMPLS
     ]
     return rows_of(step, Comparison(step.case(), providers, torch.device(step.device)), rounds)
-
-
-def train(step: TrainingStep, model: nn.Module, seed: int = 0) -> Callable[[], None]:
-    return functools.partial(step.train(model), *step.data(seed))
 
 
 def rows_of(step: TrainingStep, comparison: Comparison, rounds: int, ranks: int = 1) -> list[Row]:
@@ -153,7 +152,7 @@ def _rank(rank: int, ranks: int, step: TrainingStep, rounds: int, notes: dict[st
             # PyTorch's SyncBatchNorm needs a GPU.
             impls = IMPLS if variant != SYNC or device.type == "cuda" else (OURS,)
             providers = [
-                Provider(impl, train(step, shared(step.model(impl), variant, device), rank), notes[impl])
+                Provider(impl, step.one_step(shared(step.model(impl), variant, device), rank), notes[impl])
                 for impl in impls
             ]
             comparison = RanksComparison(step.case(), providers, device)
@@ -193,8 +192,8 @@ def run(device: torch.device, quick: bool) -> dict[str, Any]:
     ]
     notes = verdicts(replace(todo.of_rank, batch=todo.check[0], image_size=todo.check[1]))
     for ranks in todo.ranks:
-        found = ranks_rows(todo.of_rank, ranks, todo.rounds, notes)
-        rows += [{"curve": "ranks", "x": ranks, **row} for row in found]
+        of_ranks = ranks_rows(todo.of_rank, ranks, todo.rounds, notes)
+        rows += [{"curve": "ranks", "x": ranks, **row} for row in of_ranks]
     return {"header": header(device, time.monotonic() - begin, ceilings), "curves": rows}
 
 
@@ -209,9 +208,9 @@ def main(arguments: Sequence[str]) -> int:
         parser.error("start it without torchrun: it starts its ranks itself")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{device_name(device)}, {torch.get_num_threads()} threads", file=sys.stderr)
-    found = run(device, options.quick)
+    results = run(device, options.quick)
     options.file.parent.mkdir(parents=True, exist_ok=True)
-    options.file.write_text(json.dumps(found, indent=1) + "\n")
+    options.file.write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 

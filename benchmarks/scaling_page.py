@@ -26,15 +26,15 @@ def latest(folder: Path = RESULTS) -> tuple[dict[str, Any], pd.DataFrame]:
     Raises:
         ValueError: there are none, or a file has no results of ``benchmarks.scaling``.
     """
-    found = []
+    files = []
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
         if not content.keys() >= {"header", "curves"}:
             raise ValueError(f"{path} is no file of `python -m benchmarks.scaling`")
-        found.append((content["header"], pd.DataFrame(content["curves"])))
-    if not found:
+        files.append((content["header"], pd.DataFrame(content["curves"])))
+    if not files:
         raise ValueError(f"{folder} has no results: run `python -m benchmarks.scaling {folder}/NAME.json`")
-    header, rows = max(found, key=lambda pair: pair[0]["date"])
+    header, rows = max(files, key=lambda pair: pair[0]["date"])
     return header, rows[rows.checked].reset_index(drop=True)
 
 

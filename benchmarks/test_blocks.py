@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 import resnet_fused
 from benchmarks.conftest import Compare
-from benchmarks.harness import BATCH
-from benchmarks.providers import make_providers, modules, to_layout
+from benchmarks.providers import BATCH, make_providers, modules, to_layout
 from benchmarks.roofline import Ceilings, limit, step
 from resnet_fused import reference
 from resnet_fused.cli.precision import PRECISIONS, Precision
@@ -62,8 +61,7 @@ def test_block(
         block = getattr(library, arch)().get_submodule(name).train()
         pair.append(block.to(device, memory_format=torch.channels_last))
     eager, fused = pair
-    candidates = modules(names, arch, name, eager, fused, precision)
-    available = {key: module for key, module in candidates.items() if isinstance(module, nn.Module)}
+    runnable, missing = modules(names, arch, name, eager, fused)
     exact = copy.deepcopy(eager).double()
     channels, size = shape
     x = torch.zeros(BATCH, channels, size, size, device=device, dtype=precision.dtype)
@@ -79,7 +77,7 @@ def test_block(
         def results(provider: str) -> list[Tensor]:
             if provider == EXACT:
                 return forward_backward(exact, x.double(), grad, PRECISIONS["fp32"])
-            return run_of(provider, available.get(provider, eager))()
+            return run_of(provider, runnable.get(provider, eager))()
 
         return results
 
@@ -92,9 +90,9 @@ def test_block(
 
         return run
 
-    notes = check_accuracy(draw, available, precision.eps)
+    notes = check_accuracy(draw, runnable, precision.eps)
     kernels = [k for k in step(arch, BATCH, SIZE, precision.name) if k.block == name]
     roofline_ms = limit(kernels, ceilings) * 1e3
     shape_of_input = f"{BATCH}x{channels}x{size}x{size}"
     case = Case(LAYER, f"{arch} {name}", "fwd_bwd", precision.name, BATCH, shape_of_input, roofline_ms)
-    compare(case, make_providers(candidates, notes, run_of), ROUNDS)
+    compare(case, make_providers(names, runnable, notes | missing, run_of), ROUNDS)

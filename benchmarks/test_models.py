@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.conftest import Compare
-from benchmarks.harness import BATCH
-from benchmarks.providers import make_providers, modules, to_layout
+from benchmarks.providers import BATCH, make_providers, modules, to_layout
 from benchmarks.roofline import Ceilings, limit, step
 from resnet_fused.cli.precision import Precision
 from resnet_fused.cli.probe import probe
@@ -51,10 +50,10 @@ def test_model(
     tf32, training = precision.name == "tf32", mode == "train"
     train = TrainingStep(arch, BATCH, SIZE, "fp32" if tf32 else precision.name, str(device))
     # Before torch.compile has cached anything of this model.
-    probed = {key: probe(train, key, allow_tf32=tf32) for key in PROBED if key in names and training}
+    cudnn = {"allow_tf32": tf32, "benchmark": torch.backends.cudnn.benchmark}
+    probed = {key: probe(train, key, **cudnn) for key in PROBED if key in names and training}
     eager, fused = (train.model(key).train(training) for key in (EAGER, OURS))
-    candidates = modules(names, arch, "", eager, fused, precision)
-    available = {key: module for key, module in candidates.items() if isinstance(module, nn.Module)}
+    runnable, missing = modules(names, arch, "", eager, fused)
 
     def evaluate(provider: str, module: nn.Module, images: Tensor) -> list[Tensor]:
         begin_step(provider)
@@ -67,7 +66,7 @@ def test_model(
         def results(provider: str) -> list[Tensor]:
             if provider == EXACT:
                 return exact_results(dataclasses.replace(train, precision="fp32"), training, seed)
-            module, given = available.get(provider, eager), to_layout(provider, images)
+            module, given = runnable.get(provider, eager), to_layout(provider, images)
             if not training:
                 return evaluate(provider, module, given)
             begin_step(provider)
@@ -88,11 +87,11 @@ def test_model(
 
         return run
 
-    notes = check_accuracy(draw, available, precision.eps)
+    notes = check_accuracy(draw, runnable, precision.eps)
     roofline_ms = (
         limit(step(arch, BATCH, SIZE, precision.name, whole=True), ceilings) * 1e3 if training else None
     )
-    providers = make_providers(candidates, notes, run_of)
+    providers = make_providers(names, runnable, notes | missing, run_of)
     for provider in providers:
         measured = probed.get(provider.name, {})
         provider.first_step_ms, provider.peak_mb = measured.get("first_step_ms"), measured.get("peak_mb")

@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.conftest import Compare
-from benchmarks.harness import BATCH
-from benchmarks.peers import PEERS, Missing, peer_op
-from benchmarks.providers import make_providers, to_layout
+from benchmarks.providers import BATCH, PEERS, make_providers, to_layout
 from benchmarks.roofline import Ceilings, op_bytes
 from resnet_fused import functional as fused
 from resnet_fused.cli.precision import Precision
@@ -87,14 +85,10 @@ def make_inputs(
     return [make(kind) for kind in kinds]
 
 
-def function_of(
-    provider: str, name: str, channels: int, dtype: torch.dtype, device: torch.device
-) -> Function | Missing:
+def function_of(provider: str, name: str) -> Function:
     eager, ours, *_ = OPS[name]
     if provider in COMPILED:
         return torch.compile(eager, mode=COMPILED[provider], dynamic=False)
-    if provider in PEERS:
-        return peer_op(provider, name, dtype, channels, device)
     return ours if provider == OURS else eager
 
 
@@ -111,8 +105,7 @@ def test_op(
 ) -> None:
     torch.compiler.reset()
     eager, *_, kinds = OPS[name]
-    candidates = {key: function_of(key, name, channels, precision.dtype, device) for key in names}
-    available = {key: op for key, op in candidates.items() if not isinstance(op, Missing)}
+    functions = {key: function_of(key, name) for key in names if key not in PEERS}
     inputs: list[Tensor] = []
     grad = torch.empty(0)
 
@@ -125,12 +118,12 @@ def test_op(
         def results(provider: str) -> list[Tensor]:
             begin_step(provider)
             given = [_leaf(provider, x, torch.float64 if provider == EXACT else x.dtype) for x in inputs]
-            out = available.get(provider, eager)(*given)
+            out = functions.get(provider, eager)(*given)
             return [out.detach(), *torch.autograd.grad(out, given, grad.to(out.dtype))]
 
         return results
 
-    notes = check_accuracy(draw, available, precision.eps)
+    notes = check_accuracy(draw, functions, precision.eps)
 
     def run_of(provider: str, op: Function) -> Callable[[], object]:
         given = [_leaf(provider, x, x.dtype) for x in inputs]
@@ -145,7 +138,7 @@ def test_op(
     shape = (BATCH, channels, size, size)
     roofline_ms = op_bytes(name, shape, precision.name) / ceilings.bandwidth * 1e3
     case = Case(LAYER, name, "fwd_bwd", precision.name, BATCH, "x".join(map(str, shape)), roofline_ms)
-    compare(case, make_providers(candidates, notes, run_of), 12 if size > 28 else 24)
+    compare(case, make_providers(functions, functions, notes, run_of), 12 if size > 28 else 24)
 
 
 def _leaf(provider: str, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -29,14 +29,14 @@ _FLOAT = re.compile(r"\d+e-?\d+")
 def inputs(ratio: float, dtype: torch.dtype) -> dict[str, Tensor]:
     """Input of |mean| / std = ratio (P, K), weight (N, K), residual and gradient (P, N), gamma and beta (N)."""
     torch.manual_seed(0)
-    made = {
+    tensors = {
         "x": torch.randn(PIXELS, K) + ratio * torch.randn(K).sign(),
         "W": torch.randn(N, K) / K**0.5,
         "residual": torch.randn(PIXELS, N),
         "grad": torch.randn(PIXELS, N),
     }
-    made = {name: t.to(dtype) for name, t in made.items()}
-    return made | {"gamma": torch.rand(N) + 0.5, "beta": torch.randn(N) * 0.3}
+    tensors = {name: t.to(dtype) for name, t in tensors.items()}
+    return tensors | {"gamma": torch.rand(N) + 0.5, "beta": torch.randn(N) * 0.3}
 
 
 def eager(t: dict[str, Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:

@@ -38,7 +38,9 @@ def relative_error(x: Tensor, exact: Tensor, size: float | None = None) -> float
         size: of ``exact``, where it is known. Differences are taken in the dtype of ``exact``.
     """
     pairs = zip(_parts(x), _parts(exact, like=x), strict=True)
-    return _ratio(math.hypot(*(_norm(_difference(a, b)) for a, b in pairs)), exact, size)
+    error = math.hypot(*(_norm(_difference(a, b)) for a, b in pairs))
+    size = size_of(exact) if size is None else size
+    return error / size if size else (math.inf if error else 0.0)
 
 
 def element_error(x: Tensor, exact: Tensor, size: float | None = None) -> float:
@@ -107,10 +109,3 @@ def _difference(x: Tensor, exact: Tensor) -> Tensor:
 
 def _norm(x: Tensor, order: int = 2) -> float:
     return float(torch.linalg.vector_norm(x, order, dtype=torch.float64))
-
-
-def _ratio(error: float, exact: Tensor, size: float | None) -> float:
-    size = size_of(exact) if size is None else size
-    if size == 0:
-        return 0.0 if error == 0 else math.inf
-    return error / size

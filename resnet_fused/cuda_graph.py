@@ -148,6 +148,7 @@ class GraphedStep:
 
     def _signature(self, images: Tensor, labels: Tensor) -> list[Any]:
         """All that a captured step holds fast: steps are alike where it is equal."""
+        hyperparameters = [name for name in self._optimizer.defaults if name != "lr"]
         return [
             [(x.shape, x.stride(), x.dtype) for x in (images, labels)],
             [module.training for module in self._modules],
@@ -156,14 +157,11 @@ class GraphedStep:
                 (
                     len(group["params"]),
                     # A tensor is read when the step runs.
-                    [id(x) if isinstance(x, Tensor) else x for x in map(group.get, self._hyperparameters())],
+                    [id(x) if isinstance(x, Tensor) else x for x in map(group.get, hyperparameters)],
                 )
                 for group in self._optimizer.param_groups
             ],
         ]
-
-    def _hyperparameters(self) -> list[str]:
-        return [name for name in self._optimizer.defaults if name != "lr"]
 
     def _step(self, images: Tensor, labels: Tensor) -> Outputs:
         self._optimizer.zero_grad(set_to_none=True)

@@ -64,7 +64,9 @@ def milliseconds(run: Callable[[], object], device: torch.device) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
-def quantiles(values: Sequence[float], *names: str) -> dict[str, float | None]:
+def quantiles(
+    values: Sequence[float], names: Sequence[str] = ("median", "p20", "p80")
+) -> dict[str, float | None]:
     """Median, 20th and 80th percentile under three names; None for no values."""
     if not values:
         return dict.fromkeys(names)
@@ -169,12 +171,12 @@ class Comparison:
             {
                 **asdict(self.case),
                 "impl": provider.name,
-                **quantiles(provider.times, "median_ms", "p20_ms", "p80_ms"),
+                **quantiles(provider.times, ("median_ms", "p20_ms", "p80_ms")),
                 "rounds": len(provider.times),
                 "peak_mb": provider.peak_mb,
                 "first_step_ms": provider.first_step_ms,
                 "checked": provider.checked and bool(provider.times),
-                **quantiles(self.ratios(self.ours, provider), "ratio", "ratio_p20", "ratio_p80"),
+                **quantiles(self.ratios(self.ours, provider), ("ratio", "ratio_p20", "ratio_p80")),
                 "note": provider.note,
             }
             for provider in self.providers
@@ -301,7 +303,9 @@ def check_accuracy(
         progress(count / len(seeds), "float64")
         results = draw(seed)
         try:
-            exact = results(EXACT)
+            # Float64 convolutions are too slow to try several algorithms of each.
+            with torch.backends.cudnn.flags(enabled=True, benchmark=False):
+                exact = results(EXACT)
         except torch.OutOfMemoryError:
             return dict.fromkeys(names, "not checked: not enough memory for float64, try a smaller batch")
         for i, name in enumerate(names, 1):
@@ -343,9 +347,7 @@ def header(
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": importlib.import_module("triton").__version__
-        if importlib.util.find_spec("triton")
-        else None,
+        "triton": triton_version(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if torch.version.cuda else None,
         "resnet_fused": __version__,
@@ -355,6 +357,11 @@ def header(
         "seconds": round(seconds, 1),
         "ceilings": ceilings or {},
     }
+
+
+def triton_version() -> str | None:
+    """None where it is not installed."""
+    return importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None
 
 
 def device_name(device: torch.device) -> str:

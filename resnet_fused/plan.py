@@ -5,8 +5,8 @@ The same code runs as in training; kernels are recorded instead of started.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,12 +89,11 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        namespace, _, name = func._schema.name.partition("::")
-        composed = IMPLEMENTATIONS[name].composed if namespace == "resnet_fused" else None
-        if composed is not None:
+        if composed := composition(func, args):
             with self:
-                return composed(*_complete(func, args))
+                return composed()
         result = func(*args, **(kwargs or {}))
+        namespace, _, name = func._schema.name.partition("::")
         native = namespace == "resnet_fused"
         if _is_free(func, name):
             return result
@@ -108,25 +107,20 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-def _complete(func: Any, args: Sequence[Any]) -> list[Any]:
-    """``args`` with the defaults of those that were not given."""
-    return [*args, *(a.default_value for a in func._schema.arguments[len(args) :])]
+def composition(func: Any, args: Sequence[Any]) -> Callable[[], Any] | None:
+    """A call of an op of ours as one of the operators that it is composed of; None for other operators."""
+    namespace, _, name = func._schema.name.partition("::")
+    composed = IMPLEMENTATIONS[name].composed if namespace == "resnet_fused" else None
+    if composed is None:
+        return None
+    defaults = (a.default_value for a in func._schema.arguments[len(args) :])
+    return functools.partial(composed, *args, *defaults)
 
 
 def _is_free(func: Any, name: str) -> bool:
     """Whether an operator starts no kernel: it returns a view or uninitialized memory."""
     views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
     return views or name.startswith(("empty", "new_empty", "fresh_like", "detach", "_unsafe_view"))
-
-
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def plan(arch: str, batch: int, dtype: str = "bf16", image_size: int = 224) -> list[Planned]:
@@ -146,7 +140,7 @@ def plan(arch: str, batch: int, dtype: str = "bf16", image_size: int = 224) -> l
     if reason := why_not_triton("meta"):
         raise ValueError(f"a plan needs Triton kernels: {reason}")
     recorder = _Recorder(batch)
-    with torch.device("meta"), _tf32(dtype == "tf32"):
+    with torch.device("meta"), torch.backends.cudnn.flags(enabled=True, allow_tf32=dtype == "tf32"):
         model = getattr(models, arch)().to(DTYPES[dtype], memory_format=torch.channels_last)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):

@@ -20,12 +20,12 @@ Batch = tuple[Tensor, Tensor]
 
 def tensors_of(step: GraphedStep) -> list[Tensor]:
     """All that a step of training changes."""
-    found = [*step._model.state_dict().values()]
+    tensors = [*step._model.state_dict().values()]
     for state in step._optimizer.state.values():
-        found += [x for x in state.values() if isinstance(x, Tensor)]
+        tensors += [x for x in state.values() if isinstance(x, Tensor)]
     if step._scaler is not None:
-        found += [step._scaler._scale, step._scaler._growth_tracker]
-    return found
+        tensors += [step._scaler._scale, step._scaler._growth_tracker]
+    return tensors
 
 
 class StandIn:
@@ -79,7 +79,7 @@ class StepOnCPU(GraphedStep):
         return graph, graph.outputs
 
 
-def made(seed: int = 0) -> nn.Sequential:
+def small_model(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, bias=False),
@@ -130,34 +130,34 @@ def eager_step(
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    found = {name: x.detach().clone() for name, x in model.state_dict().items()}
-    found |= {
+    tensors = {name: x.detach().clone() for name, x in model.state_dict().items()}
+    tensors |= {
         f"{name} gradient": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
     }
     for index, state in enumerate(optimizer.state.values()):
-        found |= {f"{key} {index}": x.clone() for key, x in state.items() if isinstance(x, Tensor)}
-    return found
+        tensors |= {f"{key} {index}": x.clone() for key, x in state.items() if isinstance(x, Tensor)}
+    return tensors
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(given: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert given.keys() == expected.keys()
     for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+        assert torch.equal(given[name], value), name
 
 
 def compare(batches: list[Batch], make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> StepOnCPU:
     """Both train on the same batches with a schedule; returns the captured one."""
-    model = made()
+    model = small_model()
     other = copy.deepcopy(model)
     optimizers = make_optimizer(model), make_optimizer(other)
     schedules = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8) for optimizer in optimizers]
     step = StepOnCPU(model, optimizers[0], F.cross_entropy, warmup=WARMUP)
     for index, (images, labels) in enumerate(batches):
         torch.manual_seed(index)
-        found = step(images, labels)
+        results = step(images, labels)
         torch.manual_seed(index)
         expected = eager_step(other, optimizers[1], images, labels)
-        for ours, theirs in zip(found, expected, strict=True):
+        for ours, theirs in zip(results, expected, strict=True):
             assert torch.equal(ours, theirs), index
         assert_same(state_of(model, optimizers[0]), state_of(other, optimizers[1]))
         for schedule in schedules:

@@ -48,8 +48,8 @@ def test_no_dimensions_and_no_elements() -> None:
 def test_bits_are_counted() -> None:
     a, b = (torch.randint(256, (3 * MASK_PART + 5,), dtype=torch.uint8) for _ in range(2))
     expected = [bin(x ^ y).count("1") for x, y in zip(a.tolist(), b.tolist(), strict=True)]
-    found = bits_that_differ(a.view(1, -1), b.view(1, -1))
-    assert found.tolist() == [sum(expected[i : i + MASK_PART]) for i in range(0, len(expected), MASK_PART)]
+    counted = bits_that_differ(a.view(1, -1), b.view(1, -1))
+    assert counted.tolist() == [sum(expected[i : i + MASK_PART]) for i in range(0, len(expected), MASK_PART)]
 
 
 def test_a_mask_may_differ_in_a_few_bits_anywhere_and_in_few_of_a_part() -> None:

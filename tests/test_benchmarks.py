@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,64 +12,29 @@ import torch
 from torch import nn
 
 from benchmarks import report
-from benchmarks.harness import table, write_results
-from benchmarks.peers import PEERS, Missing
-from benchmarks.providers import NAMES, make_providers, modules
-from benchmarks.roofline import Ceilings
+from benchmarks.providers import NAMES, PEERS, make_providers, modules
 from resnet_fused import reference
-from resnet_fused.cli.precision import PRECISIONS
-from resnet_fused.measure import EAGER, OURS, Case, Comparison, Provider
-
-CPU = torch.device("cpu")
-CASE = Case("block", "resnet18 layer1.0", "fwd_bwd", "fp32", 2, "2x3x4x4", 0.5)
+from resnet_fused.measure import EAGER, OURS
 
 
-@pytest.fixture
-def comparison() -> Comparison:
-    """Ours takes 2 ms always, eager 4, 6 and 8; another is wrong, and one is missing."""
-    providers = [
-        Provider(OURS, list, times=[2.0] * 3),
-        Provider(EAGER, list, times=[4.0, 6.0, 8.0]),
-        Provider("compile_default", list, "wrong result 0", times=[1.0] * 3),
-        Provider("apex", note="not installed"),
-    ]
-    return Comparison(CASE, providers, CPU)
+@pytest.mark.parametrize("block", ["", "layer2.0"])
+def test_modules_have_the_same_weights(block: str) -> None:
+    eager, fused = reference.resnet18().get_submodule(block), nn.Identity()
+    runnable, missing = modules(NAMES, "resnet18", block, eager, fused)
+    assert {*runnable, *missing} == {*NAMES} and {*missing} <= {*PEERS} and runnable[OURS] is fused
+    for name in {*NAMES} - {OURS, *missing}:
+        assert runnable[name] is not eager, "a step of one would change the weights of another"
+        for weight, expected in zip(runnable[name].parameters(), eager.parameters(), strict=True):
+            assert torch.equal(weight, expected), name
 
 
-def test_table(comparison: Comparison) -> None:
-    text = table([comparison, comparison])
-    assert "3.00x  2.40 - 3.60" in text and "geometric mean" in text and "3.00x  worst 3.00x" in text
-    assert "0.50x" not in text, "the speed of what computes something else"
-    assert "compile_default, block fp32: wrong result 0" in text
-    assert "apex, block fp32: not installed" in text
-    comparison.ours.note = "wrong result 1"
-    assert "3.00x" not in table([comparison])
-
-
-def test_results_are_what_reports_read(comparison: Comparison, tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "results.json"
-    write_results(path, CPU, [comparison], 1.0, {"fp32": Ceilings(1e9, 1e12)})
-    header, rows = report.read(path)
-    assert header["ceilings"] == {"fp32": {"bandwidth": 1e9, "flops": 1e12}}
-    found = rows.set_index("impl")
-    assert found.loc[EAGER, report.RATIO].tolist() == pytest.approx([3.0, 2.4, 3.6])
-    assert found.loc["compile_default", report.RATIO].isna().all()
-    assert found.why[["apex", "compile_default"]].tolist() == ["not measured", "not checked"]
-
-
-def test_modules_have_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("torchvision", "timm"):
-        monkeypatch.setitem(sys.modules, name, None)
-    eager, fused = reference.BasicBlock(8, 8), reference.BasicBlock(8, 8)
-    found = modules(NAMES, "resnet18", "layer1.0", eager, fused, PRECISIONS["fp32"])
-    assert tuple(found) == NAMES and found[OURS] is fused
-    assert {name for name, module in found.items() if isinstance(module, Missing)} == set(PEERS)
-    for name, module in found.items():
-        if isinstance(module, nn.Module) and module is not fused:
-            assert module is not eager, "a step of one would change the weights of another"
-            assert torch.equal(module.conv1.weight, eager.conv1.weight), name
-    providers = make_providers(found, dict.fromkeys(NAMES, ""), lambda name, module: list)
-    assert [provider.name for provider in providers if provider.run is None] == list(PEERS)
+def test_a_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    names, block = (OURS, "timm"), nn.Identity()
+    runnable, missing = modules(names, "resnet18", "layer1.0", block, block)
+    ours, peer = make_providers(names, runnable, {OURS: ""} | missing, lambda name, module: list)
+    assert ours.checked and peer.run is None
+    assert "timm could not be imported (" in peer.note and "pip install timm" in peer.note
 
 
 @pytest.mark.parametrize(
@@ -87,14 +51,17 @@ def test_bad_options(arguments: list[str], message: str) -> None:
 
 
 def test_an_op_end_to_end(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    arguments = ["--dtypes", "fp32", "--impls", f"{EAGER},apex", "-k", "bn_relu-512-7"]
+    """Its results file is one that reports read."""
+    path = tmp_path / "deep" / "results.json"
+    arguments = ["--dtypes", "fp32", "--impls", f"{EAGER},timm", "-k", "bn_relu-512-7"]
     done = suite("benchmarks/test_ops.py", *arguments, "--results", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
-    ours, eager, apex = json.loads(path.read_text())["rows"]
+    header, rows = report.read(path)
+    assert header["ceilings"]["fp32"]["bandwidth"] > 0
+    ours, eager = rows.to_dict("records")
     assert (ours["impl"], ours["name"], ours["checked"]) == (OURS, "bn_relu", True)
     assert eager["checked"] and eager["ratio"] > 0 and ours["roofline_ms"] > 0
-    assert not apex["checked"] and apex["median_ms"] is None and apex["note"]
+    assert f"{eager['ratio']:.2f}x" in done.stdout and "2x512x7x7" in done.stdout
 
 
 def suite(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -63,9 +63,9 @@ def test_captured(arch: str, choice: str, dtype: torch.dtype | None, make_optimi
         for index, count in enumerate(sizes):
             images, labels = batch(count, 64, "cuda", 10)
             assert step.is_captured == (index > WARMUP)
-            found = step(images, labels)
+            results = step(images, labels)
             expected = eager_step(other, optimizers[1], images, labels, dtype, scalers[1])
-            for ours, theirs in zip(found, expected, strict=True):
+            for ours, theirs in zip(results, expected, strict=True):
                 assert torch.equal(ours, theirs), index
             assert_same(state_of(model, optimizers[0]), state_of(other, optimizers[1]))
             for schedule in schedules:

@@ -33,11 +33,11 @@ def test_differences() -> None:
     step = now["launches"]["resnet50 bf16"]
     step["all"] += 2
     step["by kernel"]["slow"] = 1
-    now["memory"]["resnet18 fused"]["kept bytes fp32"] = 5
-    before = table["memory"]["resnet18 fused"]["kept bytes fp32"]
+    now["memory"]["resnet18 fused"]["saved bytes fp32"] = 5
+    before = table["memory"]["resnet18 fused"]["saved bytes fp32"]
     assert counts.differences(table, now) == [
         f"launches, resnet50 bf16, all: {step['all'] - 2} in the table, {step['all']} now (worse)",
-        f"memory, resnet18 fused, kept bytes fp32: {before} in the table, 5 now (better)",
+        f"memory, resnet18 fused, saved bytes fp32: {before} in the table, 5 now (better)",
         "launches, resnet50 bf16, by kernel, slow: nothing in the table, 1 now",
     ]
 
@@ -65,8 +65,8 @@ def test_one_tensor_more_inside_an_op_is_counted(monkeypatch: pytest.MonkeyPatch
     def wasteful(a: list[Tensor], *rest: Tensor) -> tuple[Tensor, ...]:
         nonlocal calls
         calls += 1
-        found: tuple[Tensor, ...] = plain([a[0].clone(), *a[1:]], *rest)
-        return found
+        results: tuple[Tensor, ...] = plain([a[0].clone(), *a[1:]], *rest)
+        return results
 
     monkeypatch.setitem(IMPLEMENTATIONS, "conv1x1_bn_add_relu", implementations._replace(composed=wasteful))
     assert counts.large_tensors(model) == (large[0] + calls, large[1]) and calls > 0

@@ -17,40 +17,41 @@ from torch import Tensor, nn
 from resnet_fused import GraphedStep
 from tests.graphed_steps import (
     WARMUP,
+    Batch,
     StepOnCPU,
     assert_same,
     batch,
     compare,
     eager_step,
-    made,
     sgd,
+    small_model,
     state_of,
 )
 
 
+def usual(count: int = WARMUP + 1) -> list[Batch]:
+    """With these a step is captured."""
+    return [batch() for _ in range(count)]
+
+
 def test_trains_as_eager_steps_do() -> None:
-    step = compare([batch() for _ in range(WARMUP + 5)], sgd)
-    assert step.captures == 1
+    assert compare(usual(WARMUP + 5), sgd).captures == 1
 
 
 def test_last_batches_of_epochs_run_eagerly() -> None:
     """However many epochs there are: they do not follow each other."""
-    epoch = [*(batch() for _ in range(WARMUP + 1)), batch(3)]
-    step = compare(epoch * (WARMUP + 2), sgd)
+    step = compare([*usual(), batch(3)] * (WARMUP + 2), sgd)
     assert step.captures == 1 and step._captured[0][0][0] == (4, 3, 8, 8)
 
 
-def test_other_batches_are_captured_once_they_follow_each_other() -> None:
-    grown = [batch(size=10) for _ in range(WARMUP)]
-    step = compare([*(batch() for _ in range(WARMUP + 1)), *grown], sgd)
-    assert step.captures == 1
-    step = compare([*(batch() for _ in range(WARMUP + 1)), *grown, batch(size=10), batch(size=10)], sgd)
-    assert step.captures == 2
+@pytest.mark.parametrize(("count", "captures"), [(WARMUP, 1), (WARMUP + 2, 2)])
+def test_other_batches_are_captured_once_they_follow_each_other(count: int, captures: int) -> None:
+    assert compare([*usual(), *(batch(size=10) for _ in range(count))], sgd).captures == captures
 
 
 def test_another_layout_is_not_replayed() -> None:
     images, labels = batch()
-    step = compare([*(batch() for _ in range(WARMUP + 1)), (images.contiguous(), labels)], sgd)
+    step = compare([*usual(), (images.contiguous(), labels)], sgd)
     assert step.captures == 1 and step._alike == 1
 
 
@@ -67,11 +68,11 @@ def test_other_optimizers() -> None:
                 for p in group["params"]:
                     p.sub_(p.grad.sign() * group["lr"])
 
-    assert compare([batch() for _ in range(WARMUP + 3)], lambda model: Lion(model.parameters())).captures == 1
+    assert compare(usual(WARMUP + 3), lambda model: Lion(model.parameters())).captures == 1
 
 
 def trained(steps: int = WARMUP + 1, **options: Any) -> tuple[StepOnCPU, nn.Module, torch.optim.SGD]:
-    model = made()
+    model = small_model()
     optimizer = sgd(model)
     step = StepOnCPU(model, optimizer, F.cross_entropy, warmup=WARMUP, **options)
     for _ in range(steps):
@@ -101,9 +102,9 @@ def test_neither_construction_nor_capture_changes_anything() -> None:
 def test_results_are_the_callers() -> None:
     step, *_ = trained()
     loss, logits = step(*batch())
-    kept = loss.clone(), logits.clone()
+    copies = loss.clone(), logits.clone()
     step(*batch())
-    assert torch.equal(loss, kept[0]) and torch.equal(logits, kept[1])
+    assert torch.equal(loss, copies[0]) and torch.equal(logits, copies[1])
     assert not loss.requires_grad and not logits.requires_grad
 
 
@@ -217,7 +218,7 @@ def test_autocast_is_that_of_the_step() -> None:
         seen.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
         return F.cross_entropy(logits, labels)
 
-    model = made()
+    model = small_model()
     logits = StepOnCPU(model, sgd(model), loss, autocast=torch.bfloat16)(*batch())[1]
     assert logits.dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
@@ -226,7 +227,7 @@ def test_autocast_is_that_of_the_step() -> None:
 
 
 def refused(match: str, optimizer: Callable[[nn.Module], Any] = sgd, **options: Any) -> None:
-    model = made()
+    model = small_model()
     with pytest.raises(ValueError, match=match):
         StepOnCPU(model, optimizer(model), F.cross_entropy, **options)
 
@@ -258,7 +259,7 @@ def test_an_optimizer_that_became_one_by_loading_is_refused_before_the_capture()
 def test_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     refused("warmup must be at least 1, got 0", warmup=0)
     refused("autocast must be", autocast=torch.float32)
-    model = made()
+    model = small_model()
     with pytest.raises(ValueError, match="a model on one CUDA device; this one is on cpu"):
         GraphedStep(model, sgd(model), F.cross_entropy)
     nothing = nn.ReLU()

@@ -58,16 +58,16 @@ def test_iterations_cover_the_work() -> None:
 
 def test_tables() -> None:
     code = Code((100, 50), 1000, registers=130, shared=60 << 10)
-    found = [(launch, code) for launch in launches("resnet18", 32, "bf16") if launch.name in PASSES]
-    bounds = [bound(*pair) for pair in found]
+    launched = [(launch, code) for launch in launches("resnet18", 32, "bf16") if launch.name in PASSES]
+    bounds = [bound(*pair) for pair in launched]
     assert all(
         b.instructions > 0 and b.expected > b.roofline == max(b.memory, b.tensor_cores) for b in bounds
     )
-    tables = tables_of(frame_of(found))
+    tables = tables_of(frame_of(launched))
     *rows, total = [row.split(" | ") for row in tables["kernels"].splitlines()[2:]]
-    assert sum(int(row[1]) for row in rows) == int(total[1]) == len(found)
+    assert sum(int(row[1]) for row in rows) == int(total[1]) == len(launched)
     assert all("| 130 | 60 | " in row for row in tables["resources"].splitlines()[2:])
-    assert sum(int(row.split(" | ")[3]) for row in tables["excess"].splitlines()[2:]) <= len(found)
+    assert sum(int(row.split(" | ")[3]) for row in tables["excess"].splitlines()[2:]) <= len(launched)
 
 
 def test_excess_is_what_goes_beyond_the_roofline() -> None:

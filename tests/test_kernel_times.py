@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ from torch.autograd import DeviceType
 
 from benchmarks.roofline import Ceilings
 from resnet_fused.kernels.launch import Config, Launch
+from resnet_fused.kernels.launch import launch as start
 from tests import gpu_small
 from tools import kernel_times
 from tools.kernel_times import grouped, split, table, timed
@@ -18,7 +21,7 @@ from tools.kernel_times import grouped, split, table, timed
 def test_needs_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert kernel_times.main([]) == 2 and "needs a CUDA device" in capsys.readouterr().err
-    assert gpu_small.main() == 2 and "needs a CUDA device" in capsys.readouterr().err
+    assert gpu_small.main([]) == 2 and "needs a CUDA device" in capsys.readouterr().err
 
 
 def launch(size: int, flops: int) -> Launch:
@@ -61,3 +64,39 @@ def test_what_the_profiler_saw_is_split() -> None:
         event("never_ran", 0.0),
     ]
     assert split(events, {"some_kernel"}) == (3.0, [("Memset", 2, 2.0), ("vendor_gemm", 2, 1.0)])
+
+
+def test_the_launches_that_are_profiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each kernel over activations the one with most operations."""
+    ran: list[tuple[str, int, bool]] = []
+    profiling = [False]
+
+    def step() -> None:
+        for name, flops in (("conv_bn_stats", 1), ("sum", 9), ("conv_bn_stats", 2), ("dgrad", 3)):
+            start(SimpleNamespace(__name__=f"{name}_kernel"), (1,), {"x": x}, {}, Config(), flops=flops)
+
+    x = torch.empty(1, device="meta")
+    monkeypatch.setattr(Launch, "run", lambda self: ran.append((self.name, self.flops, profiling[-1])))
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    monkeypatch.setattr("torch.cuda.profiler.start", lambda: profiling.append(True))
+    monkeypatch.setattr("torch.cuda.profiler.stop", lambda: profiling.append(False))
+    kernel_times.profile_largest(step)
+    assert ran == [("conv_bn_stats", 2, True), ("dgrad", 3, True)]
+
+
+def test_an_interrupted_search_leaves_its_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    search = "resnet_fused.kernels.autotune.search"
+    monkeypatch.setattr(f"{search}.write_table", lambda path: path.write_text("{}"))
+    monkeypatch.setattr(f"{search}.entries", list)
+    monkeypatch.setattr(f"{search}.summary", lambda: {"tuning keys": 3})
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kernel_times.tune(interrupted, tmp_path / "tuned.json")
+    assert os.listdir(tmp_path) == ["tuned.json"]
+    assert "tuning keys 3; 0 s" in capsys.readouterr().out

@@ -27,7 +27,7 @@ OP = {"layer": "op", "name": "bn_relu", "mode": "fwd_bwd", "shape": "16x64x112x1
 
 def rows(case: Row, times: dict[str, float | None] = TIMES, **changes: Row) -> list[Row]:
     """A row per implementation, with a spread of 10 % to either side; ``changes`` by implementation."""
-    found = []
+    of_impls = []
     for impl, time in times.items():
         ratio = None if time is None or impl == "resnet_fused" else time / (times["resnet_fused"] or 1)
         row = {**case, "dtype": "bf16", "batch": 16, "impl": impl, "checked": time is not None, "note": ""}
@@ -35,28 +35,28 @@ def rows(case: Row, times: dict[str, float | None] = TIMES, **changes: Row) -> l
             row |= {key: value and value * share for key, share in zip(keys, (1, 0.9, 1.1), strict=True)}
         is_model = case["layer"] == "model" and time is not None
         row |= {"peak_mb": 100 * time if is_model else None, "first_step_ms": 2 * time if is_model else None}
-        found.append({**row, "roofline_ms": 4.0, **changes.get(impl, {})})
-    return found
+        of_impls.append({**row, "roofline_ms": 4.0, **changes.get(impl, {})})
+    return of_impls
 
 
-def write(folder: Path, name: str, found: list[Row], **header: object) -> Path:
+def write(folder: Path, name: str, measured: list[Row], **header: object) -> Path:
     path = folder / name
-    path.write_text(json.dumps({"header": {**HEADER, **header}, "rows": found}))
+    path.write_text(json.dumps({"header": {**HEADER, **header}, "rows": measured}))
     return path
 
 
 def texts(folder: Path) -> tuple[str, str]:
     """The tables of README.md and of RESULTS.md."""
-    found = report.devices(folder)
-    return report.readme(found), report.results(found)
+    of_devices = report.devices(folder)
+    return report.readme(of_devices), report.results(of_devices)
 
 
 def line(text: str, *words: str) -> list[str]:
     """The cells of the only line of a table that begins with these."""
     lines = [part.strip("| ").split(" | ") for part in text.splitlines()]
-    found = [cells[len(words) :] for cells in lines if cells[: len(words)] == [*words]]
-    assert len(found) == 1, (words, found)
-    return [cell.strip() for cell in found[0]]
+    rest = [cells[len(words) :] for cells in lines if cells[: len(words)] == [*words]]
+    assert len(rest) == 1, (words, rest)
+    return [cell.strip() for cell in rest[0]]
 
 
 def test_figures_are_those_of_the_file(tmp_path: Path) -> None:
@@ -76,17 +76,6 @@ def test_figures_are_those_of_the_file(tmp_path: Path) -> None:
     assert line(results, "bn_relu", "16x64x112x112")[-1] == "0.500, 2.00x [1.80-2.20]"
     for fact in ("Some CPU, 2 threads", "2026-01-02 03:04 UTC", "commit 0123456;", "50 GB/s, 300 GFLOP/s"):
         assert fact in results
-
-
-def test_charts(tmp_path: Path) -> None:
-    write(tmp_path, "a.json", [*rows(MODEL), *rows(BLOCK, TIMES, compile_default={"checked": False})])
-    (device,) = report.devices(tmp_path)
-    model, block = (report.chart_data(device, layer) for layer in ("model", "block"))
-    assert model is not None and block is not None and report.chart_data(device, "op") is None
-    assert model[model.impl == "resnet_fused"].value.tolist() == [1600.0, 1000.0]
-    assert block[["impl", "value"]].values.tolist() == [["eager_channels_last", 2.0]]
-    texts = [text.get_text() for axes in report.draw(model).axes for text in axes.texts]
-    assert texts == ["1,600", "800", "1,067", "1,000", "2,000", "1,500"]
 
 
 def test_the_newest_of_each_device_and_layer(tmp_path: Path) -> None:
@@ -120,22 +109,6 @@ def test_unchecked_is_no_speed_up(tmp_path: Path, case: Row, wrong: str) -> None
     assert "not checked: a result differs" in texts(tmp_path)[1]
     data = report.chart_data(report.devices(tmp_path)[0], case["layer"])
     assert data is None or (wrong not in {*data.impl} and 7.77 not in {*data.value})
-
-
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
-    note = {"note": "not installed: | <none>\nat all"}
-    other = rows({**BLOCK, "name": "resnet50 layer1.1"}, {**TIMES, "apex": None}, apex=note)
-    write(tmp_path, "a.json", [*rows(BLOCK), *other])
-    readme, results = texts(tmp_path)
-    assert "\napex: not measured: not installed: \\| &lt;none> at all" in results
-    assert line(results, "layer1.1", "16x64x56x56")[-1] == "not measured"
-    assert line(readme, "resnet50 blocks, 2", "bf16")[0] == "2.00x (worst 2.00x)"
-    write(
-        tmp_path,
-        "a.json",
-        [*rows(BLOCK), *rows({**BLOCK, "name": "resnet50 b"}, {**TIMES, "compile_default": None})],
-    )
-    assert line(texts(tmp_path)[0], "resnet50 blocks, 2", "bf16")[1] == "1.50x (worst 1.50x, 1 of 2)"
 
 
 @pytest.mark.parametrize(

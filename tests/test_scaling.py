@@ -14,9 +14,9 @@ def test_a_small_run(tmp_path: Path) -> None:
     """All four curves, checked, and the tables of a page."""
     file = tmp_path / "folder" / "quick.json"
     assert scaling.main([str(file), "--quick"]) == 0
-    found = json.loads(file.read_text())
-    assert found["header"]["ceilings"]["fp32"]["bandwidth"] > 0
-    rows = found["curves"]
+    results = json.loads(file.read_text())
+    assert results["header"]["ceilings"]["fp32"]["bandwidth"] > 0
+    rows = results["curves"]
     assert {row["curve"] for row in rows} == {"batch", "image_size", "depth", "ranks"}
     assert {(row["x"], row["variant"], row["impl"]) for row in rows if row["curve"] == "ranks"} == {
         *((ranks, "alone", impl) for ranks in (1, 2) for impl in scaling.IMPLS),

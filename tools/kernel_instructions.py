@@ -112,16 +112,16 @@ def code_of(listing: str) -> Code:
             labels[label[1]] = len(lines)
         elif instruction := _INSTRUCTION.match(line):
             lines.append(instruction[1])
-    found = []
+    spans = []
     for end, line in enumerate(lines):
         branch = _BRANCH.search(line)
         begin = labels.get(branch[1], end) if branch else end
         if begin < end and any(_MMA.search(each) for each in lines[begin : end + 1]):
-            found.append((begin, end))
+            spans.append((begin, end))
     innermost = [
         (begin, end)
-        for begin, end in found
-        if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in found)
+        for begin, end in spans
+        if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in spans)
     ]
     loops = tuple(end - begin + 1 for begin, end in innermost)
     return Code(loops, len(lines) - sum(loops))
@@ -161,14 +161,14 @@ def bound(launch: Launch, code: Code) -> Bound:
 
 def disassembled(what: Specialisation, arch: int = 90) -> Code:
     """Compiles a kernel and counts; raises CompileError where it does not compile."""
-    made = binary(what, arch)
+    kernel = binary(what, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
+        file.write(kernel.asm["cubin"])
         file.flush()
         command = [str(nvidia_tool("nvdisasm")), "-c", file.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     code = code_of(listing)
-    return Code(code.loops, code.rest, usage(made.asm["cubin"])["REG"], int(made.metadata.shared))
+    return Code(code.loops, code.rest, usage(kernel.asm["cubin"])["REG"], int(kernel.metadata.shared))
 
 
 def counted(arch: str = ARCH, batch: int = BATCH) -> list[tuple[Launch, Code]]:
@@ -182,12 +182,12 @@ def counted(arch: str = ARCH, batch: int = BATCH) -> list[tuple[Launch, Code]]:
     return [(launch, codes[what]) for launch, what in zip(chosen, needed, strict=True)]
 
 
-def frame_of(found: list[tuple[Launch, Code]]) -> pd.DataFrame:
+def frame_of(counted_launches: list[tuple[Launch, Code]]) -> pd.DataFrame:
     """A row per launch; times in seconds."""
     import pandas as pd
 
     rows = []
-    for launch, code in found:
+    for launch, code in counted_launches:
         b = bound(launch, code)
         rows.append(
             {

@@ -157,13 +157,13 @@ def specialisation(launch: Launch, arch: int = 90) -> Specialisation:
     """What Triton would compile for a launch whose tensors start at multiples of 16 bytes (meta tensors do)."""
     from triton.runtime import driver
 
-    found: list[Specialisation] = []
+    specialisations: list[Specialisation] = []
 
     def note(*, compile: dict[str, Any], fn: Any, **_: Any) -> None:
         names = list(compile["signature"])
         constants = {names[index]: value for (index,), value in compile["constants"].items()}
         divisible = (index for (index,), attributes in compile["configs"][0].items() if attributes)
-        found.append(
+        specialisations.append(
             Specialisation(
                 f"{fn.module}:{fn.jit_function.fn.__qualname__}",
                 tuple(compile["signature"].items()),
@@ -181,7 +181,7 @@ def specialisation(launch: Launch, arch: int = 90) -> Specialisation:
             warm_up(launch, arch)
     finally:
         driver.set_active(before)
-    return found[0]
+    return specialisations[0]
 
 
 def binary(what: Specialisation, arch: int) -> Any:
@@ -213,25 +213,25 @@ def binary(what: Specialisation, arch: int) -> Any:
 
 def compiled(what: Specialisation, arch: int) -> Resources:
     """Resources on an architecture; raises as ``binary`` does."""
-    made = binary(what, arch)
-    needed, ptx = usage(made.asm["cubin"]), made.asm["ptx"]
+    kernel = binary(what, arch)
+    needed, ptx = usage(kernel.asm["cubin"]), kernel.asm["ptx"]
     # Newer cubins list the driver's own KiB, which the limits leave out.
     static = needed["SHARED"] - (1024 if arch >= 90 and needed["SHARED"] else 0)
     operands = frozenset(
         "tf32" if kind == "f32" and "inputPrecision = tf32" in text else kind
-        for text, kind in _DOT.findall(made.asm["ttir"])
+        for text, kind in _DOT.findall(kernel.asm["ttir"])
     )
     instructions = _MMA.findall(ptx)
     return Resources(
         registers=needed["REG"],
         # Spills are part of the stack, and Triton's kernels have nothing else there.
         spill_bytes=needed["STACK"] + needed["LOCAL"],
-        shared_bytes=made.metadata.shared + static,
+        shared_bytes=kernel.metadata.shared + static,
         mma=len(instructions) if operands else None,
         wgmma=instructions.count("wgmma.mma_async"),
         operands=operands,
         vector_load_bytes=widest_load(ptx),
-        unsafe=reads_changing_registers(made.asm["ttgir"]),
+        unsafe=reads_changing_registers(kernel.asm["ttgir"]),
         serialized="wgmma.mma_async" in instructions and _is_serialized(ptx),
     )
 
@@ -296,30 +296,35 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", output)}
 
 
-def violations(what: Specialisation, arch: int, found: Resources | str) -> list[str]:
+def violations(what: Specialisation, arch: int, resources: Resources | str) -> list[str]:
     """A line for everything that a kernel must not do."""
-    if isinstance(found, str):
-        return [found]
+    if isinstance(resources, str):
+        return [resources]
     threads, limit = 32 * what.warps, ARCHITECTURES[arch]
-    without_mma = bool(found.operands - {"f32", "f64"}) and not found.mma  # those have no tensor cores
+    without_mma = (
+        bool(resources.operands - {"f32", "f64"}) and not resources.mma
+    )  # those have no tensor cores
     checks = {
-        f"spills {found.spill_bytes} bytes": found.spill_bytes > 0,
-        f"needs {found.registers} registers of {REGISTERS}": found.registers > REGISTERS,
-        f"needs {found.registers} registers in each of {threads} threads: too many to launch": (
-            found.registers * threads > ALL_REGISTERS
+        f"spills {resources.spill_bytes} bytes": resources.spill_bytes > 0,
+        f"needs {resources.registers} registers of {REGISTERS}": resources.registers > REGISTERS,
+        f"needs {resources.registers} registers in each of {threads} threads: too many to launch": (
+            resources.registers * threads > ALL_REGISTERS
         ),
-        f"needs {found.shared_bytes} bytes of shared memory of {limit}": found.shared_bytes > limit,
+        f"needs {resources.shared_bytes} bytes of shared memory of {limit}": resources.shared_bytes > limit,
         "multiplies without tensor cores": without_mma,
         "multiplies without wgmma": (
-            arch == 90 and not without_mma and bool(found.operands & {"bf16", "f16"}) and not found.wgmma
+            arch == 90
+            and not without_mma
+            and bool(resources.operands & {"bf16", "f16"})
+            and not resources.wgmma
         ),
-        "may read registers while they change": found.unsafe,
+        "may read registers while they change": resources.unsafe,
     }
     lines = [line for line, is_violated in checks.items() if is_violated]
     return [f"{what.name} {what.config} on sm_{arch}: {line} ({what.details})" for line in lines]
 
 
-def _result_or_error(what: Specialisation, arch: int, compiler: Callable[[Specialisation, int], Any]) -> Any:
+def _result_or_error(what: Any, arch: int, compiler: Callable[[Any, int], Any]) -> Any:
     try:
         return compiler(what, arch)
     except CompileError as error:
@@ -327,10 +332,10 @@ def _result_or_error(what: Specialisation, arch: int, compiler: Callable[[Specia
 
 
 def compile_all(
-    pairs: Iterable[tuple[Specialisation, int]],
-    compiler: Callable[[Specialisation, int], Any] = compiled,
+    pairs: Iterable[tuple[Any, int]],
+    compiler: Callable[[Any, int], Any] = compiled,
     processes: int | None = None,
-) -> Iterator[tuple[Specialisation, int, Any]]:
+) -> Iterator[tuple[Any, int, Any]]:
     """What ``compiler`` returns for kernel and architecture, or why it does not compile, in the order of completion.
 
     Args:
@@ -368,17 +373,17 @@ def main(arguments: list[str]) -> int:
         }
     except ValueError as error:
         parser.error(str(error))
-    results = {(what, arch): found for what, arch, found in compile_all(pairs)}
+    results = {(what, arch): resources for what, arch, resources in compile_all(pairs)}
     rows = [
         {
             "kernel": what.name,
             "arch": f"sm_{arch}",
             "config": what.config,
-            **asdict(found),
+            **asdict(resources),
             "details": what.details,
         }
         for what, arch in pairs
-        if isinstance(found := results[what, arch], Resources)
+        if isinstance(resources := results[what, arch], Resources)
     ]
     table = pd.DataFrame(rows).drop(columns=["operands", "unsafe"], errors="ignore")
     print(table.to_json(orient="records", indent=1) if options.json else table.to_string(index=False))

@@ -1,32 +1,34 @@
 """Every Triton launch of a training step beside its limit: ``python -m tools.kernel_times [--help]``.
 
 A model trains two steps, in which configurations are chosen; in a third every launch is timed in place, by running it
-again with a cold cache. The whole step is measured apart, and what else runs in it is profiled.
+again with a cold cache. The whole step is measured apart, and what else runs in it is profiled. ``--tune`` only chooses
+configurations, ``--profile`` runs the launches that Nsight Compute is to look at.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 from torch.autograd import DeviceType
 
-from benchmarks.roofline import H100, Ceilings, limit, measure, read_ceilings
-from benchmarks.roofline_model import ELEMENT, Kernel
-from resnet_fused import backend, models
+from benchmarks.roofline import Ceilings, ceilings_of, limit
+from benchmarks.roofline_model import Kernel
+from resnet_fused import backend
+from resnet_fused.cli.precision import PRECISIONS
+from resnet_fused.cli.steps import TrainingStep
+from resnet_fused.cli.text import columns
 from resnet_fused.kernels.launch import Launch, observe_launches
-from resnet_fused.measure import COLD_BYTES, header, milliseconds
+from resnet_fused.measure import COLD_BYTES, OURS, milliseconds
+from resnet_fused.plan import PASSES
 from resnet_fused.reference.resnet import ARCHITECTURES
 
 REPETITIONS = 15
@@ -34,7 +36,6 @@ REPETITIONS = 15
 HEAD_START = 2_000_000
 #: Steps between two events, so that the CPU runs ahead as it does in training.
 STEPS = 5
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None, "tf32": None}
 
 
 @dataclass(frozen=True)
@@ -78,52 +79,24 @@ def grouped(rows: Iterable[Row]) -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     """A line per row, then per kernel, then their sum; ``*`` is below half of the limit."""
-    heads = ("launches", "MB", "GFLOP", "us", "limit us", "of limit", "lost us")
-    lines = [f"{'kernel':18}{'config':26}{'grid':18}" + "".join(f"{head:>10}" for head in heads)]
-
-    def add(name: str, config: str, grid: str, group: list[Row]) -> None:
-        us, limit_us = (
-            sum(r.count * t(r) * 1e3 for r in group) for t in (lambda r: r.ms, lambda r: r.limit_ms)
-        )
-        megabytes, gflop = (
-            sum(r.count * r.bytes for r in group) / 1e6,
-            sum(r.count * r.flops for r in group) / 1e9,
-        )
-        share = limit_us / us if us else 0.0
-        lines.append(
-            f"{name:18}{config:26}{grid:18}{sum(r.count for r in group):10}{megabytes:10.1f}{gflop:10.2f}{us:10.1f}"
-            f"{limit_us:10.1f}{share:9.0%}{'*' if share < 0.5 else ' '}{us - limit_us:10.1f}"
-        )
-
-    for row in rows:
-        add(row.kernel, row.config, row.grid, [row])
+    groups = [((row.kernel, row.config, row.grid), [row]) for row in rows]
     for kernel in sorted({row.kernel for row in rows}):
-        add(f"all {kernel}", "", "", [row for row in rows if row.kernel == kernel])
-    add("all", "", "", rows)
-    return "\n".join(lines)
+        groups.append(((f"all {kernel}", "", ""), [row for row in rows if row.kernel == kernel]))
+    heads = ("launches", "MB", "GFLOP", "us", "limit us", "of limit", "lost us")
+    lines = [["kernel", "config", "grid", *heads]]
+    for names, group in [*groups, (("all", "", ""), rows)]:
+        moved, flops, ms, limit_ms = (
+            sum(row.count * getattr(row, name) for row in group)
+            for name in ("bytes", "flops", "ms", "limit_ms")
+        )
+        of_limit = limit_ms / ms if ms else 0.0
+        cells = [f"{moved / 1e6:.1f}", f"{flops / 1e9:.2f}", f"{1e3 * ms:.1f}", f"{1e3 * limit_ms:.1f}"]
+        cells += [f"{of_limit:.0%}{'*' if of_limit < 0.5 else ' '}", f"{1e3 * (ms - limit_ms):.1f}"]
+        lines.append([*names, str(sum(row.count for row in group)), *cells])
+    return "\n".join(columns(lines, numbers=True))
 
 
-def make_step(arch: str, batch: int, image_size: int, dtype: str, device: torch.device) -> Callable[[], None]:
-    """A training step of ours: forward, loss, backward, SGD with momentum."""
-    torch.manual_seed(0)
-    model: nn.Module = getattr(models, arch)().to(device, memory_format=torch.channels_last)
-    images = torch.randn(batch, 3, image_size, image_size, device=device)
-    images = images.to(memory_format=torch.channels_last)
-    labels = torch.randint(1000, (batch,), device=device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    lower = DTYPES[dtype]
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with nullcontext() if lower is None else torch.autocast(device.type, dtype=lower):
-            loss: Tensor = F.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def observed(step: Callable[[], None], ceilings: Ceilings, device: torch.device) -> list[Row]:
+def observed(step: Callable[[], object], ceilings: Ceilings, device: torch.device) -> list[Row]:
     """The rows of one step, each launch timed while its tensors live."""
     cold = torch.empty(COLD_BYTES, dtype=torch.uint8, device=device)
 
@@ -144,7 +117,7 @@ def observed(step: Callable[[], None], ceilings: Ceilings, device: torch.device)
     return rows
 
 
-def profiled(step: Callable[[], None]) -> list[Any]:
+def profiled(step: Callable[[], object]) -> list[Any]:
     """``FunctionEventAvg`` of one step."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -168,40 +141,82 @@ def split(events: Iterable[Any], ours: set[str]) -> tuple[float, list[tuple[str,
     return sum(ms for name, _, ms in times if name in ours), others
 
 
-def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(prog="python -m tools.kernel_times", description=__doc__)
-    found.add_argument("--arch", default="resnet50", choices=ARCHITECTURES, metavar="ARCH")
-    found.add_argument("--batch", type=int, default=256, help="images per step (default: 256)")
-    found.add_argument("--image-size", type=int, default=224, help="height and width (default: 224)")
-    found.add_argument("--dtype", default="bf16", choices=list(ELEMENT), help="default: bf16")
-    found.add_argument("--backend", default="auto", choices=("auto", "triton", "vendor"))
-    found.add_argument(
-        "--ceilings",
-        type=Path,
-        help="JSON with this GPU's ceilings; without, those of an H100 in 16 bits, else measured ones",
-    )
-    found.add_argument("--json", type=Path, help="write header and rows to this file")
-    return found
+def tune(step: Callable[[], object], table_file: Path) -> None:
+    """Checks and times all configurations of a step; writes the table of the fastest, also if interrupted."""
+    from resnet_fused.kernels.autotune import search
+
+    begun = time.monotonic()
+    try:
+        step()
+        torch.cuda.synchronize()
+    finally:
+        search.write_table(table_file)
+        for key, config, ms in search.entries():
+            print(key, config or "vendor", ms)
+        counts = ", ".join(f"{name} {count}" for name, count in search.summary().items())
+        print(f"{counts}; {time.monotonic() - begun:.0f} s", flush=True)
+
+
+def profile_largest(step: Callable[[], object]) -> None:
+    """Of each kernel over activations, runs the launch of a step with most operations with the profiler on."""
+    step()
+    step()  # gradients are there
+    operations: list[tuple[str, int]] = []
+    with observe_launches(lambda launch: operations.append((launch.name, launch.flops))):
+        step()
+    largest = {
+        operations.index(max(entry for entry in operations if entry[0] == name))
+        for name, _ in operations
+        if name in PASSES
+    }
+    indices = itertools.count()
+
+    def run_if_largest(launch: Launch) -> None:
+        if next(indices) in largest:
+            torch.cuda.synchronize()
+            print(f"{launch.name} {launch.config} grid {launch.grid} {launch.bytes / 1e6:.1f} MB", flush=True)
+            torch.cuda.profiler.start()
+            launch.run()
+            torch.cuda.synchronize()
+            torch.cuda.profiler.stop()
+
+    with observe_launches(run_if_largest):
+        step()
+    torch.cuda.synchronize()
 
 
 def main(arguments: list[str]) -> int:
-    options = parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(prog="python -m tools.kernel_times", description=__doc__)
+    parser.add_argument("--arch", default="resnet50", choices=ARCHITECTURES, metavar="ARCH")
+    parser.add_argument("--batch", type=int, default=256, help="images per step (default: 256)")
+    parser.add_argument("--image-size", type=int, default=224, help="height and width (default: 224)")
+    parser.add_argument("--dtype", default="bf16", choices=list(PRECISIONS), help="default: bf16")
+    parser.add_argument("--backend", default="auto", choices=("auto", "triton", "vendor"))
+    parser.add_argument("--tune", type=Path, metavar="FILE", help="tune, write the table, and no more")
+    parser.add_argument(
+        "--profile", action="store_true", help="for ncu --profile-from-start off, with Triton"
+    )
+    options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("kernel_times needs a CUDA device and this machine has none", file=sys.stderr)
         return 2
-    device = torch.device("cuda")
     torch.backends.cudnn.allow_tf32 = options.dtype == "tf32"
-    ceilings = read_ceilings(options.ceilings, options.dtype)
-    if ceilings is None:
-        ceilings = H100 if options.dtype in ("bf16", "fp16") else measure(options.dtype, device)
-    with backend(options.backend):
-        _show(options, device, ceilings)
+    precision = "fp32" if options.dtype == "tf32" else options.dtype
+    training = TrainingStep(options.arch, options.batch, options.image_size, precision, "cuda")
+    step = training.one_step(training.model(OURS))
+    with backend("triton" if options.profile else options.backend):
+        if options.tune:
+            tune(step, options.tune)
+        elif options.profile:
+            profile_largest(step)
+        else:
+            _show(options, step)
     return 0
 
 
-def _show(options: argparse.Namespace, device: torch.device, ceilings: Ceilings) -> None:
-    begun = time.monotonic()
-    step = make_step(options.arch, options.batch, options.image_size, options.dtype, device)
+def _show(options: argparse.Namespace, step: Callable[[], object]) -> None:
+    device = torch.device("cuda")
+    ceilings = ceilings_of(options.dtype, device)
     for _ in range(2):
         step()
     torch.cuda.synchronize()
@@ -221,17 +236,6 @@ def _show(options: argparse.Namespace, device: torch.device, ceilings: Ceilings)
         f"step {whole:.3f} ms, {options.batch / whole * 1e3:,.0f} img/s; in it Triton kernels {triton_ms:.3f} ms"
         f" ({triton_ms / whole:.0%}), others {other_ms:.3f} ms; Triton kernels one by one, cold {alone:.3f} ms"
     )
-    if options.json:
-        known = header(device, time.monotonic() - begun, {options.dtype: asdict(ceilings)})
-        chosen = {name: getattr(options, name) for name in ("arch", "batch", "dtype", "backend")}
-        found = {
-            "header": known | chosen,
-            "step_ms": whole,
-            "triton_ms": triton_ms,
-            "rows": [{**asdict(row), "share": row.limit_ms / row.ms} for row in rows],
-            "others": [{"kernel": name, "count": count, "ms": ms} for name, count, ms in others],
-        }
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""`python -m resnet_fused bench`: speed and memory of a training step beside plain PyTorch's, on this machine."""
+"""`python -m resnet_fused bench`: speed and memory of a training step beside eager PyTorch's, on this machine."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import signal
@@ -20,7 +19,7 @@ from resnet_fused.backend import summary, why_plain
 from resnet_fused.cli.distributed import from_environment, pick_device
 from resnet_fused.cli.errors import UserError, require
 from resnet_fused.cli.files import make_folder, write_text
-from resnet_fused.cli.plots import Bar, plot_bench
+from resnet_fused.cli.plots import plot_bench
 from resnet_fused.cli.precision import check_precision
 from resnet_fused.cli.probe import ProcessFailed, probe
 from resnet_fused.cli.settings import SMALLEST_IMAGE
@@ -116,7 +115,7 @@ def bench(given: dict[str, Any]) -> None:
     payload = {"header": header(device, time.monotonic() - begin), "rows": rows}
     write_text(results, json.dumps(payload, indent=1) + "\n")
     chart = options.out / "bench.png"
-    plot_bench(chart, [bar(comparison, provider) for provider in comparison.providers], title)
+    plot_bench(chart, [figures(comparison, provider) for provider in comparison.providers], title)
     print(f"chart: {chart}, results: {results}", flush=True)
 
 
@@ -205,9 +204,8 @@ def check(comparison: Comparison, step: TrainingStep, progress: Callable[[float,
         )
         for provider in running:
             provider.note = wrong[provider.name]
-    data = step.data(0)
     for provider in running:
-        provider.run = functools.partial(step.train(models[provider.name]), *data)
+        provider.run = step.one_step(models[provider.name])
 
 
 def time_rounds(comparison: Comparison, seconds: float, progress: Callable[[float, str], None]) -> None:
@@ -224,15 +222,21 @@ def time_rounds(comparison: Comparison, seconds: float, progress: Callable[[floa
 # What is written.
 
 
-def speedup(comparison: Comparison, provider: Provider) -> dict[str, float | None]:
-    """How many times as fast as eager, over the rounds: median, p20 and p80."""
-    return quantiles(comparison.ratios(provider, comparison[EAGER]), "median", "p20", "p80")
+def figures(comparison: Comparison, provider: Provider) -> dict[str, Any]:
+    """What is shown of a provider; None for what was not measured.
 
-
-def relative_memory(comparison: Comparison, provider: Provider) -> float | None:
-    """Peak memory / eager's; None unless both are measured."""
-    eager = comparison[EAGER].peak_mb
-    return provider.peak_mb / eager if provider.peak_mb and eager else None
+    Quantiles of its milliseconds, of its images a second where its results were accepted, and of how many times as
+    fast as eager it is; its peak memory, and that of eager's.
+    """
+    batch, peak, of_eager = comparison.case.batch, provider.peak_mb, comparison[EAGER].peak_mb
+    return {
+        "label": LABELS[provider.name],
+        "ms": quantiles(provider.times),
+        "rate": quantiles([1e3 * batch / ms for ms in provider.times] if provider.checked else []),
+        "gain": quantiles(comparison.ratios(provider, comparison[EAGER])),
+        "peak_mb": peak,
+        "relative_memory": peak / of_eager if peak and of_eager else None,
+    }
 
 
 def headline(step: TrainingStep, device: torch.device) -> str:
@@ -250,17 +254,18 @@ def report(comparison: Comparison, largest: dict[str, int | None]) -> str:
     columns = ["", "ms a step", "p20 - p80", "img/s", "times eager", "p20 - p80", "peak MB", "of eager's"]
     rows = [[*columns, "first step", *(["largest batch"] if comparison.device.type == "cuda" else [])]]
     for provider in comparison.providers:
-        times, ratio = quantiles(provider.times, "median", "p20", "p80"), speedup(comparison, provider)
-        median, first = times["median"], provider.first_step_ms
+        figure, first = figures(comparison, provider), provider.first_step_ms
+        median, *times = figure["ms"].values()
+        gain, *gains = figure["gain"].values()
         cells = [
-            LABELS[provider.name],
+            figure["label"],
             shown("{:.1f}", median),
-            shown("{:.1f} - {:.1f}", times["p20"], times["p80"]),
+            shown("{:.1f} - {:.1f}", *times),
             shown("{:.1f}", median and 1e3 * comparison.case.batch / median),
-            shown("{:.2f}x", ratio["median"]),
-            shown("{:.2f} - {:.2f}", ratio["p20"], ratio["p80"]),
-            shown("{:.0f}", provider.peak_mb),
-            shown("{:.2f}x", relative_memory(comparison, provider)),
+            shown("{:.2f}x", gain),
+            shown("{:.2f} - {:.2f}", *gains),
+            shown("{:.0f}", figure["peak_mb"]),
+            shown("{:.2f}x", figure["relative_memory"]),
             shown("{:.1f} s", first and first / 1e3),
             shown("{}", largest.get(provider.name)),
         ]
@@ -271,28 +276,14 @@ def report(comparison: Comparison, largest: dict[str, int | None]) -> str:
     return "\n".join([table(rows), *notes])
 
 
-def bar(comparison: Comparison, provider: Provider) -> Bar:
-    """What the chart shows; no speed where the results were rejected."""
-    speeds = [1e3 * comparison.case.batch / ms for ms in provider.times] if provider.checked else []
-    memory = relative_memory(comparison, provider) if provider.name != EAGER else None
-    return Bar(
-        LABELS[provider.name],
-        quantiles(speeds, "median", "p20", "p80"),
-        speedup(comparison, provider)["median"],
-        provider.peak_mb,
-        memory,
-    )
-
-
 def verdict(comparison: Comparison, unfused: str | None = None) -> str:
     """The result in one sentence. `unfused`: why nothing of resnet_fused could run fused."""
     if unfused is not None:
         return f"No speed-up is claimed: nothing ran fused, because {unfused}."
-    arch, speed = comparison.case.name, speedup(comparison, comparison.ours)
-    memory = shown("in {:.2f}x its memory", relative_memory(comparison, comparison.ours))
-    memory = "" if memory == "-" else f" {memory}"
-    median, p20, p80 = speed["median"], speed["p20"], speed["p80"]
-    if median is None or p20 is None or p80 is None:
+    arch, figure = comparison.case.name, figures(comparison, comparison.ours)
+    memory = "" if figure["relative_memory"] is None else f" in {figure['relative_memory']:.2f}x its memory"
+    median, p20, p80 = figure["gain"].values()
+    if median is None:
         return "No speed-up is claimed: not both could be run and checked, see above."
     if p20 > 1:
         return f"resnet_fused trains {arch} {median:.2f}x as fast as eager{memory} on this machine."

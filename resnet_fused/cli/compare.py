@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from resnet_fused.cli.data import Batches
 from resnet_fused.cli.files import write_text
 from resnet_fused.cli.learner import Learner, cross_entropy
 from resnet_fused.cli.text import shown, table
-from resnet_fused.measure import Memory, quantiles, saved_storages
+from resnet_fused.measure import Memory, milliseconds, quantiles, saved_storages
 
 TYPICAL_SIZE = 224  # pixels; activations of smaller images move less memory
 WARM_UP = 5  # steps at the start of the program that are not timed
@@ -30,20 +30,10 @@ def timed_steps(learners: Sequence[Learner], images: Tensor, labels: Tensor, rec
     With `record` the two durations go into `progress.step_seconds`, where equal indices are pairs.
     """
     for learner in learners if learners[0].progress.step % 2 == 0 else learners[::-1]:
-        synchronize(learner.device)
-        start = time.perf_counter()
-        learner.step(images, labels)
-        synchronize(learner.device)
-        seconds = time.perf_counter() - start
+        seconds = milliseconds(functools.partial(learner.step, images, labels), learner.device) / 1e3
         learner.progress.seconds += seconds
         if record:
             learner.progress.step_seconds.append(seconds)
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for a GPU; nothing on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def memory(learner: Learner, images: Tensor, labels: Tensor) -> tuple[int, int | None]:
@@ -77,7 +67,7 @@ def conclude(out: Path, title: str, learners: Sequence[Learner], batches: Batche
         "why_not_fused": why_plain(learners[0].device.type),
         "image_size": learners[0].settings.image_size,
         "timed_steps": len(fused),
-        "speedup": spread([r / f for f, r in zip(fused, reference, strict=True)]),
+        "speedup": quantiles([r / f for f, r in zip(fused, reference, strict=True)]),
         **{learner.name: measure(learner, batches) for learner in learners},
     }
     if learners[0].world.main:
@@ -98,17 +88,12 @@ def measure(learner: Learner, batches: Batches) -> dict[str, Any]:
     images = settings.batch_size * learner.world.size
     return {
         "label": learner.label,
-        "images_per_second": spread([images / seconds for seconds in progress.step_seconds]),
+        "images_per_second": quantiles([images / seconds for seconds in progress.step_seconds]),
         "saved_for_backward_bytes": saved,
         "peak_step_bytes": peak,
         "held_out_accuracy": accuracy,
         "held_out_images": len(learner.source.held_out),
     }
-
-
-def spread(values: list[float]) -> dict[str, float | None]:
-    """Median and the 20th and 80th percentiles; None for no values."""
-    return quantiles(values, "median", "p20", "p80")
 
 
 def report(summary: dict[str, Any]) -> str:
@@ -147,18 +132,18 @@ def report(summary: dict[str, Any]) -> str:
 def conclusion(summary: dict[str, Any]) -> str:
     """What was shown, in words."""
     if summary["why_not_fused"] is not None:
-        return f"Nothing ran fused, both columns are plain PyTorch: {summary['why_not_fused']}."
+        return f"Nothing ran fused, both columns are eager PyTorch: {summary['why_not_fused']}."
     fused, reference = summary["fused"], summary["reference"]
     ours, other = fused["held_out_accuracy"], reference["held_out_accuracy"]
     images = fused["held_out_images"]
     standard_error = math.sqrt((ours * (1 - ours) + other * (1 - other)) / images)  # of the difference
     same = abs(ours - other) <= 2 * standard_error
-    share = fused["saved_for_backward_bytes"] / reference["saved_for_backward_bytes"]
+    saved = fused["saved_for_backward_bytes"] / reference["saved_for_backward_bytes"]
     words = (
         f"Shown: trained on the same batches, fused reaches {'the same' if same else 'another'} accuracy "
-        f"{'as' if same else 'than'} plain PyTorch ({ours:.2%} and {other:.2%} of {images} held-out images, "
+        f"{'as' if same else 'than'} eager PyTorch ({ours:.2%} and {other:.2%} of {images} held-out images, "
         f"{'within' if same else 'more than'} two standard errors{'' if same else ' apart'}), and autograd saves "
-        f"{share:.2f}x as many bytes for backward"
+        f"{saved:.2f}x as many bytes for backward"
     )
     size = summary["image_size"]
     if summary["timed_steps"]:

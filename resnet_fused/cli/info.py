@@ -1,7 +1,5 @@
 """`python -m resnet_fused info`: what is installed, what this machine has, and which implementation runs each op."""
 
-import importlib
-import importlib.util
 import platform
 
 import torch
@@ -9,6 +7,7 @@ import torch
 from resnet_fused import __version__, native
 from resnet_fused.cli.errors import UserError
 from resnet_fused.cli.text import columns
+from resnet_fused.measure import triton_version
 from resnet_fused.ops.dispatch import status
 
 
@@ -27,7 +26,7 @@ def plan(arch: str, batch: int = 256, image_size: int = 224, precision: str = "b
     Raises:
         UserError: an argument out of range, or triton is not installed.
     """
-    if importlib.util.find_spec("triton") is None:
+    if triton_version() is None:
         raise UserError("--plan runs the launchers of the Triton kernels: run pip install triton")
     from resnet_fused import plan as planning
 
@@ -43,14 +42,11 @@ def plan(arch: str, batch: int = 256, image_size: int = 224, precision: str = "b
 
 def versions() -> list[tuple[str, str]]:
     """Name and version of everything that matters."""
-    triton = "missing"
-    if importlib.util.find_spec("triton"):
-        triton = importlib.import_module("triton").__version__
     return [
         ("resnet_fused", __version__),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
-        ("triton", triton),
+        ("triton", triton_version() or "missing"),
         ("CUDA of torch", torch.version.cuda or "none"),
         ("extension", native.summary()),
     ]

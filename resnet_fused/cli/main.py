@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -57,36 +58,60 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+def _number(kind: Callable[[str], Any], is_valid: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+    """An option's type: a number that is ``is_valid``, or an error that says what is wanted."""
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if is_valid(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+
+    return parse
+
+
+_count = _number(int, lambda value: value >= 1, "a whole number above 0")
+_whole = _number(int, lambda value: value >= 0, "a whole number, 0 or more")
+_positive = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")
+_not_negative = _number(float, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
+_fraction = _number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+
 def make_parser() -> Parser:
     """The parser of all commands; each sets `command` to the function that runs it."""
     parser = Parser(prog="python -m resnet_fused", description="ResNets that train fused.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    # An option that is not given stays away: a checkpoint that is resumed may have it.
-    info = commands.add_parser(
-        "info",
-        help="versions, devices, and which implementation runs each op",
-        argument_default=argparse.SUPPRESS,
+
+    def command(
+        name: str, run: Callable[[dict[str, Any]], None], help: str, description: str = ""
+    ) -> argparse.ArgumentParser:
+        # An option that is not given stays away: a checkpoint that is resumed may have it.
+        subparser = commands.add_parser(
+            name, help=help, description=description, argument_default=argparse.SUPPRESS
+        )
+        subparser.set_defaults(command=run)
+        return subparser
+
+    _add_info_options(command("info", _info, "versions, devices, and which implementation runs each op"))
+    _add_train_options(
+        command(
+            "train",
+            _train,
+            "train a model, or two side by side",
+            "Trains on images. With --resume, options that are not given come from the checkpoint.",
+        )
     )
-    info.set_defaults(command=_info)
-    _add_info_options(info)
-    train = commands.add_parser(
-        "train",
-        help="train a model, or two side by side",
-        description="Trains on images. With --resume, options that are not given come from the checkpoint.",
-        argument_default=argparse.SUPPRESS,
+    _add_bench_options(
+        command(
+            "bench",
+            _bench,
+            "how fast this machine trains, and in how much memory, beside eager PyTorch",
+            "Trains on random images, fused and in eager and compiled PyTorch, with the same weights: checks losses "
+            "and gradients against float64, times steps in turns, and measures the peak memory of each in a process "
+            "of its own. Takes about three minutes on two cores, of which torch.compile takes one.",
+        )
     )
-    train.set_defaults(command=_train)
-    _add_train_options(train)
-    bench = commands.add_parser(
-        "bench",
-        help="how fast this machine trains, and in how much memory, beside plain PyTorch",
-        description="Trains on random images, fused and in plain PyTorch, eager and compiled, with the same weights: "
-        "checks losses and gradients against float64, times steps in turns, and measures the peak memory of each in a "
-        "process of its own. Takes about three minutes on two cores, of which torch.compile takes one.",
-        argument_default=argparse.SUPPRESS,
-    )
-    bench.set_defaults(command=_bench)
-    _add_bench_options(bench)
     return parser
 
 
@@ -115,7 +140,7 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--impl",
         choices=IMPLEMENTATIONS,
-        help="fused, reference (plain PyTorch), or both side by side (fused)",
+        help="fused, reference (eager PyTorch), or both side by side (fused)",
     )
     help_data = "'digits', or a folder with train/ and val/, each with a folder per class (digits)"
     add("--data", metavar="DATA", help=help_data)
@@ -191,33 +216,3 @@ def _info(arguments: dict[str, Any]) -> None:
         raise UserError(f"--{name} belongs to --plan: add --plan resnet50, say")
     else:
         info()
-
-
-def _count(text: str) -> int:
-    return _number(text, int, lambda value: value >= 1, "a whole number above 0")
-
-
-def _whole(text: str) -> int:
-    return _number(text, int, lambda value: value >= 0, "a whole number, 0 or more")
-
-
-def _positive(text: str) -> float:
-    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
-
-
-def _not_negative(text: str) -> float:
-    return _number(text, float, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
-
-
-def _fraction(text: str) -> float:
-    return _number(text, float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
-
-
-def _number(text: str, kind: Callable[[str], Any], good: Callable[[Any], bool], wanted: str) -> Any:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not good(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-    return value

@@ -1,15 +1,11 @@
-"""What is counted while training, and the file with a line per epoch."""
+"""What is counted while training."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-
-from resnet_fused.cli.files import write_text
 
 Record = dict[str, float]  # one epoch
 
@@ -81,11 +77,6 @@ class Progress:
 
 
 _LONG = ("losses", "step_seconds")
-
-
-def write_metrics(path: Path, history: list[Record]) -> None:
-    """Writes one JSON line per epoch: the whole file each time, so that it agrees with the checkpoint beside it."""
-    write_text(path, "".join(json.dumps(record) + "\n" for record in history))
 
 
 def describe(record: Record, epochs: int) -> str:

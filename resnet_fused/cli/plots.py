@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,48 +51,36 @@ def plot_curves(path: Path, runs: Mapping[str, Progress], title: str) -> None:
     _save(figure, path)
 
 
-@dataclass(frozen=True)
-class Bar:
-    """One implementation in `plot_bench`; None for what is not measured or not to be shown.
+def plot_bench(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
+    """Draws images a second, with a line from the 20th to the 80th percentile, and peak memory, a bar for each row.
 
-    Attributes:
-        speed: images a second: `median`, `p20` and `p80`.
-        gain: how many times as fast as eager it is.
-        peak_mb: peak memory, in 1e6 bytes.
-        share: that of eager's.
-    """
-
-    name: str
-    speed: dict[str, float | None]
-    gain: float | None
-    peak_mb: float | None
-    share: float | None
-
-
-def plot_bench(path: Path, bars: Sequence[Bar], title: str) -> None:
-    """Draws images a second, with a line from the 20th to the 80th percentile, and peak memory, a bar for each.
+    Args:
+        path: the PNG to write.
+        rows: of `bench.figures`.
+        title: above the picture.
 
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.
     """
-    figure = _figure(11, 1.6 + 0.6 * len(bars))
+    figure = _figure(11, 1.6 + 0.6 * len(rows))
     speed, memory = figure.subplots(1, 2, sharey=True)
-    for row, (bar, colour) in enumerate(zip(bars, _COLOURS, strict=False)):
-        median, low, high = (bar.speed[name] for name in ("median", "p20", "p80"))
+    for y, (row, colour) in enumerate(zip(rows, _COLOURS, strict=False)):
+        median, low, high = row["rate"].values()
+        gain, peak, relative = row["gain"]["median"], row["peak_mb"], row["relative_memory"]
         if median is not None:
-            gain = "" if bar.gain is None else f", {bar.gain:.2f}x eager"
-            speed.barh(row, median, color=colour, height=0.6)
-            speed.plot((low, high), (row, row), color="black", linewidth=1.5)
-            speed.annotate(f"{median:.1f}{gain}", (high, row), (5, 0), **_BESIDE)
+            speed.barh(y, median, color=colour, height=0.6)
+            speed.plot((low, high), (y, y), color="black", linewidth=1.5)
+            beside = f"{median:.1f}" + ("" if gain is None else f", {gain:.2f}x eager")
+            speed.annotate(beside, (high, y), (5, 0), **_BESIDE)
         else:
-            speed.annotate("not shown: see the table", (0, row), (5, 0), **_BESIDE)
-        if bar.peak_mb is not None:
-            memory.barh(row, bar.peak_mb, color=colour, height=0.6)
-            share = "" if bar.share is None else f", {bar.share:.2f}x eager"
-            memory.annotate(f"{bar.peak_mb:,.0f}{share}", (bar.peak_mb, row), (5, 0), **_BESIDE)
+            speed.annotate("not shown: see the table", (0, y), (5, 0), **_BESIDE)
+        if peak is not None:
+            memory.barh(y, peak, color=colour, height=0.6)
+            beside = f"{peak:,.0f}" + ("" if relative in (None, 1) else f", {relative:.2f}x eager")
+            memory.annotate(beside, (peak, y), (5, 0), **_BESIDE)
         else:
-            memory.annotate("not measured", (0, row), (5, 0), **_BESIDE)
-    speed.set_yticks(range(len(bars)), [bar.name for bar in bars])
+            memory.annotate("not measured", (0, y), (5, 0), **_BESIDE)
+    speed.set_yticks(range(len(rows)), [row["label"] for row in rows])
     speed.invert_yaxis()
     speed.set(title="images a second (more is better)")
     memory.set(title="peak memory of a training step, MB (less is better)")

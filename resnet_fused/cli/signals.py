@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
-from typing import Any
+from collections.abc import Iterator
+from types import FrameType
 
 
 class Stopped(Exception):
@@ -22,38 +23,39 @@ class Stopped(Exception):
         self.signal = signum
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 class StopRequest:
-    """Remembers the first SIGINT or SIGTERM while the context lasts.
+    """The first SIGINT or SIGTERM, as a handler that remembers it.
 
     Another signal, more than a second later, interrupts at once: the user does not want to wait for the step.
     (A launcher and a terminal may both deliver the same Ctrl-C, hence the second.)
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
     def __init__(self) -> None:
         self.signal = 0
         self._since = 0.0
-        self._previous: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for signum in self.SIGNALS:
-                self._previous[signum] = signal.signal(signum, self._request)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-
-    def _request(self, signum: int, frame: FrameType | None) -> None:
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
         if self.signal and time.monotonic() - self._since > 1:
             raise KeyboardInterrupt
         if not self.signal:
             self.signal = signum
             self._since = time.monotonic()
+
+
+@contextlib.contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Handles both signals while the context lasts; only the main thread can."""
+    request = StopRequest()
+    is_main = threading.current_thread() is threading.main_thread()
+    previous = {signum: signal.signal(signum, request) for signum in SIGNALS if is_main}
+    try:
+        yield request
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 def detach_worker(worker: int) -> None:
@@ -64,5 +66,5 @@ def detach_worker(worker: int) -> None:
     those that are left and waits for them.
     """
     os.setpgrp()
-    for signum in StopRequest.SIGNALS:
+    for signum in SIGNALS:
         signal.signal(signum, signal.SIG_DFL)  # instead of the handler that came with the fork

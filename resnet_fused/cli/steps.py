@@ -87,6 +87,10 @@ class TrainingStep:
 
         return step
 
+    def one_step(self, model: nn.Module, seed: int = 0) -> Callable[[], None]:
+        """A function that trains the model by one step, on the data of a seed."""
+        return functools.partial(self.train(model), *self.data(seed))
+
     def loss_and_gradient(self, model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
         """The loss of each image, and the gradient of all parameters as one vector, in float64."""
         losses = self.losses(model, images, labels)

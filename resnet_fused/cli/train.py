@@ -21,11 +21,11 @@ from resnet_fused.cli.distributed import World, from_environment, pick_device, p
 from resnet_fused.cli.errors import UserError, require
 from resnet_fused.cli.files import make_folder, write_atomically, write_text
 from resnet_fused.cli.learner import Learner, why_no_cuda_graph
-from resnet_fused.cli.metrics import describe, write_metrics
+from resnet_fused.cli.metrics import describe
 from resnet_fused.cli.plots import plot_curves
 from resnet_fused.cli.precision import check_precision
 from resnet_fused.cli.settings import Invocation, Settings, command_to_resume, make_settings
-from resnet_fused.cli.signals import Stopped, StopRequest
+from resnet_fused.cli.signals import Stopped, StopRequest, stop_request
 
 LEARNERS = {"fused": ("fused",), "reference": ("reference",), "compare": ("fused", "reference")}
 SECONDS_BETWEEN_PLOTS = 30  # plotting takes most of a second
@@ -44,7 +44,7 @@ def train(given: dict[str, Any], invocation: Invocation) -> None:
         Stopped: a signal or --max-steps ended the run; it is saved.
     """
     world = from_environment()
-    with StopRequest() as stop:
+    with stop_request() as stop:
         states: dict[str, dict[str, Any]] = {}
         if invocation.resume is not None:
             invocation, states = load_states(invocation, given.get("impl"))
@@ -278,7 +278,9 @@ class Run:
             folder = self.folder(learner)
             for name in ("last.pt", "best.pt") if better else ("last.pt",):
                 checkpoint.save(folder / name, state)
-            write_metrics(folder / "metrics.jsonl", learner.progress.history)
+            # The whole file each time, so that it agrees with the checkpoint beside it.
+            lines = [json.dumps(record) + "\n" for record in learner.progress.history]
+            write_text(folder / "metrics.jsonl", "".join(lines))
 
     def plot(self) -> None:
         """Plots the curves so far."""

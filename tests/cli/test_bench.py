@@ -46,9 +46,9 @@ def test_end_to_end_without_a_compiler(cli: Cli, tmp_path: Path, monkeypatch: py
     assert result.err == "" and os.environ == before
     assert "resnet18 in training, batch 4 at 32x32, fp32, channels_last" in result.out
     assert f"resnet_fused {summary('cpu')}" in result.out.splitlines()
-    found = json.loads((tmp_path / "out" / "bench.json").read_text())
-    assert 0 < found["header"]["seconds"] <= time.monotonic() - begin
-    rows = {row["impl"]: row for row in found["rows"]}
+    results = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert 0 < results["header"]["seconds"] <= time.monotonic() - begin
+    rows = {row["impl"]: row for row in results["rows"]}
     assert list(rows) == [OURS, EAGER, COMPILE]
     for impl in (OURS, EAGER):
         row = rows[impl]
@@ -175,9 +175,9 @@ def test_largest_batch(limit: int) -> None:
         tried.append(batch)
         return batch <= limit
 
-    found = probe.search(fits, 64)
+    largest = probe.search(fits, 64)
     assert min(tried) >= 2
-    assert found is None if limit < 2 else found is not None and found <= limit <= found * 1.05 + 1
+    assert largest is None if limit < 2 else largest is not None and largest <= limit <= largest * 1.05 + 1
 
 
 def test_a_killed_process_is_a_users_message(
@@ -198,7 +198,7 @@ def test_gpu(cli: Cli, tmp_path: Path) -> None:
     )
     assert result.code == 0, result.err
     assert "largest batch" in result.out
-    found = json.loads((tmp_path / "bench.json").read_text())
-    assert found["header"]["device_type"] == "cuda" and found["header"]["cuda"]
-    for row in found["rows"]:
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert results["header"]["device_type"] == "cuda" and results["header"]["cuda"]
+    for row in results["rows"]:
         assert row["checked"] and row["peak_mb"] > 0, row["note"]

@@ -68,7 +68,7 @@ def test_what_is_not_fused_is_not_called_so(
     lines = result.out.splitlines()
     assert "resnet_fused runs plain PyTorch, nothing fused: the extension is on holiday" in lines
     assert any(re.search(r" unfused +reference +unfused against reference$", line) for line in lines)
-    assert lines[-1] == "Nothing ran fused, both columns are plain PyTorch: the extension is on holiday."
+    assert lines[-1] == "Nothing ran fused, both columns are eager PyTorch: the extension is on holiday."
     with_backend = tmp_path / "backend"
     with resnet_fused.backend("reference"):
         result = train("--max-steps", 1, out="backend")
@@ -93,7 +93,7 @@ def _summary(accuracies: tuple[float, float], size: int = 32, speedup: float = 0
 def test_conclusion() -> None:
     same = compare.conclusion(_summary((0.98, 0.97)))
     assert (
-        "reaches the same accuracy as plain PyTorch (98.00% and 97.00% of 900 held-out images, within" in same
+        "reaches the same accuracy as eager PyTorch (98.00% and 97.00% of 900 held-out images, within" in same
     )
     assert (
         "autograd saves 0.60x as many bytes for backward, at 0.90x the speed on images of 32x32. So small, "
@@ -101,7 +101,7 @@ def test_conclusion() -> None:
     )
     assert same.endswith("for speed at 224x224 run `python -m resnet_fused bench`.")
     other = compare.conclusion(_summary((0.98, 0.96), size=224, speedup=1.2))
-    assert "another accuracy than plain PyTorch (98.00% and 96.00% of 900 held-out images, more than" in other
+    assert "another accuracy than eager PyTorch (98.00% and 96.00% of 900 held-out images, more than" in other
     assert other.endswith("at 1.20x the speed on images of 224x224.")
 
 

@@ -137,40 +137,45 @@ def test_a_gemm(on_90: Resources) -> None:
     on_80 = compiled(specialisation(product()), 80)
     assert on_80.mma and not on_80.wgmma
     assert on_90.mma == on_90.wgmma != 0
-    for found, arch in ((on_80, 80), (on_90, 90)):
-        assert found.operands == {"bf16"}
-        assert 0 < found.registers <= 255
-        assert found.spill_bytes == 0
-        assert found.shared_bytes in (2 * 8192, 3 * 8192)  # two or three stages of two tiles
-        assert found.vector_load_bytes == 16
-        assert violations(specialisation(product()), arch, found) == []
+    for resources, arch in ((on_80, 80), (on_90, 90)):
+        assert resources.operands == {"bf16"}
+        assert 0 < resources.registers <= 255
+        assert resources.spill_bytes == 0
+        assert resources.shared_bytes in (2 * 8192, 3 * 8192)  # two or three stages of two tiles
+        assert resources.vector_load_bytes == 16
+        assert violations(specialisation(product()), arch, resources) == []
 
 
 def test_blackwell_multiplies_in_tensor_memory() -> None:
     what = specialisation(product(torch.float16))
-    found = compiled(what, 100)
-    assert found.operands == {"f16"} and found.mma and violations(what, 100, found) == []
+    resources = compiled(what, 100)
+    assert resources.operands == {"f16"} and resources.mma and violations(what, 100, resources) == []
 
 
 @pytest.mark.parametrize(("precision", "operands"), [("tf32", {"tf32"}), ("ieee", {"f32"})])
 def test_precision_of_float32(precision: str, operands: set[str]) -> None:
     """IEEE GEMMs have no tensor cores to be missed."""
     what = specialisation(product(torch.float32, precision=precision))
-    found = compiled(what, 80)
-    assert found.operands == operands and bool(found.mma) == (precision == "tf32")
-    assert violations(what, 80, found) == []
+    resources = compiled(what, 80)
+    assert resources.operands == operands and bool(resources.mma) == (precision == "tf32")
+    assert violations(what, 80, resources) == []
 
 
 def test_pointwise_and_spilling() -> None:
-    found = compiled(specialisation(scale()), 90)
-    assert (found.mma, found.wgmma, found.spill_bytes, found.vector_load_bytes) == (None, 0, 0, 16)
-    assert found.operands == set()
+    resources = compiled(specialisation(scale()), 90)
+    assert (resources.mma, resources.wgmma, resources.spill_bytes, resources.vector_load_bytes) == (
+        None,
+        0,
+        0,
+        16,
+    )
+    assert resources.operands == set()
     what = specialisation(scale(**SPILLING))
-    found = compiled(what, 90)
-    (line,) = violations(what, 90, found)
-    assert found.spill_bytes > 0
+    resources = compiled(what, 90)
+    (line,) = violations(what, 90, resources)
+    assert resources.spill_bytes > 0
     assert line.startswith(
-        f"scale 16384 1w3s on sm_90: spills {found.spill_bytes} bytes (*bf16; without shift"
+        f"scale 16384 1w3s on sm_90: spills {resources.spill_bytes} bytes (*bf16; without shift"
     )
 
 
@@ -218,9 +223,9 @@ def test_a_computed_first_operand_is_unsafe() -> None:
     pairs = [
         (specialisation(product(config=Config(128, 64, 64, 4, 4), relu=relu)), 90) for relu in (False, True)
     ]
-    found = [compiled(*pair) for pair in pairs]
-    assert [(x.unsafe, x.serialized) for x in found] == [(False, False), (True, True)]
-    (line,) = violations(*pairs[1], found[1])
+    resources = [compiled(*pair) for pair in pairs]
+    assert [(x.unsafe, x.serialized) for x in resources] == [(False, False), (True, True)]
+    (line,) = violations(*pairs[1], resources[1])
     assert "may read registers while they change" in line
     assert {(what, 90): x for what, _, x in compile_all(pairs, is_unsafe)} == dict(
         zip(pairs, (False, True), strict=True)
