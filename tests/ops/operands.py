@@ -1,16 +1,109 @@
-"""Operands of the ops that have no native kernel of their own: random, of one dtype, channels_last."""
+"""Random operands of all ops, and their results beside the reference's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from resnet_fused import reference
 from resnet_fused.layout import pack_mask
+from resnet_fused.ops.dispatch import IMPLEMENTATIONS
 from resnet_fused.types import Activation, ConvGeometry
+
+OPS = torch.ops.resnet_fused
+
+# Operands of ops with a native kernel, in any layout
+
+
+def contiguous(x: Tensor) -> Tensor:
+    return x.contiguous()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def permuted(x: Tensor) -> Tensor:
+    """Neither contiguous nor channels_last: memory order W, N, C, H."""
+    return x.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+
+
+def sliced(x: Tensor) -> Tensor:
+    """channels_last with every other column of a wider tensor."""
+    wide = torch.zeros(*x.shape[:3], 2 * x.shape[3], dtype=x.dtype).to(memory_format=torch.channels_last)
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+LAYOUTS = [contiguous, channels_last, permuted, sliced]
+NATIVE = [name for name, found in IMPLEMENTATIONS.items() if found.composed is None and name != "fresh_like"]
+N, C, H, W = 2, 11, 5, 3
+
+
+def native_arguments(
+    name: str, layout: Any, dtype: torch.dtype, affine: bool, shape: tuple[int, ...] = (N, C, H, W)
+) -> tuple[Any, ...]:
+    """The results of its forward pass among them."""
+    batch, channels, *image = shape
+
+    def activation(size: Sequence[int] = image) -> Tensor:
+        x: Tensor = layout(torch.randn(batch, channels, *size).to(dtype))
+        return x
+
+    def vectors(count: int) -> list[Tensor]:
+        return [
+            torch.rand(channels, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+            for _ in range(count)
+        ]
+
+    y, skip, grad = activation(), activation(), activation()
+    mean, invstd = vectors(2)
+    weight, bias = vectors(2) if affine else (None, None)
+    sums = vectors(2) if affine else (None, None)
+    if name == "batch_norm_stats":
+        return y, 1e-5
+    if name.startswith("bn_relu_maxpool"):
+        if name == "bn_relu_maxpool":
+            return y, mean, invstd, weight, bias
+        _, indices = OPS.bn_relu_maxpool(y, mean, invstd, weight, bias)
+        grad = activation((indices.shape[2], indices.shape[3]))
+        forward = (grad, indices, y, mean, invstd)
+        return forward if name.endswith("reduce") else (*forward, weight, *sums)
+    if name.startswith("bn_relu"):
+        forward = (y, mean, invstd, weight, bias)
+        if name == "bn_relu":
+            return (*forward, *(vectors(1) if affine else [None]))
+        return (grad, *forward) if name.endswith("reduce") else (grad, *forward, *sums)
+    if name == "masked_grad":
+        out, mask = OPS.bn_add_relu(y, mean, invstd, weight, bias, skip)
+        return grad, mask, out, affine, torch.rand(channels, dtype=torch.float64) if affine else None
+    if name.startswith("bn_add_relu"):
+        forward = (y, mean, invstd, weight, bias, skip)
+        if name == "bn_add_relu":
+            return forward
+        out, mask = OPS.bn_add_relu(*forward)
+        if name.endswith("out"):
+            return *forward, torch.zeros_like(out), torch.zeros_like(mask)
+        return (grad, mask, y, mean, invstd, *([] if name.endswith("reduce") else [weight, *sums]))
+    both = (y, mean, invstd, weight, bias, skip, mean, invstd, weight, bias)
+    if name == "bn_bn_add_relu":
+        return both
+    out, mask = OPS.bn_bn_add_relu(*both)
+    if name.endswith("out"):
+        return *both, torch.zeros_like(out), torch.zeros_like(mask)
+    if name.endswith("reduce"):
+        return grad, mask, y, mean, invstd, skip, mean, invstd
+    return grad, mask, y, mean, invstd, weight, *sums, skip, mean, invstd, weight, *sums
+
+
+# Operands of the other ops, channels_last
+
 
 Arguments = tuple[Any, ...]
 Size = tuple[int, int]
@@ -184,8 +277,48 @@ def op_of(case: str) -> str:
     return case.partition("-")[0]
 
 
+# Results
+
+
 def reference_of(op: str) -> Callable[..., Any]:
     """What an op has to compute."""
     modules = (module for module in vars(reference).values() if hasattr(module, op))
-    found: Callable[..., Any] = getattr(next(modules), op)
-    return found
+    function: Callable[..., Any] = getattr(next(modules), op)
+    return function
+
+
+def copied(arguments: Sequence[Any]) -> list[Any]:
+    """With their strides."""
+    return [copy.deepcopy(x) for x in arguments]
+
+
+def tensors(results: Any) -> list[Tensor]:
+    """All that are among results or arguments."""
+    return [x for x in tree_leaves(results) if isinstance(x, Tensor)]
+
+
+def metadata(x: Tensor) -> tuple[Any, ...]:
+    """All that a fake result tells a compiler."""
+    return x.shape, x.stride(), x.dtype, x.device
+
+
+def assert_equals_reference(op: str, arguments: Sequence[Any]) -> None:
+    """Bit for bit in masks and indices, to rounding in the rest, laid out alike; so are arguments that are written."""
+    ours, theirs = copied(arguments), copied(arguments)
+    results = tensors([getattr(OPS, op)(*ours), ours])
+    expected = tensors([reference_of(op)(*theirs), theirs])
+    for result, by_reference in zip(results, expected, strict=True):
+        assert metadata(result) == metadata(by_reference)
+        if result.is_floating_point():
+            torch.testing.assert_close(result, by_reference, rtol=1e-11, atol=1e-11)
+        else:
+            assert torch.equal(result, by_reference)
+
+
+def assert_fakes_are_exact(op: str, arguments: Sequence[Any]) -> None:
+    """Fakes are laid out exactly as real results: opcheck lets strides of dimensions of size 1 pass."""
+    call = getattr(OPS, op).default
+    real = tensors(call(*copied(arguments)))
+    with FakeTensorMode() as mode:
+        fake = tensors(call(*tree_map_only(Tensor, mode.from_tensor, list(arguments))))
+    assert [metadata(x) for x in fake] == [metadata(x) for x in real]
