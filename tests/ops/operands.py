@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,8 +65,11 @@ def native_arguments(
 
     y, skip, grad = activation(), activation(), activation()
     mean, invstd = vectors(2)
-    weight, bias = vectors(2) if affine else (None, None)
-    sums = vectors(2) if affine else (None, None)
+    weight, bias = (v - 0.5 for v in vectors(2)) if affine else (None, None)
+    if weight is not None:
+        weight[channels // 2 :][:1] = 0.0
+    pixels = batch * math.prod(image)
+    sums = [pixels * v for v in vectors(2)] if affine else (None, None)
     if name == "batch_norm_stats":
         return y, 1e-5
     if name.startswith("bn_relu_maxpool"):
@@ -117,30 +121,32 @@ SIZES: dict[str, Size] = {"odd": (7, 6), "even": (4, 8), "one_row": (1, 5), "one
 class Maker:
     """Makes operands of one dtype and image size."""
 
-    def __init__(self, dtype: torch.dtype, size: Size = SIZES["odd"]) -> None:
-        self.dtype, self.size = dtype, size
+    def __init__(self, dtype: torch.dtype, size: Size = SIZES["odd"], device: str = "cpu") -> None:
+        self.dtype, self.size, self.device = dtype, size, device
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
 
     def activation(self, channels: int, size: Size | None = None) -> Tensor:
-        x = torch.randn(IMAGES, channels, *(size or self.size)).to(self.dtype)
+        x = torch.randn(IMAGES, channels, *(size or self.size)) + torch.randn(channels, 1, 1)
+        x = x.to(self.device, self.dtype)
         # Where other strides would do as well, those that kernels give their results.
         return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
 
     def vector(self, count: int) -> Tensor:
-        return torch.randn(count).to(self.wide)
+        return torch.randn(count).to(self.device, self.wide)
 
     def bn(self, channels: int, affine: bool = True) -> list[Tensor | None]:
         """mean, invstd, weight and bias."""
-        invstd = 0.5 + torch.rand(channels).to(self.wide)
+        invstd = 0.5 + torch.rand(channels).to(self.device, self.wide)
         more = [self.vector(channels), self.vector(channels)] if affine else [None, None]
         return [self.vector(channels), invstd, *more]
 
-    def weight(self, outputs: int, inputs: int, kernel: int = 1) -> Tensor:
-        weight = torch.randn(outputs, inputs, kernel, kernel) / (inputs * kernel * kernel) ** 0.5
-        return weight.to(self.dtype)
+    def weight(self, outputs: int, inputs: int, kernel: int = 1, kernel_w: int | None = None) -> Tensor:
+        size = inputs, kernel, kernel if kernel_w is None else kernel_w
+        weight = torch.randn(outputs, *size) / math.prod(size) ** 0.5
+        return weight.to(self.device, self.dtype)
 
     def mask(self, like: Tensor) -> Tensor:
-        return pack_mask(torch.rand(like.shape) < 0.6, like)
+        return pack_mask(torch.rand(like.shape, device=self.device) < 0.6, like)
 
     def a(self, channels: int = INPUTS, size: Size | None = None) -> list[Tensor | None]:
         """relu(bn(x)) - shift."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import resnet_fused
 from resnet_fused import models, ops, reference
 from resnet_fused.layout import dense
 from resnet_fused.types import BatchNorm, ConvBN
@@ -24,8 +24,6 @@ from tests.accuracy import (
     shift_from_zero,
 )
 from tests.model_pairs import block_pair
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @dataclass(frozen=True)
@@ -186,10 +184,19 @@ def hopeless(case: Case) -> set[str]:
     return {f"d{name}" for name in case.differentiable} - kept
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("hostile", HOSTILE_CASES)
-@pytest.mark.parametrize("name", BLOCKS)
+#: Block, input, and whether it trains.
+RUNS = [
+    *((name, "plain", training) for name in BLOCKS for training in (True, False)),
+    *(
+        (name, hostile, True)
+        for name in ("bottleneck", "bottleneck_stride", "bottleneck_wide", "basic_block_stride")
+        for hostile in HOSTILE_CASES[1:]
+    ),
+    *(("bottleneck_stride", hostile, False) for hostile in HOSTILE_CASES[1:]),
+]
+
+
+@pytest.mark.parametrize(("name", "hostile", "training"), RUNS)
 def test_accuracy(name: str, hostile: str, training: bool, dtype: torch.dtype, device: str) -> None:
     check_accuracy(name, hostile, training, dtype, device)
 
@@ -256,31 +263,24 @@ def test_gradcheck(name: str, training: bool) -> None:
     assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_float64_equals_plain(name: str, training: bool) -> None:
+def test_float64_equals_plain(name: str, training: bool, backend: str) -> None:
     case = make_case(name, "plain", torch.float64)
     grad = torch.randn_like(plain(case.to(None), training))
-    by_fused, by_plain = (results(op, case, grad, training, None) for op in (fused, plain))
+    with resnet_fused.backend(backend):
+        by_fused = results(fused, case, grad, training, None)
+    by_plain = results(plain, case, grad, training, None)
     for result, expected in by_plain.items():
         assert relative_error(by_fused[result], expected) < 1e-10, result
 
 
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.mark.parametrize("name", BLOCKS)
+def test_in_chunks(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch is split into many chunks, which small tensors would not need."""
     monkeypatch.setattr("resnet_fused.ops.vendor_gemm.CHUNK_BYTES", {"cpu": 4096, "cuda": 4096})
-    yield
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.usefixtures("small_chunks")
-def test_in_chunks(name: str) -> None:
-    test_float64_equals_plain(name, True)
-    case = make_case(name, "odd_size", torch.float32)
-    grad = gradient_for(plain(case.to(torch.float64), True).detach(), torch.float32)
-    exact, found = results(plain, case, grad, True, torch.float64), results(fused, case, grad, True, None)
-    assert relative_error(found["output"], exact["output"]) < 1e-5
+    check_accuracy(name, "odd_size", True, dtype, "cpu")
 
 
 @pytest.mark.parametrize(
