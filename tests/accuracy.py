@@ -32,34 +32,41 @@ class Inaccurate(AssertionError):
     """A result that breaks the rule."""
 
 
-def errors(
-    name: str, fused: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype | None = None
-) -> list[tuple[str, float, float, float]]:
-    """(name of the error, that of the fused result, that of eager's, eps), for a result as a vector and by elements.
+def assert_accurate(
+    draw: Callable[[], tuple[Results, Results, Results]], dtype: torch.dtype | None = None
+) -> None:
+    """Raises Inaccurate unless all results obey the rule, as vectors and by elements, over ``DRAWS`` draws.
 
     Args:
-        name: what the result is, for messages.
-        fused, eager: the two results, of one shape and dtype, without NaN.
-        exact: the float64 result.
+        draw: draws inputs from the global generator; returns the results by name: fused, eager, and in float64.
+            None may be NaN.
         dtype: what eps is taken of; the results' dtype unless given. For a float32 result of a computation that
             rounds to fewer bits on its way: the dtype of that.
     """
-    assert exact.dtype == torch.float64, f"{name}: the exact result is {exact.dtype}"
-    assert fused.shape == eager.shape == exact.shape, (
-        f"{name}: shapes {fused.shape}, {eager.shape}, {exact.shape}"
-    )
-    assert fused.dtype == eager.dtype, f"{name}: dtypes {fused.dtype}, {eager.dtype}"
-    for what, x in (("fused", fused), ("eager", eager), ("exact", exact)):
-        assert not x.isnan().any(), f"{name}: NaN in the {what} result"
-    eps = torch.finfo(dtype or fused.dtype).eps
-    return [
-        (f"{name}: {measure.__name__}", measure(fused, exact), measure(eager, exact), eps)
-        for measure in (relative_error, element_error)
-    ]
+    draws: dict[tuple[str, float], list[tuple[float, float]]] = {}
+    for _ in range(DRAWS):
+        fused, eager, exact = draw()
+        assert fused.keys() == eager.keys() == exact.keys() != set()
+        for name, truth in exact.items():
+            ours, theirs = fused[name], eager[name]
+            assert truth.dtype == torch.float64, f"{name}: the exact result is {truth.dtype}"
+            assert ours.shape == theirs.shape == truth.shape, (name, ours.shape, theirs.shape, truth.shape)
+            assert ours.dtype == theirs.dtype, (name, ours.dtype, theirs.dtype)
+            for what, x in (("fused", ours), ("eager", theirs), ("exact", truth)):
+                assert not x.isnan().any(), f"{name}: NaN in the {what} result"
+            for measure in (relative_error, element_error):
+                key = f"{name}: {measure.__name__}", torch.finfo(dtype or ours.dtype).eps
+                draws.setdefault(key, []).append((measure(ours, truth), measure(theirs, truth)))
+    for (name, eps), pairs in draws.items():
+        assert len(pairs) == DRAWS, f"{name}: only in {len(pairs)} draws"
+        by_fused, by_eager = zip(*pairs, strict=True)
+        assert math.isfinite(max(by_eager)), f"{name} of eager is {max(by_eager)}"
+        means = (_geometric_mean(values, LEAST_ERROR * eps) for values in (by_fused, by_eager))
+        _assert_within_limit(name, *means, eps)
+        _assert_within_limit(f"{name} of one draw", max(by_fused), max(by_eager), eps, ONE_DRAW)
 
 
-def assert_within_limit(name: str, by_fused: float, by_eager: float, eps: float, times: float = 1.0) -> None:
-    """Raises Inaccurate unless the error of the fused result is at most ``times`` the rule's limit."""
+def _assert_within_limit(name: str, by_fused: float, by_eager: float, eps: float, times: float = 1.0) -> None:
     most = times * limit(by_eager, eps)
     if not by_fused <= most:
         factor = "" if times == 1 else f"{times:g} * "
@@ -68,42 +75,9 @@ def assert_within_limit(name: str, by_fused: float, by_eager: float, eps: float,
         )
 
 
-def assert_as_accurate(
-    name: str, fused: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype | None = None
-) -> None:
-    """Raises Inaccurate unless a result of one draw obeys the rule; see ``errors``."""
-    for error in errors(name, fused, eager, exact, dtype):
-        assert_within_limit(*error)
-
-
-def geometric_mean(values: Sequence[float], least: float) -> float:
+def _geometric_mean(values: Sequence[float], least: float) -> float:
     """Of values that are at least ``least``, or count as that."""
     return math.exp(sum(math.log(max(value, least)) for value in values) / len(values))
-
-
-def assert_accurate(
-    draw: Callable[[], tuple[Results, Results, Results]], dtype: torch.dtype | None = None
-) -> None:
-    """Raises Inaccurate unless all results obey the rule over ``DRAWS`` draws, each of which counts.
-
-    Args:
-        draw: draws inputs from the global generator; returns the results by name: fused, eager, and in float64.
-        dtype: as in ``errors``.
-    """
-    found: dict[str, list[tuple[float, float, float]]] = {}
-    for _ in range(DRAWS):
-        fused, eager, exact = draw()
-        assert fused.keys() == eager.keys() == exact.keys() != set()
-        for key in exact:
-            for name, *error in errors(key, fused[key], eager[key], exact[key], dtype):
-                found.setdefault(name, []).append((error[0], error[1], error[2]))
-    for name, draws in found.items():
-        assert len(draws) == DRAWS, f"{name}: only in {len(draws)} draws"
-        by_fused, by_eager, (eps, *_) = zip(*draws, strict=True)
-        assert math.isfinite(max(by_eager)), f"{name} of eager is {max(by_eager)}"
-        means = (geometric_mean(values, LEAST_ERROR * eps) for values in (by_fused, by_eager))
-        assert_within_limit(name, *means, eps)
-        assert_within_limit(f"{name} of one draw", max(by_fused), max(by_eager), eps, ONE_DRAW)
 
 
 def shift_from_zero(values: Tensor) -> Tensor:
@@ -210,13 +184,6 @@ def hostile_input(
     residual = _strided(torch.randn(shape).relu().to(dtype), name, layout).to(device)
     grad = _strided(torch.randn(shape).to(dtype), name, layout).to(device)
     return Case(name, y, weight(), bias(), residual, skip, weight(), bias(), grad)
-
-
-def hostile_inputs(
-    dtype: torch.dtype, layout: str, names: Sequence[str] = HOSTILE_CASES, device: str = "cpu"
-) -> list[Case]:
-    """All cases, or those named."""
-    return [hostile_input(name, dtype, layout, device) for name in names]
 
 
 def _strided(x: Tensor, name: str, layout: str) -> Tensor:

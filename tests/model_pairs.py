@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,24 +30,20 @@ def nodes(out: Tensor) -> list[str]:
 KINDS = {"basic": "BasicBlock", "bottleneck": "Bottleneck"}
 
 
-def make_model(library: Any, arch: str | Callable[[Any], nn.Module], **kwargs: Any) -> nn.Module:
-    """``arch``: a constructor's name, one of KINDS (seven classes), or a function of the library."""
-    if callable(arch):
-        made: nn.Module = arch(library)
-    elif arch in KINDS:
-        made = library.ResNet(getattr(library, KINDS[arch]), [2, 1, 1, 1], **{"num_classes": 7} | kwargs)
-    else:
-        made = getattr(library, arch)(**kwargs)
-    return made
+def make_model(library: Any, kind: str, **kwargs: Any) -> nn.Module:
+    """One of KINDS with seven classes, unless arguments of ResNet say other."""
+    options = {"layers": [2, 1, 1, 1], "num_classes": 7} | kwargs
+    model: nn.Module = library.ResNet(getattr(library, KINDS[kind]), **options)
+    return model
 
 
-def pair(arch: str | Callable[[Any], nn.Module], **kwargs: Any) -> tuple[nn.Module, nn.Module]:
-    """The fused model and its reference with equal random weights and statistics; see make_model for ``arch``.
+def pair(kind: str, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
+    """The fused model and its reference with equal random weights and statistics; see make_model.
 
     Biases keep most activations well away from zero, on either side: where a ReLU sits within rounding of zero, float32
     itself decides the gradient, and the two models may decide differently.
     """
-    eager = make_model(reference, arch, **kwargs)
+    eager = make_model(reference, kind, **kwargs)
     for name, module in eager.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -60,7 +55,7 @@ def pair(arch: str | Callable[[Any], nn.Module], **kwargs: Any) -> tuple[nn.Modu
             nn.init.normal_(module.running_mean, std=0.2)
             nn.init.uniform_(module.running_var, 0.5, 2.0)
     with torch.device("meta"):  # without drawing weights
-        fused = make_model(resnet_fused, arch, **kwargs)
+        fused = make_model(resnet_fused, kind, **kwargs)
     fused.to_empty(device="cpu").load_state_dict(eager.state_dict(), strict=True)
     return fused, eager
 
@@ -147,18 +142,6 @@ def kind_of(name: str) -> str:
         if any(part in module for part in parts):
             return f"{kind} {result}"
     return "fc gradient" if module == "fc" else name
-
-
-def by_kind(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All results of one kind as one vector.
-
-    A bias whose ReLUs are all open has no gradient, because the next batch norm takes it away: by itself it has no
-    relative error.
-    """
-    kinds: dict[str, list[Tensor]] = {}
-    for name, tensor in found.items():
-        kinds.setdefault(kind_of(name), []).append(tensor.flatten())
-    return {kind: torch.cat(tensors) for kind, tensors in kinds.items()}
 
 
 def assert_equal(fused: dict[str, Tensor], eager: dict[str, Tensor]) -> None:

@@ -33,10 +33,10 @@ def files_on_the_stack() -> list[str]:
     return list(dict.fromkeys(inside))
 
 
-class FirstNativeOp(TorchDispatchMode):
-    """Notes where the first op with a native kernel is called."""
+class Composed(TorchDispatchMode):
+    """Runs the implementations of composed ops, of meta tensors too, and notes where the first native op is called."""
 
-    op = ""
+    native_op = ""
     files: Sequence[str] = ()
 
     def __torch_dispatch__(
@@ -48,20 +48,20 @@ class FirstNativeOp(TorchDispatchMode):
             if composed is not None:
                 with self:
                     return composed(*args)
-            if not self.op:
-                self.op, self.files = name, files_on_the_stack()
+            if not self.native_op:
+                self.native_op, self.files = name, files_on_the_stack()
         return func(*args, **(kwargs or {}))
 
 
 def test_path_on_a_cpu() -> None:
     block = resnet_fused.resnet50().layer1[0].to(memory_format=torch.channels_last)
-    first = FirstNativeOp()
+    first = Composed()
     with torch.no_grad(), first:
         block(torch.randn(2, 64, 8, 8).to(memory_format=torch.channels_last))
     *python, bindings, kernel = listed("On a **CPU**:", "On a GPU")
     assert [*first.files] == python
-    assert f"{first.op}" in (ROOT / bindings).read_text()
-    assert (ROOT / kernel).name == f"{first.op}.cpp"
+    assert first.native_op in (ROOT / bindings).read_text()
+    assert (ROOT / kernel).name == f"{first.native_op}.cpp"
     assert len(python) + 2 <= 7
 
 
@@ -74,23 +74,9 @@ def test_path_with_triton() -> None:
     def note(launch: Launch) -> None:
         stacks.append(files_on_the_stack())
 
-    with torch.device("meta"), torch.no_grad(), observe_launches(note), MetaComposed():
+    with torch.device("meta"), torch.no_grad(), observe_launches(note), Composed():
         block = resnet_fused.resnet50().layer1[0].to(memory_format=torch.channels_last)
         block(torch.empty(2, 64, 8, 8).to(memory_format=torch.channels_last))
     files = listed("On a GPU, with **Triton**:", "Backward starts")
     assert stacks[0] == files
     assert len(files) <= 8
-
-
-class MetaComposed(TorchDispatchMode):
-    """Runs the implementations of ops on meta tensors: launches are observed, and nothing is computed."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        namespace, _, name = func._schema.name.partition("::")
-        composed = IMPLEMENTATIONS[name].composed if namespace == "resnet_fused" else None
-        if composed is not None:
-            with self:
-                return composed(*args)
-        return func(*args, **(kwargs or {}))

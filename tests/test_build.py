@@ -241,27 +241,6 @@ def test_a_cuda_build_that_fails(sources: Path, tmp_path: Path, compiles: str) -
     assert build(sources, "13.0", CUDA_HOME=home, RESNET_FUSED_BUILD="cuda").returncode != 0
 
 
-def test_a_toolkit_of_another_version(sources: Path, tmp_path: Path) -> None:
-    path = make_toolkit(tmp_path / "cuda", "11.8").parent
-    environ = {"PATH": f"{path}:{os.environ['PATH']}", "CUDA_HOME": str(path.parent)}
-    done = build(sources, "99.0", **environ)
-    assert done.returncode == 0, done.stderr
-    assert has_extension(sources) and "is of CUDA 11.8, but torch is built for CUDA 99.0" in str(
-        recorded(sources)["missing"]
-    )
-    strict = build(sources, "99.0", RESNET_FUSED_BUILD="cuda", **environ)
-    assert strict.returncode == 1
-    assert strict.stderr.splitlines()[-1].startswith(f"RESNET_FUSED_BUILD=cuda: {path}/nvcc is of CUDA 11.8")
-
-
-def test_torch_without_cuda(sources: Path) -> None:
-    done = build(sources, None)
-    assert done.returncode == 0, done.stderr
-    assert has_extension(sources) and "has no CUDA support" in str(recorded(sources)["missing"])
-    strict = build(sources, None, RESNET_FUSED_BUILD="cuda")
-    assert strict.returncode == 1 and "has no CUDA support" in strict.stderr.splitlines()[-1]
-
-
 def test_no_compiler(sources: Path) -> None:
     done = build(sources, None, CXX="no-such-compiler")
     assert done.returncode == 0, done.stderr
@@ -273,13 +252,34 @@ def test_no_compiler(sources: Path) -> None:
         [sys.executable, "-m", "resnet_fused", "info"], cwd=sources / "lib", capture_output=True, text=True
     )
     assert info.returncode == 0 and missing in info.stdout
-    strict = build(sources, None, CXX="no-such-compiler", RESNET_FUSED_BUILD="cpu")
-    assert strict.returncode == 1 and "there is no C++ compiler" in strict.stderr.splitlines()[-1]
 
 
-def test_no_extension_on_request(sources: Path) -> None:
-    assert build(sources, None, RESNET_FUSED_BUILD="none").returncode == 0
-    assert not has_extension(sources) and recorded(sources)["asked"] is True
+def insists_in_vain(mode: str, reason: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        setup.make_plan(mode)
+    assert str(ended.value).startswith(f"RESNET_FUSED_BUILD={mode}: ") and reason in str(ended.value)
+
+
+def test_what_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default with the reason, and not where it was asked for."""
+    path = make_toolkit(tmp_path / "cuda", "11.8").parent
+    monkeypatch.setenv("PATH", f"{path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_HOME", str(path.parent))
+    monkeypatch.setattr(setup, "installed_cuda", lambda: None)
+    for cuda, reason in (
+        ("99.0", f"{path}/nvcc is of CUDA 11.8, but torch is built for CUDA 99.0"),
+        (None, "has no CUDA support"),
+    ):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        plan = setup.make_plan("auto")
+        assert plan.extension is not None and f"built without CUDA: {reason}" in plan.missing.replace(
+            f"torch {torch.__version__} ", ""
+        )
+        assert not plan.asked and not plan.may_fall_back
+        insists_in_vain("cuda", reason)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    insists_in_vain("cpu", "there is no C++ compiler (no-such-compiler)")
+    assert setup.make_plan("none").extension is None and setup.make_plan("none").asked
 
 
 def test_the_sdist_holds_all_sources(tmp_path: Path) -> None:

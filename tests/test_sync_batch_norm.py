@@ -28,7 +28,7 @@ def model(kind: str) -> nn.Module:
 
 def batch(layout: str) -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
-    images = torch.randn(sum(SHARES), 3, 64, 64, dtype=torch.float64)
+    images = torch.randn(sum(SHARES), 3, 32, 32, dtype=torch.float64)
     return images.to(memory_format=LAYOUTS[layout]), torch.arange(sum(SHARES))
 
 

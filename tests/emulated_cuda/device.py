@@ -7,9 +7,12 @@ import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from resnet_fused.layout import is_channels_last
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -26,7 +29,7 @@ FLAGS = (
     "-DRESNET_FUSED_MULTIPROCESSORS=10",
 )
 SANITIZER = ("-fsanitize=undefined", "-fno-sanitize-recover")
-GUARD = 64  # bytes on either side of an output that no kernel may touch
+GUARD = 64  # bytes on either side of a tensor that no kernel may touch
 CANARY = 0xA5
 
 
@@ -64,124 +67,76 @@ def build(folder: Path, sanitizer: tuple[str, ...] = SANITIZER) -> Path:
     return library
 
 
-class Output:
-    """A tensor for results: NaN (or 0xFF) all over, with a guard zone on either side.
+class Guarded:
+    """Memory of a tensor's shape, dtype and strides: NaN (or 0xFF) all over, with a guard zone on either side.
 
     ``aligned`` False puts it one element past a 16-byte boundary.
     """
 
-    def __init__(
-        self, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False, aligned: bool = True
-    ):
-        count = torch.Size(shape).numel()
-        size = torch.empty(0, dtype=dtype).element_size()
+    def __init__(self, like: Tensor, aligned: bool = True) -> None:
+        size = like.element_size()
         start = GUARD + (0 if aligned else size)
-        self._bytes = torch.full((start + count * size + GUARD,), CANARY, dtype=torch.uint8)
-        self._inside = slice(start, start + count * size)
-        flat = self._bytes[self._inside].view(dtype)
-        flat.fill_(torch.nan if dtype.is_floating_point else 0xFF)
-        if channels_last:
-            n, c, h, w = shape
-            self.tensor = flat.view(n, h, w, c).permute(0, 3, 1, 2)
-        else:
-            self.tensor = flat.view(shape)
+        self._bytes = torch.full((start + like.numel() * size + GUARD,), CANARY, dtype=torch.uint8)
+        self._inside = slice(start, start + like.numel() * size)
+        flat = self._bytes[self._inside].view(like.dtype)
+        flat.fill_(torch.nan if like.is_floating_point() else 0xFF)
+        self.tensor = flat.as_strided(like.shape, like.stride(), flat.storage_offset())
 
-    def check_guards(self) -> None:
+    def check(self) -> None:
         before, after = self._bytes[: self._inside.start], self._bytes[self._inside.stop :]
-        assert (before == CANARY).all() and (after == CANARY).all(), "written outside of an output"
+        assert (before == CANARY).all() and (after == CANARY).all(), "written outside of a tensor"
 
 
 class Device:
-    """Calls ops of one activation dtype, layout and alignment.
+    """Calls ops.
 
     Args:
         library: what build() returned.
-        dtype: of the activations; every op sees them in this dtype.
-        channels_last: their layout.
         aligned: False puts all activations one element past a 16-byte boundary, which rules out vector accesses.
     """
 
-    def __init__(self, library: Path, dtype: torch.dtype, channels_last: bool, aligned: bool = True):
+    def __init__(self, library: Path, aligned: bool = True) -> None:
         self._library = ctypes.CDLL(str(library))
         self._library.call.restype = ctypes.c_char_p
         self._library.workspace_bytes.restype = ctypes.c_int64
-        self.dtype, self.channels_last, self.aligned = dtype, channels_last, aligned
-        self.statistics = torch.float64 if dtype == torch.float64 else torch.float32
+        self.aligned = aligned
 
-    def activation(self, values: Tensor) -> Tensor:
-        """``values`` rounded to the dtype, in the layout and alignment of this device."""
-        to = Output(tuple(values.shape), self.dtype, self.channels_last, self.aligned).tensor
-        return to.copy_(values)
+    def __call__(self, op: str, arguments: Sequence[Any], like: Sequence[Tensor]) -> list[Tensor]:
+        """Results, laid out as ``like``, and after them the tensors among the arguments, which an op may write to.
 
-    def __call__(
-        self,
-        op: str,
-        inputs: Sequence[Tensor | None],
-        size: torch.Size,
-        like: int = 0,
-        vectors: int = 0,
-        pooled: bool = False,
-        extra_bytes: tuple[int, ...] | None = None,
-        eps: float = 0.0,
-        initial: tuple[Tensor, ...] = (),
-    ) -> list[Tensor]:
-        """Runs ``op`` with the threads of a block in both orders, which must give the same bits.
-
-        Args:
-            op: its name.
-            inputs: as in the schema.
-            size: N, C, H, W of y.
-            like: how many activations it returns, of y's size (or its pooled size).
-            vectors: how many per-channel vectors it returns.
-            pooled: whether the activations it returns are pooled.
-            extra_bytes: shape of the uint8 tensor that it returns after the activations, if any.
-            eps: of batch_norm_stats.
-            initial: what the outputs hold before, where the op adds to them; vectors are then of its dtype.
+        It runs with the threads of a block in both orders, which must give the same bits.
         """
-        first, second = (
-            self._once(order, op, inputs, size, like, vectors, pooled, extra_bytes, eps, initial)
-            for order in (0, 1)
-        )
+        first, second = (self._once(order, op, arguments, like) for order in (0, 1))
         for a, b in zip(first, second, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
         return first
 
-    def _once(
-        self,
-        order: int,
-        op: str,
-        inputs: Sequence[Tensor | None],
-        size: torch.Size,
-        like: int,
-        vectors: int,
-        pooled: bool,
-        extra_bytes: tuple[int, ...] | None,
-        eps: float,
-        initial: tuple[Tensor, ...],
-    ) -> list[Tensor]:
-        n, c, h, w = size
-        shape = (n, c, (h + 1) // 2, (w + 1) // 2) if pooled else (n, c, h, w)
-        outputs = [Output(shape, self.dtype, self.channels_last, self.aligned) for _ in range(like)]
-        if extra_bytes is not None:
-            images = len(extra_bytes) == 4  # indices; a mask is a matrix
-            outputs.append(Output(extra_bytes, torch.uint8, images and self.channels_last))
-        vector_dtype = initial[-1].dtype if initial else self.statistics
-        outputs += [Output((c,), vector_dtype) for _ in range(vectors)]
-        for output, values in zip(outputs, initial, strict=False):
-            output.tensor.copy_(values)
+    def _once(self, order: int, op: str, arguments: Sequence[Any], like: Sequence[Tensor]) -> list[Tensor]:
+        def place(x: Tensor) -> Guarded:
+            return Guarded(x, self.aligned or x.dim() != 4 or not x.is_floating_point())
 
-        sizes = (ctypes.c_int64 * 4)(*size)
-        layout, dtype = int(self.channels_last), DTYPES.index(self.dtype)
+        guarded = {i: place(x) for i, x in enumerate(arguments) if isinstance(x, Tensor)}
+        for i, copy in guarded.items():
+            copy.tensor.copy_(arguments[i])
+        results = [place(x) for x in like]
+        y = arguments[2 if "maxpool_backward" in op else 0]
+        sizes = (ctypes.c_int64 * 4)(*y.shape)
+        layout, dtype = int(is_channels_last(y)), DTYPES.index(y.dtype)
         bytes_needed = self._library.workspace_bytes(sizes, layout, dtype)
-        workspace = Output((bytes_needed // 8 + 1,), torch.float64)
+        workspace = Guarded(torch.empty(bytes_needed // 8 + 1, dtype=torch.float64))
         workspace.tensor.view(torch.float32).fill_(torch.nan)
-        tensors = [*inputs, *(o.tensor for o in outputs)]
-        pointers = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
-
+        # None and False are null, True is any other address; eps is an argument of its own.
+        eps = next((x for x in arguments if isinstance(x, float)), 0.0)
+        pointers = [
+            guarded[i].tensor.data_ptr() if i in guarded else (id(x) if x is True else None)
+            for i, x in enumerate(arguments)
+            if not isinstance(x, float)
+        ]
+        pointers += [result.tensor.data_ptr() for result in results]
         self._library.set_reverse_order(order)
         error = self._library.call(
             op.encode(),
-            pointers,
+            (ctypes.c_void_p * len(pointers))(*pointers),
             sizes,
             layout,
             dtype,
@@ -189,6 +144,6 @@ class Device:
             ctypes.c_void_p(workspace.tensor.data_ptr()),
         )
         assert error is None, error
-        for output in (*outputs, workspace):
-            output.check_guards()
-        return [o.tensor for o in outputs]
+        for memory in (*guarded.values(), *results, workspace):
+            memory.check()
+        return [memory.tensor for memory in (*results, *guarded.values())]

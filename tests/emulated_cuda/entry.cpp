@@ -1,5 +1,5 @@
 // What the tests call through ctypes: an op by name, its pointers in the order of the schema (inputs, then
-// outputs, null for None), and the sizes of y.
+// outputs, null for None and false), and the sizes of y.
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -53,9 +53,8 @@ void run(const std::string& op, const Call& c, double eps, cuda::Launch launch) 
     return bn_add_relu_backward(
         {p[0], c.bytes(1), p[2], c.without_bias(3), {p[6], p[7]}, p[8], nullptr, m, t}, launch);
   }
-  if (op == "masked_grad") {  // grad, mask, accumulate and with_sum (null: false), out, sum
-    double* sum = p[3] != nullptr ? static_cast<double*>(p[5]) : nullptr;
-    return masked_grad({p[0], c.bytes(1), p[4], p[2] != nullptr, sum, m, t}, launch);
+  if (op == "masked_grad") {
+    return masked_grad({p[0], c.bytes(1), p[2], p[3] != nullptr, static_cast<double*>(p[4]), m, t}, launch);
   }
   if (op == "bn_bn_add_relu") {
     return bn_bn_add_relu({p[0], c.norm(1), p[5], c.norm(6), p[10], c.bytes(11), m, t}, launch);

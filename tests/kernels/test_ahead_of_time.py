@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from benchmarks import counts
-from resnet_fused.kernels.launch import Config, Launch
+from resnet_fused.kernels.launch import Launch
 from tools.kernel_instructions import Code
 from tools.kernel_resources import (
     ARCHITECTURES,
@@ -226,36 +225,3 @@ def test_some_candidate_shares_a_multiprocessor(candidates: list[Launch]) -> Non
             code = Code((), 0, x.resources.registers, x.resources.shared_bytes)
             programs[x.what.name] = max(programs[x.what.name], code.programs(x.what.warps))
     assert min(programs.values()) > 1, programs
-
-
-# That the checks find what is wrong
-
-
-def test_checks_find_faults() -> None:
-    """In toy kernels with one fault each."""
-    from tests.kernels.test_kernel_resources import SPILLING, product, scale, wrong
-
-    slow = product(config=Config(16, 16, 16, 4, 3))  # too small for wgmma
-    ieee = product(torch.float32, precision="ieee")  # without fault
-    toys = (product(), product(), slow, ieee, scale(**SPILLING), wrong())
-    built = build([(launch, 90) for launch in toys])
-    assert len(built) == 5
-    assert [line.partition(" on ")[0] for line in compile_errors(built)] == ["wrong 3 4w3s"]
-    (spilling,) = failures(built, spills)
-    assert spilling.startswith("scale 16384 1w3s on ")
-    assert failures(built, too_many_registers) == failures(built, too_much_shared_memory) == []
-    (without_wgmma,) = failures(built, no_tensor_cores)
-    assert without_wgmma.startswith("product 16x16x16 4w3s on ") and without_wgmma.endswith(": no wgmma")
-
-
-def test_narrow_loads_are_found() -> None:
-    from tests.kernels.test_kernel_resources import product
-
-    aligned = product()
-    arguments = {**aligned.arguments, "N": 250, "K": 250}  # the compiler does not know that rows are aligned
-    unknown = Launch(aligned.kernel, (1,), arguments, aligned.constants, aligned.config)
-    odd = product(size=33)  # can't be aligned
-    assert rows_are_aligned(aligned) and rows_are_aligned(unknown) and not rows_are_aligned(odd)
-    (line,) = failures(build([(aligned, 80), (unknown, 80)]), narrow_loads)
-    assert "not by 16: N K" in line
-    assert failures(build([(odd, 80)]), narrow_loads) == []

@@ -19,6 +19,7 @@ from resnet_fused.ops.dispatch import runs_triton
 from resnet_fused.plan import PASSES
 from tests.accuracy import HOSTILE_CASES
 from tests.kernels.devices import DEVICES, DTYPES
+from tests.kernels.test_accuracy import in_dtypes
 from tests.ops.test_residual_block import (
     BLOCKS,
     check_accuracy,
@@ -30,34 +31,21 @@ from tests.ops.test_residual_block import (
 )
 
 on_devices = pytest.mark.parametrize("device", DEVICES)
-in_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
 #: The interpreter takes seconds for each image; two of them still fill several tiles.
 IMAGES = 2 if interprets() else None
+#: Block, input, and whether it trains.
+RUNS = [
+    *((name, "plain", True) for name in BLOCKS),
+    *(("bottleneck_stride", case, True) for case in HOSTILE_CASES if case != "plain"),
+    ("bottleneck_stride", "plain", False),
+    ("basic_block_stride", "plain", False),
+]
 
 
-@on_devices
-@in_dtypes
-@pytest.mark.parametrize("name", BLOCKS)
-def test_accuracy(name: str, dtype: torch.dtype, device: str) -> None:
+@in_dtypes("name hostile training", RUNS)
+def test_accuracy(name: str, hostile: str, training: bool, dtype: torch.dtype, device: str) -> None:
     with resnet_fused.backend("triton"):
-        check_accuracy(name, "plain", True, dtype, device, IMAGES)
-
-
-@on_devices
-@pytest.mark.parametrize("name", BLOCKS)
-def test_accuracy_in_evaluation(name: str, device: str) -> None:
-    with resnet_fused.backend("triton"):
-        check_accuracy(name, "plain", False, torch.float32, device, IMAGES)
-
-
-@on_devices
-@in_dtypes
-@pytest.mark.parametrize("hostile", [case for case in HOSTILE_CASES if case != "plain"])
-def test_hostile_input(hostile: str, dtype: torch.dtype, device: str) -> None:
-    with resnet_fused.backend("triton"):
-        check_accuracy("bottleneck_stride", hostile, True, dtype, device, IMAGES)
+        check_accuracy(name, hostile, training, dtype, device, IMAGES)
 
 
 @pytest.mark.gpu
@@ -80,37 +68,22 @@ def step(device: str, choice: str) -> tuple[dict[str, Tensor], list[Launch]]:
 
 
 @on_devices
-def test_launches_of_a_bottleneck(device: str) -> None:
-    """The first two convolutions, then the folded one, forward and backward; then backward of the other two."""
-    _, launches = step(device, "triton")
+def test_a_step(device: str) -> None:
+    """Its launches; it repeats bit for bit, and so does each launch: no kernel reads what it writes."""
+    results, launches = step(device, "triton")
+    # The first two convolutions, then the folded one, forward and backward; then backward of the other two.
     passes = [launch.name for launch in launches if launch.name in PASSES]
     folded = ["input_covariance", "conv1x1_bn_add_relu", "folded_wgrad", "folded_dgrad"]
     assert passes == ["conv_bn_stats", "conv_bn_stats", *folded, "wgrad", "dgrad", "wgrad", "dgrad"]
-
-
-@on_devices
-def test_steps_repeat_bit_for_bit(device: str) -> None:
-    (first, _), (second, _) = step(device, "triton"), step(device, "triton")
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-
-
-@on_devices
-def test_a_launch_can_run_again(device: str) -> None:
-    """Benchmarks rely on it: no kernel reads what it writes."""
-    _, launches = step(device, "triton")
+    again, _ = step(device, "triton")
+    for name, value in results.items():
+        assert torch.equal(value, again[name]), name
     for launch in launches:
         tensors = [x for x in launch.arguments.values() if isinstance(x, Tensor)]
         before = [x.clone() for x in tensors]
         launch.run()
         for x, y in zip(tensors, before, strict=True):
             assert torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)), launch.name
-
-
-@on_devices
-def test_backend_vendor_launches_no_kernel(device: str) -> None:
-    _, launches = step(device, "vendor")
-    assert not launches
 
 
 @on_devices
@@ -132,12 +105,14 @@ def test_large_tensors_are_left_to_the_vendor(device: str, monkeypatch: pytest.M
         monkeypatch.setattr(f"resnet_fused.ops.{module}.MAX_NUMEL", 1000)
     found, launches = step(device, "triton")
     assert not [launch.name for launch in launches if launch.name in PASSES]
-    for name, value in step(device, "vendor")[0].items():
+    by_vendor, launches = step(device, "vendor")
+    assert not launches
+    for name, value in by_vendor.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4 * float(value.abs().max()))
 
 
 @on_devices
-@in_dtypes
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_kernel_passes_verification(
     dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,9 +26,9 @@ from resnet_fused import functional
 from resnet_fused.backend import backend, interprets
 from resnet_fused.ops.dispatch import IMPLEMENTATIONS
 from resnet_fused.types import BatchNorm
-from tests.ops import operands, test_opcheck
+from tests.ops import operands
+from tests.ops.operands import LAYOUTS, OPS
 
-OPS = torch.ops.resnet_fused
 #: What a call may end with. AssertionError, AttributeError and the like are no answer to a user.
 ERRORS = (RuntimeError, ValueError, TypeError, IndexError, MemoryError)
 DTYPES = (
@@ -64,13 +64,13 @@ def _sizes(rng: random.Random) -> tuple[int, ...]:
 
 
 def _native(name: str, rng: random.Random) -> Call:
-    layout, dtype = rng.choice(test_opcheck.LAYOUTS), rng.choice(DTYPES[:4])
-    arguments = test_opcheck.arguments(name, layout, dtype, rng.random() < 0.7, _sizes(rng))
+    layout, dtype = rng.choice(LAYOUTS), rng.choice(DTYPES[:4])
+    arguments = operands.native_arguments(name, layout, dtype, rng.random() < 0.7, _sizes(rng))
     return Call(name, getattr(OPS, name), operands.reference_of(name), list(arguments))
 
 
 def _fresh_like(rng: random.Random) -> Call:
-    x = rng.choice(test_opcheck.LAYOUTS)(torch.rand(_sizes(rng)))
+    x = rng.choice(LAYOUTS)(torch.rand(_sizes(rng)))
     sizes = [rng.choice((None, 1, 2, 5)) for _ in range(4)]
     return Call("fresh_like", OPS.fresh_like, None, [x, *sizes])
 
@@ -87,7 +87,7 @@ def _function(name: str, rng: random.Random) -> Call:
     """Of the public API, with its backward."""
     dtype, sizes = rng.choice(DTYPES[:4]), _sizes(rng)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    layout, training = rng.choice(test_opcheck.LAYOUTS), rng.random() < 0.5
+    layout, training = rng.choice(LAYOUTS), rng.random() < 0.5
 
     def activation() -> Tensor:
         x: Tensor = layout(torch.randn(sizes).to(dtype))

@@ -1,16 +1,112 @@
-"""Operands of the ops that have no native kernel of their own: random, of one dtype, channels_last."""
+"""Random operands of all ops, and their results beside the reference's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from resnet_fused.layout import pack_mask
 from resnet_fused.ops.dispatch import IMPLEMENTATIONS
 from resnet_fused.types import Activation, ConvGeometry
+
+OPS = torch.ops.resnet_fused
+
+# Operands of ops with a native kernel, in any layout
+
+
+def contiguous(x: Tensor) -> Tensor:
+    return x.contiguous()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def permuted(x: Tensor) -> Tensor:
+    """Neither contiguous nor channels_last: memory order W, N, C, H."""
+    return x.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+
+
+def sliced(x: Tensor) -> Tensor:
+    """channels_last with every other column of a wider tensor."""
+    wide = torch.zeros(*x.shape[:3], 2 * x.shape[3], dtype=x.dtype).to(memory_format=torch.channels_last)
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+LAYOUTS = [contiguous, channels_last, permuted, sliced]
+NATIVE = [name for name, found in IMPLEMENTATIONS.items() if found.composed is None and name != "fresh_like"]
+N, C, H, W = 2, 11, 5, 3
+
+
+def native_arguments(
+    name: str, layout: Any, dtype: torch.dtype, affine: bool, shape: tuple[int, ...] = (N, C, H, W)
+) -> tuple[Any, ...]:
+    """The results of its forward pass among them."""
+    batch, channels, *image = shape
+
+    def activation(size: Sequence[int] = image) -> Tensor:
+        x: Tensor = layout(torch.randn(batch, channels, *size).to(dtype))
+        return x
+
+    def vectors(count: int) -> list[Tensor]:
+        return [
+            torch.rand(channels, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+            for _ in range(count)
+        ]
+
+    y, skip, grad = activation(), activation(), activation()
+    mean, invstd = vectors(2)
+    weight, bias = (v - 0.5 for v in vectors(2)) if affine else (None, None)
+    if weight is not None:
+        weight[channels // 2 :][:1] = 0.0
+    pixels = batch * math.prod(image)
+    sums = [pixels * v for v in vectors(2)] if affine else (None, None)
+    if name == "batch_norm_stats":
+        return y, 1e-5
+    if name.startswith("bn_relu_maxpool"):
+        if name == "bn_relu_maxpool":
+            return y, mean, invstd, weight, bias
+        _, indices = OPS.bn_relu_maxpool(y, mean, invstd, weight, bias)
+        grad = activation((indices.shape[2], indices.shape[3]))
+        forward = (grad, indices, y, mean, invstd)
+        return forward if name.endswith("reduce") else (*forward, weight, *sums)
+    if name.startswith("bn_relu"):
+        forward = (y, mean, invstd, weight, bias)
+        if name == "bn_relu":
+            return (*forward, *(vectors(1) if affine else [None]))
+        return (grad, *forward) if name.endswith("reduce") else (grad, *forward, *sums)
+    if name == "masked_grad":
+        out, mask = OPS.bn_add_relu(y, mean, invstd, weight, bias, skip)
+        return grad, mask, out, affine, torch.rand(channels, dtype=torch.float64) if affine else None
+    if name.startswith("bn_add_relu"):
+        forward = (y, mean, invstd, weight, bias, skip)
+        if name == "bn_add_relu":
+            return forward
+        out, mask = OPS.bn_add_relu(*forward)
+        if name.endswith("out"):
+            return *forward, torch.zeros_like(out), torch.zeros_like(mask)
+        return (grad, mask, y, mean, invstd, *([] if name.endswith("reduce") else [weight, *sums]))
+    both = (y, mean, invstd, weight, bias, skip, mean, invstd, weight, bias)
+    if name == "bn_bn_add_relu":
+        return both
+    out, mask = OPS.bn_bn_add_relu(*both)
+    if name.endswith("out"):
+        return *both, torch.zeros_like(out), torch.zeros_like(mask)
+    if name.endswith("reduce"):
+        return grad, mask, y, mean, invstd, skip, mean, invstd
+    return grad, mask, y, mean, invstd, weight, *sums, skip, mean, invstd, weight, *sums
+
+
+# Operands of the other ops, channels_last
+
 
 Arguments = tuple[Any, ...]
 Size = tuple[int, int]
@@ -24,30 +120,32 @@ SIZES: dict[str, Size] = {"odd": (7, 6), "even": (4, 8), "one_row": (1, 5), "one
 class Maker:
     """Makes operands of one dtype and image size."""
 
-    def __init__(self, dtype: torch.dtype, size: Size = SIZES["odd"]) -> None:
-        self.dtype, self.size = dtype, size
+    def __init__(self, dtype: torch.dtype, size: Size = SIZES["odd"], device: str = "cpu") -> None:
+        self.dtype, self.size, self.device = dtype, size, device
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
 
     def activation(self, channels: int, size: Size | None = None) -> Tensor:
-        x = torch.randn(IMAGES, channels, *(size or self.size)).to(self.dtype)
+        x = torch.randn(IMAGES, channels, *(size or self.size)) + torch.randn(channels, 1, 1)
+        x = x.to(self.device, self.dtype)
         # Where other strides would do as well, those that kernels give their results.
         return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
 
     def vector(self, count: int) -> Tensor:
-        return torch.randn(count).to(self.wide)
+        return torch.randn(count).to(self.device, self.wide)
 
     def bn(self, channels: int, affine: bool = True) -> list[Tensor | None]:
         """mean, invstd, weight and bias."""
-        invstd = 0.5 + torch.rand(channels).to(self.wide)
+        invstd = 0.5 + torch.rand(channels).to(self.device, self.wide)
         more = [self.vector(channels), self.vector(channels)] if affine else [None, None]
         return [self.vector(channels), invstd, *more]
 
-    def weight(self, outputs: int, inputs: int, kernel: int = 1) -> Tensor:
-        weight = torch.randn(outputs, inputs, kernel, kernel) / (inputs * kernel * kernel) ** 0.5
-        return weight.to(self.dtype)
+    def weight(self, outputs: int, inputs: int, kernel: int = 1, kernel_w: int | None = None) -> Tensor:
+        size = inputs, kernel, kernel if kernel_w is None else kernel_w
+        weight = torch.randn(outputs, *size) / math.prod(size) ** 0.5
+        return weight.to(self.device, self.dtype)
 
     def mask(self, like: Tensor) -> Tensor:
-        return pack_mask(torch.rand(like.shape) < 0.6, like)
+        return pack_mask(torch.rand(like.shape, device=self.device) < 0.6, like)
 
     def a(self, channels: int = INPUTS, size: Size | None = None) -> list[Tensor | None]:
         """relu(bn(x)) - shift."""
@@ -184,6 +282,46 @@ def op_of(case: str) -> str:
     return case.partition("-")[0]
 
 
+# Results
+
+
 def reference_of(op: str) -> Callable[..., Any]:
     """What an op has to compute."""
     return IMPLEMENTATIONS[op].reference
+
+
+def copied(arguments: Sequence[Any]) -> list[Any]:
+    """With their strides."""
+    return [copy.deepcopy(x) for x in arguments]
+
+
+def tensors(results: Any) -> list[Tensor]:
+    """All that are among results or arguments."""
+    return [x for x in tree_leaves(results) if isinstance(x, Tensor)]
+
+
+def metadata(x: Tensor) -> tuple[Any, ...]:
+    """All that a fake result tells a compiler."""
+    return x.shape, x.stride(), x.dtype, x.device
+
+
+def assert_equals_reference(op: str, arguments: Sequence[Any]) -> None:
+    """Bit for bit in masks and indices, to rounding in the rest, laid out alike; so are arguments that are written."""
+    ours, theirs = copied(arguments), copied(arguments)
+    results = tensors([getattr(OPS, op)(*ours), ours])
+    expected = tensors([reference_of(op)(*theirs), theirs])
+    for result, by_reference in zip(results, expected, strict=True):
+        assert metadata(result) == metadata(by_reference)
+        if result.is_floating_point():
+            torch.testing.assert_close(result, by_reference, rtol=1e-11, atol=1e-11)
+        else:
+            assert torch.equal(result, by_reference)
+
+
+def assert_fakes_are_exact(op: str, arguments: Sequence[Any]) -> None:
+    """Fakes are laid out exactly as real results: opcheck lets strides of dimensions of size 1 pass."""
+    call = getattr(OPS, op).default
+    real = tensors(call(*copied(arguments)))
+    with FakeTensorMode() as mode:
+        fake = tensors(call(*tree_map_only(Tensor, mode.from_tensor, list(arguments))))
+    assert [metadata(x) for x in fake] == [metadata(x) for x in real]

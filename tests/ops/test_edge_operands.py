@@ -13,8 +13,21 @@ from torch import Tensor
 
 from resnet_fused.ops.dispatch import IMPLEMENTATIONS
 from resnet_fused.ops.registry import register_op
-from tests.ops import operands, test_conv_bn_ops
-from tests.ops.test_opcheck import KERNELS, OPS, arguments, as_tuple, channels_last, contiguous, copied
+from tests.ops import operands
+from tests.ops.operands import (
+    CASES,
+    NATIVE,
+    OPS,
+    SIZES,
+    Maker,
+    assert_equals_reference,
+    assert_fakes_are_exact,
+    channels_last,
+    contiguous,
+    native_arguments,
+    op_of,
+    tensors,
+)
 
 BOTH_LAYOUTS = pytest.mark.parametrize("layout", [contiguous, channels_last], ids=lambda f: f.__name__)
 
@@ -28,39 +41,13 @@ def run(script: str) -> str:
     return done.stdout
 
 
-def assert_equals_reference(name: str, args: tuple[Any, ...]) -> None:
-    """In results, and in arguments that are written to."""
-    ours, theirs = (
-        as_tuple(op(*copies)) + tuple(x for x in copies if isinstance(x, Tensor))
-        for op, copies in ((getattr(OPS, name), copied(args)), (operands.reference_of(name), copied(args)))
-    )
-    for actual, expected in zip(ours, theirs, strict=True):
-        assert actual.shape == expected.shape and actual.dtype == expected.dtype
-        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize(
-    "shape", [(0, 3, 5, 4), (2, 0, 5, 4), (2, 3, 0, 4), (2, 3, 5, 0), (0, 0, 0, 0), (1, 0, 1, 1)]
-)
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 @BOTH_LAYOUTS
-@pytest.mark.parametrize("name", KERNELS)
-def test_without_elements(name: str, layout: Any, affine: bool, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("name", NATIVE)
+def test_without_elements(name: str, layout: Any, affine: bool) -> None:
     """Results are empty, sums and statistics zero, whichever dimension has no size."""
-    assert_equals_reference(name, arguments(name, layout, torch.float64, affine, shape))
-
-
-def test_without_channels_in_a_process_of_its_own() -> None:
-    """A division by zero channels ends a process."""
-    printed = run("""
-        print(*resnet_fused.functional.bn_relu(empty(1, 0, 1, 1), empty(0), empty(0)).shape)
-        try:  # as F.max_pool2d does
-            resnet_fused.functional.bn_relu_maxpool(empty(1, 0, 1, 1), empty(0), empty(0))
-        except RuntimeError:
-            print("refused")
-        print(*resnet_fused.functional.bn_add_relu(empty(1, 0, 1, 1), empty(1, 0, 1, 1), empty(0), empty(0)).shape)
-    """)
-    assert printed.split() == ["1", "0", "1", "1", "refused", "1", "0", "1", "1"]
+    for shape in ((0, 3, 5, 4), (2, 0, 5, 4), (2, 3, 0, 4), (2, 3, 5, 0), (0, 0, 0, 0), (1, 0, 1, 1)):
+        assert_equals_reference(name, native_arguments(name, layout, torch.float64, affine, shape))
 
 
 @BOTH_LAYOUTS
@@ -68,38 +55,43 @@ def test_without_channels_in_a_process_of_its_own() -> None:
 @pytest.mark.parametrize("name", ["bn_relu_maxpool_backward_reduce", "bn_relu_maxpool_backward"])
 def test_pooling_indices_of_any_byte(name: str, size: tuple[int, int], layout: Any) -> None:
     """An index that names no pixel, because its window is cut off there or has no such element, has no gradient."""
-    args = arguments(name, layout, torch.float64, True, (5, 11, *size))
+    args = native_arguments(name, layout, torch.float64, True, (5, 11, *size))
     indices = args[1]
     for values in (torch.randint(0, 10, indices.shape), torch.randint(0, 256, indices.shape)):
         indices.copy_(values)
         assert_equals_reference(name, args)
 
 
-def test_pooling_indices_outside_in_a_process_of_its_own() -> None:
-    """Window element 0 of the first pixels lies before y: read, it may end a process."""
+def test_what_may_end_a_process() -> None:
+    """A division by zero channels; window element 0 of the first pixels, which lies before y, if it is read."""
     printed = run("""
+        print(*resnet_fused.functional.bn_relu(empty(1, 0, 1, 1), empty(0), empty(0)).shape)
+        try:  # as F.max_pool2d does
+            resnet_fused.functional.bn_relu_maxpool(empty(1, 0, 1, 1), empty(0), empty(0))
+        except RuntimeError:
+            print("refused")
+        print(*resnet_fused.functional.bn_add_relu(empty(1, 0, 1, 1), empty(1, 0, 1, 1), empty(0), empty(0)).shape)
         y, grad, vector = rand(5, 31, 2, 13), rand(5, 31, 1, 7), rand(31)
         for _ in range(50):
             sums = OPS.bn_relu_maxpool_backward_reduce(grad, zeros(5, 31, 1, 7, dtype=torch.uint8), y, vector, vector)
         print(*(x.abs().max().item() for x in sums))
     """)
-    assert printed.split() == ["0.0", "0.0"]
+    assert printed.split() == ["1", "0", "1", "1", "refused", "1", "0", "1", "1", "0.0", "0.0"]
 
 
 @BOTH_LAYOUTS
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", NATIVE)
 def test_vectors_that_are_not_contiguous(name: str, layout: Any) -> None:
     """Those of stacked ensembles are slices."""
-    args = arguments(name, layout, torch.float64, True)
+    args = native_arguments(name, layout, torch.float64, True)
     sliced = tuple(
         torch.stack([x, x + 1], -1)[..., 0]
         if isinstance(x, Tensor) and x.dim() == 1 and name != "masked_grad"
         else x
         for x in args
     )
-    ours, theirs = as_tuple(getattr(OPS, name)(*sliced)), as_tuple(getattr(OPS, name)(*args))
-    for actual, expected in zip(ours, theirs, strict=True):
-        assert torch.equal(actual, expected)
+    ours, theirs = tensors(getattr(OPS, name)(*sliced)), tensors(getattr(OPS, name)(*args))
+    assert all(map(torch.equal, ours, theirs))
 
 
 @pytest.mark.parametrize(
@@ -186,37 +178,39 @@ def test_memory_of_a_gpu_that_is_missing(kind: type[Tensor]) -> None:
     assert isinstance(error.value, torch.OutOfMemoryError) == (kind is OnGpu)
 
 
-@pytest.mark.parametrize("case", operands.CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_ops_without_images(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operands, "IMAGES", 0)
-    test_conv_bn_ops.test_equals_reference(case, "odd", "whole")
-    test_conv_bn_ops.test_fakes_are_exact(case, torch.float64, "odd")
+    arguments = CASES[case](Maker(torch.float64))
+    assert_equals_reference(op_of(case), arguments)
+    assert_fakes_are_exact(op_of(case), arguments)
 
 
 @pytest.mark.parametrize("size", ["odd", "one_pixel", "one_row"])
-@pytest.mark.parametrize("case", [case for case in operands.CASES if case != "conv_bn_stats-groups"])
+@pytest.mark.parametrize("case", [case for case in CASES if case != "conv_bn_stats-groups"])
 def test_ops_with_one_output(case: str, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its mask has a row for each plane."""
     monkeypatch.setattr(operands, "OUTPUTS", 1)
-    test_conv_bn_ops.test_equals_reference(case, size, "whole")
-    test_conv_bn_ops.test_fakes_are_exact(case, torch.float64, size)
+    arguments = CASES[case](Maker(torch.float64, SIZES[size]))
+    assert_equals_reference(op_of(case), arguments)
+    assert_fakes_are_exact(op_of(case), arguments)
 
 
 @pytest.mark.parametrize("name", ["bn_relu", "bn_relu_backward_reduce", "batch_norm_stats"])
 def test_meta_tensors_beside_real_ones(name: str) -> None:
     """One meta tensor is enough for the fake to run, whose result on the CPU nobody would have written."""
-    args = list(arguments(name, contiguous, torch.float32, True))
+    args = list(native_arguments(name, contiguous, torch.float32, True))
     if name != "batch_norm_stats":
         args[-1] = args[-1].to("meta")
         with pytest.raises(ValueError, match=f"{name}: operands must be on one device, got cpu, meta"):
             getattr(OPS, name)(*args)
     args = [x.to("meta") if isinstance(x, Tensor) else x for x in args]
-    assert all(x.is_meta for x in as_tuple(getattr(OPS, name)(*args)))
+    assert all(x.is_meta for x in tensors(getattr(OPS, name)(*args)))
 
 
 @pytest.mark.parametrize("stride", [(1, 2**15), (2**31 - 1, 1)])
 def test_strides_that_end_a_process_in_onednn(stride: tuple[int, int]) -> None:
-    m = operands.Maker(torch.float32, (1, 1))
+    m = Maker(torch.float32, (1, 1))
     a, weight, geometry = (
         m.plain(),
         m.weight(operands.OUTPUTS, operands.INPUTS, 3),

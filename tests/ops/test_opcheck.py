@@ -1,154 +1,83 @@
-"""torch.library.opcheck on every primitive: schema, fake results with the kernel's strides, compilation."""
+"""Every op, native, of the vendor's library or by Triton: schema, fakes, the reference, and what it refuses."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+import resnet_fused
 from resnet_fused.layout import dense, is_channels_last
-from resnet_fused.ops.dispatch import IMPLEMENTATIONS
+from resnet_fused.ops.dispatch import IMPLEMENTATIONS, runs_triton
+from resnet_fused.ops.fold_algebra import fold_statistics
+from resnet_fused.ops.vendor_gemm import chunks, rows_per_chunk
+from resnet_fused.types import Activation
+from tests.ops.operands import (
+    BOTH,
+    CASES,
+    INPUTS,
+    LAYOUTS,
+    NATIVE,
+    NORMAL,
+    OPS,
+    OTHERS,
+    OUTPUTS,
+    POINTWISE,
+    SIZES,
+    Arguments,
+    Maker,
+    assert_equals_reference,
+    assert_fakes_are_exact,
+    channels_last,
+    contiguous,
+    conv_bn_stats,
+    fold_gradients,
+    native_arguments,
+    op_of,
+    reference_of,
+    sliced,
+    statistics,
+)
 
-OPS = torch.ops.resnet_fused
-
-
-def contiguous(x: Tensor) -> Tensor:
-    return x.contiguous()
-
-
-def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def permuted(x: Tensor) -> Tensor:
-    """Neither contiguous nor channels_last: memory order W, N, C, H."""
-    return x.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
-
-
-def sliced(x: Tensor) -> Tensor:
-    """channels_last with every other column of a wider tensor."""
-    wide = torch.zeros(*x.shape[:3], 2 * x.shape[3], dtype=x.dtype).to(memory_format=torch.channels_last)
-    wide[..., ::2] = x
-    return wide[..., ::2]
-
-
-#: The modules of the reference whose primitives have a kernel in csrc, with all that starts with their names.
-STEMS = ("batch_norm_stats", "bn_relu_maxpool", "bn_relu", "bn_add_relu", "bn_bn_add_relu", "masked_grad")
-KERNELS = [name for name in IMPLEMENTATIONS if name.startswith(STEMS)]
-LAYOUTS = [contiguous, channels_last, permuted, sliced]
-N, C, H, W = 2, 11, 5, 3
-
-
-def arguments(
-    name: str, layout: Any, dtype: torch.dtype, affine: bool, shape: tuple[int, ...] = (N, C, H, W)
-) -> tuple[Any, ...]:
-    """Arguments for a primitive, the results of its forward pass among them."""
-    batch, channels, *image = shape
-
-    def activation(size: Sequence[int] = image) -> Tensor:
-        x: Tensor = layout(torch.randn(batch, channels, *size).to(dtype))
-        return x
-
-    def vectors(count: int) -> list[Tensor]:
-        return [
-            torch.rand(channels, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
-            for _ in range(count)
-        ]
-
-    y, skip, grad = activation(), activation(), activation()
-    mean, invstd = vectors(2)
-    weight, bias = vectors(2) if affine else (None, None)
-    sums = vectors(2) if affine else (None, None)
-    if name == "batch_norm_stats":
-        return y, 1e-5
-    if name.startswith("bn_relu_maxpool"):
-        if name == "bn_relu_maxpool":
-            return y, mean, invstd, weight, bias
-        _, indices = OPS.bn_relu_maxpool(y, mean, invstd, weight, bias)
-        grad = activation((indices.shape[2], indices.shape[3]))
-        forward = (grad, indices, y, mean, invstd)
-        return forward if name.endswith("reduce") else (*forward, weight, *sums)
-    if name.startswith("bn_relu"):
-        forward = (y, mean, invstd, weight, bias)
-        if name == "bn_relu":
-            return (*forward, *(vectors(1) if affine else [None]))
-        return (grad, *forward) if name.endswith("reduce") else (grad, *forward, *sums)
-    if name == "masked_grad":
-        out, mask = OPS.bn_add_relu(y, mean, invstd, weight, bias, skip)
-        return grad, mask, out, affine, torch.rand(channels, dtype=torch.float64) if affine else None
-    if name.startswith("bn_add_relu"):
-        forward = (y, mean, invstd, weight, bias, skip)
-        if name == "bn_add_relu":
-            return forward
-        out, mask = OPS.bn_add_relu(*forward)
-        if name.endswith("out"):
-            return *forward, torch.zeros_like(out), torch.zeros_like(mask)
-        return (grad, mask, y, mean, invstd, *([] if name.endswith("reduce") else [weight, *sums]))
-    both = (y, mean, invstd, weight, bias, skip, mean, invstd, weight, bias)
-    if name == "bn_bn_add_relu":
-        return both
-    out, mask = OPS.bn_bn_add_relu(*both)
-    if name.endswith("out"):
-        return *both, torch.zeros_like(out), torch.zeros_like(mask)
-    if name.endswith("reduce"):
-        return grad, mask, y, mean, invstd, skip, mean, invstd
-    return grad, mask, y, mean, invstd, weight, *sums, skip, mean, invstd, weight, *sums
+by_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 
 
-def copied(args: tuple[Any, ...]) -> list[Any]:
-    """With their strides."""
-    return [copy.deepcopy(x) for x in args]
+def test_every_op_has_cases() -> None:
+    assert {*NATIVE, "fresh_like", *map(op_of, CASES)} == IMPLEMENTATIONS.keys()
 
 
-def as_tuple(results: Any) -> tuple[Tensor, ...]:
-    if results is None:
-        return ()
-    return (results,) if isinstance(results, Tensor) else tuple(results)
+# Ops with a native kernel
 
 
-@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+@by_layout
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", KERNELS)
-def test_opcheck(name: str, dtype: torch.dtype, layout: Any, affine: bool) -> None:
-    torch.library.opcheck(getattr(OPS, name).default, arguments(name, layout, dtype, affine))
+@pytest.mark.parametrize("name", NATIVE)
+def test_opcheck_of_native_ops(name: str, dtype: torch.dtype, layout: Any) -> None:
+    """Schema, fake results with the strides of the real ones, and compilation."""
+    affine = (dtype == torch.float32) == (layout in (contiguous, sliced))  # each with every dtype and layout
+    torch.library.opcheck(getattr(OPS, name).default, native_arguments(name, layout, dtype, affine))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("name", KERNELS)
+@by_layout
+@pytest.mark.parametrize("name", NATIVE)
 def test_native_equals_reference(name: str, layout: Any) -> None:
-    """Bit for bit in what is discrete (masks, indices), to rounding in what is not, with the same strides."""
-    import resnet_fused.reference as reference
-
-    stem = next(s for s in STEMS if name.startswith(s))
-    args = arguments(name, layout, torch.float64, True)
-    # With the arguments themselves, some of which an op may write to.
-    by_native, by_reference = (
-        as_tuple(op(*copies)) + tuple(x for x in copies if isinstance(x, Tensor))
-        for op, copies in (
-            (getattr(OPS, name), copied(args)),
-            (getattr(getattr(reference, stem), name), copied(args)),
-        )
-    )
-    for ours, theirs in zip(by_native, by_reference, strict=True):
-        assert ours.stride() == theirs.stride()
-        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    assert_equals_reference(name, native_arguments(name, layout, torch.float64, True))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+@by_layout
 def test_layouts_are_what_they_are_called(layout: Any) -> None:
-    x = layout(torch.randn(N, C, H, W))
+    x = layout(torch.randn(2, 11, 5, 3))
     assert x.is_contiguous() == (layout is contiguous)
     assert (dense(x) is x) == (layout in (contiguous, channels_last))
     assert is_channels_last(dense(x)) == (layout in (channels_last, sliced))
 
 
 def test_masks_of_another_layout_are_refused() -> None:
-    y, mean, invstd, weight, bias, skip = arguments("bn_add_relu", contiguous, torch.float32, True)
+    y, mean, invstd, weight, bias, skip = native_arguments("bn_add_relu", contiguous, torch.float32, True)
     _, mask = OPS.bn_add_relu(y, mean, invstd, weight, bias, skip)
     with pytest.raises(RuntimeError, match="mask must be the contiguous uint8 tensor"):
         OPS.bn_add_relu_backward_reduce(y, mask, channels_last(y), mean, invstd)
@@ -166,6 +95,154 @@ def test_masks_of_another_layout_are_refused() -> None:
     ],
 )
 def test_native_checks_its_arguments(change: Any, message: str) -> None:
-    args = change(arguments("bn_add_relu", contiguous, torch.float32, True))
+    args = change(native_arguments("bn_add_relu", contiguous, torch.float32, True))
     with pytest.raises(RuntimeError, match=message):
         OPS.bn_add_relu(*args)
+
+
+# Ops composed of others, and Triton kernels
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of a few rows each, the last one shorter."""
+    monkeypatch.setattr("resnet_fused.ops.vendor_gemm.CHUNK_BYTES", {"cpu": 256, "cuda": 256})
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_chunks_cover_the_batch() -> None:
+    x = Maker(torch.float32).activation(11)
+    sizes = [part.shape[3] for part in chunks(x, rows_per_chunk(x, 11))]
+    assert sum(sizes) == x.numel() // 11
+    assert len(sizes) > 2 and sizes[-1] < sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "size"),
+    [
+        ("auto", torch.float32, "one_pixel"),
+        ("auto", torch.bfloat16, "odd"),
+        # Fakes don't depend on the backend, so the layout of results must not either.
+        pytest.param("triton", torch.float32, "odd", marks=pytest.mark.interpreter),
+        pytest.param("triton", torch.float16, "one_pixel", marks=pytest.mark.interpreter),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(case: str, backend: str, dtype: torch.dtype, size: str) -> None:
+    op, arguments = op_of(case), CASES[case](Maker(dtype, SIZES[size]))
+    checks = (
+        ("test_schema", "test_faketensor") if backend == "triton" else torch.library._OPCHECK_DEFAULT_UTILS
+    )
+    with resnet_fused.backend(backend):
+        torch.library.opcheck(getattr(OPS, op).default, arguments, test_utils=checks)
+        assert_fakes_are_exact(op, arguments)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_reference(case: str, size: str) -> None:
+    arguments = CASES[case](Maker(torch.float64, SIZES[size]))
+    assert_equals_reference(op_of(case), arguments)
+    assert_fakes_are_exact(op_of(case), arguments)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("case", CASES)
+def test_equals_reference_in_chunks(case: str) -> None:
+    assert_equals_reference(op_of(case), CASES[case](Maker(torch.float64)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_small_terms_survive_rounding(dtype: torch.dtype) -> None:
+    """dc = dz scaled + c matrix^T + vector, of which all but the first shrink with the number of pixels.
+
+    Added to dz scaled in 16 bits they would be lost, in every pixel alike, and sums over pixels would be wrong.
+    """
+    m = Maker(dtype, (64, 64))
+    grad, mask = m.grad()
+    vector = 2e-2 * torch.finfo(dtype).eps * torch.ones(INPUTS)
+    factors = [m.weight(OUTPUTS, INPUTS), torch.zeros(INPUTS, INPUTS, 1, 1, dtype=dtype), vector]
+    arguments = [grad, mask, factors, m.plain(), (1, 1), [], [], (1, 1)]
+    wide = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, arguments)
+    exact = reference_of("folded_dgrad")(*wide)[0]
+    da = OPS.folded_dgrad(*arguments)[0].double()
+    assert float((da - exact).mean().abs()) < 0.2 * float(vector[0])
+
+
+def test_one_pixel() -> None:
+    """Images of one pixel count as channels_last, whatever their strides say."""
+    m = Maker(torch.float32)
+    a, weight = [*Activation(m.activation(INPUTS, (1, 1)))], m.weight(OUTPUTS, INPUTS)
+    y, mean, *_ = OPS.conv_bn_stats(*conv_bn_stats(a, weight, POINTWISE, m))
+    torch.testing.assert_close(mean, y.mean((0, 2, 3)))
+
+
+def test_float64_and_groups_are_left_to_the_vendor() -> None:
+    assert not runs_triton(torch.empty(2, 2, 2, 2, dtype=torch.float64))
+    assert not runs_triton(torch.empty(2, 2, 2, 2), groups=2)
+    mean_y, *_ = fold_statistics(*statistics(Maker(torch.float64)), None, 1e-5)
+    assert mean_y.dtype == torch.float64
+
+
+def _conv(m: Maker, a: list[Any], inputs: int = INPUTS) -> Arguments:
+    return conv_bn_stats(a, m.weight(OUTPUTS, inputs), POINTWISE, m)
+
+
+#: What is wrong: op, its arguments, what the error says. Not what torch says of its own, which versions reword.
+BAD: dict[str, tuple[str, Callable[[Maker], Arguments], str]] = {
+    "no fields": ("conv_bn_stats", lambda m: _conv(m, []), "fields of"),
+    "a field too many": ("conv_bn_stats", lambda m: _conv(m, [*m.plain(), None]), "fields of"),
+    "too few arguments": ("conv_bn_stats", lambda m: (m.a(), m.weight(OUTPUTS, INPUTS)), "stride"),
+    "no stride": ("input_covariance", lambda m: (m.a(), None), "input_stride"),
+    "a weight of other inputs": ("conv_bn_stats", lambda m: _conv(m, m.plain(), INPUTS + 1), "weight must be"),
+    "a batch norm of fewer channels": (
+        "conv_bn_stats", lambda m: _conv(m, [m.activation(INPUTS), *m.bn(INPUTS - 1)]),
+        "a.mean must be a contiguous torch.float32 vector of 8 channels",
+    ),
+    "a mask of fewer rows": (
+        "folded_wgrad", lambda m: (*(x[i:] for i, x in enumerate(m.grad())), m.a(), (1, 1), [], (1, 1)),
+        "mask must be a contiguous torch.uint8 mask of shape",
+    ),
+    "a mask of another dtype": (
+        "folded_dgrad",
+        lambda m: (*(x.int() if i else x for i, x in enumerate(m.grad())), m.factors(INPUTS), m.a(), (1, 1), [], [],
+                   (1, 1)),
+        "mask must be a contiguous torch.uint8 mask of shape",
+    ),
+    "a residual of other channels": (
+        "conv_backward",
+        lambda m: (m.dy(NORMAL, 3, True), m.a(), m.weight(OUTPUTS, INPUTS, 3), *NORMAL, m.activation(INPUTS + 1), None,
+                   (1, 1), BOTH),
+        "residual must be channels_last torch.float32 of shape",
+    ),
+    "a shortcut of other channels": (
+        "conv1x1_bn_add_relu",
+        lambda m: (m.a(), m.weight(OUTPUTS, INPUTS), m.bn(OUTPUTS), m.activation(OTHERS), None, None, [None] * 4,
+                   (1, 1)),
+        "skip must be of shape",
+    ),
+    "an input of other pixels": (
+        "conv_backward",
+        lambda m: (m.dy(POINTWISE, 1, True), m.a(INPUTS, (3, 3)), m.weight(OUTPUTS, INPUTS), *POINTWISE, None, None,
+                   (1, 1), [False, True]),
+        "dy.g must be torch.float32 of shape",
+    ),
+    "a covariance of fewer rows": (
+        "fold_statistics", lambda m: (*(x[i // 2 :] for i, x in enumerate(statistics(m))), None, 1e-5), "contiguous"
+    ),
+    "a Q of fewer columns": (
+        "fold_gradients",
+        lambda m: (*(x[:, 1:] if i == 7 else x for i, x in enumerate(fold_gradients(m, True, False))),),
+        "q must be contiguous",
+    ),
+    "a shift of fewer channels": ("rectified_mean", lambda m: (m.vector(INPUTS), m.vector(INPUTS - 1)), "bias must be"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_refused(what: str) -> None:
+    op, make, message = BAD[what]
+    arguments = make(Maker(torch.float32))
+    with pytest.raises((RuntimeError, TypeError, ValueError), match=message):
+        getattr(OPS, op)(*arguments)

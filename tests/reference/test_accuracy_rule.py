@@ -14,19 +14,15 @@ from tests.accuracy import (
     Inaccurate,
     Results,
     assert_accurate,
-    assert_as_accurate,
     element_error,
-    errors,
-    geometric_mean,
     relative_error,
     shift_from_zero,
 )
 
 
-def test_rounding_passes(dtype: torch.dtype) -> None:
-    exact = torch.randn(1000, dtype=torch.float64)
-    assert_as_accurate("rounded", exact.to(dtype), exact.to(dtype), exact)
-    assert_as_accurate("within", (exact * (1 + torch.finfo(dtype).eps)).to(dtype), exact.to(dtype), exact)
+def check(fused: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """The same results in all draws."""
+    assert_accurate(lambda: ({"x": fused}, {"x": eager}, {"x": exact}))
 
 
 def draws(of_fused: Callable[[int], float], of_eager: Callable[[int], float], dtype: torch.dtype) -> None:
@@ -49,12 +45,12 @@ def test_errors_up_to_half_again_as_large_as_eagers_pass(size: float) -> None:
     draws(lambda i: 1.4 * size, lambda i: size, torch.float32)
     with pytest.raises(Inaccurate, match=r"x: relative_error .* \(eager\)"):
         draws(lambda i: 1.6 * size, lambda i: size, torch.float32)
-    with pytest.raises(Inaccurate, match="x: relative_error"):
-        draws(lambda i: 2 * size, lambda i: size, torch.float32)
 
 
 def test_errors_of_a_few_eps_pass(dtype: torch.dtype) -> None:
     eps = torch.finfo(dtype).eps
+    exact = torch.randn(1000, dtype=torch.float64)
+    check((exact * (1 + eps)).to(dtype), exact.to(dtype), exact)
     draws(lambda i: 3.5 * eps, lambda i: 0.0, dtype)
     with pytest.raises(Inaccurate):
         draws(lambda i: 6 * eps, lambda i: 0.0, dtype)
@@ -79,24 +75,10 @@ def test_one_large_error_of_eager_does_not_excuse_the_others() -> None:
         draws(lambda i: 1e-2, lambda i: 1.0 if i == 0 else 1e-3, torch.float32)
 
 
-def test_a_geometric_mean() -> None:
-    assert geometric_mean([1e-3, 1e-1], 1e-9) == pytest.approx(1e-2)
-    assert geometric_mean([0.0, 1.0], 1e-4) == pytest.approx(1e-2)
-    assert geometric_mean([math.inf, 1.0], 1e-4) == math.inf
-
-
 def test_eager_without_a_relative_error_fails() -> None:
     zero, one = torch.zeros(3), torch.ones(3)
     with pytest.raises(AssertionError, match="of eager is inf"):
-        assert_accurate(lambda: ({"x": zero}, {"x": one}, {"x": zero.double()}))
-
-
-def test_all_must_have_the_same_results() -> None:
-    one = torch.ones(3)
-    with pytest.raises(AssertionError):
-        assert_accurate(lambda: ({}, {"x": one}, {"x": one.double()}))
-    with pytest.raises(AssertionError):
-        assert_accurate(lambda: ({}, {}, {}))
+        check(zero, one, zero.double())
 
 
 def test_one_wrong_element_fails(dtype: torch.dtype) -> None:
@@ -105,9 +87,7 @@ def test_one_wrong_element_fails(dtype: torch.dtype) -> None:
     fused = eager.clone()
     fused[-1] += fused[-1].sign() * (fused[-1].abs() + 1)
     with pytest.raises(Inaccurate, match="_error"):
-        assert_as_accurate("one", fused, eager, exact)
-    with pytest.raises(Inaccurate, match="_error"):
-        assert_accurate(lambda: ({"one": fused}, {"one": eager}, {"one": exact}))
+        check(fused, eager, exact)
 
 
 @pytest.mark.parametrize("which", range(3))
@@ -115,29 +95,13 @@ def test_nan_fails_wherever_it_is(which: int) -> None:
     results = [torch.ones(3), torch.ones(3), torch.ones(3, dtype=torch.float64)]
     results[which][1] = math.nan
     with pytest.raises(AssertionError, match="NaN"):
-        errors("nan", *results)
+        check(*results)
 
 
 def test_infinity_fails() -> None:
-    fused, one = torch.tensor([1.0, math.inf]), torch.ones(2)
+    one = torch.ones(2)
     with pytest.raises(Inaccurate):
-        assert_as_accurate("inf", fused, one, one.double())
-    with pytest.raises(Inaccurate):
-        assert_accurate(lambda: ({"x": fused}, {"x": one}, {"x": one.double()}))
-
-
-@pytest.mark.parametrize(
-    ("fused", "exact", "message"),
-    [
-        (torch.ones(1), torch.ones(3).double(), "shapes"),
-        (torch.ones(3).bfloat16(), torch.ones(3).double(), "dtypes"),
-        (torch.ones(3), torch.ones(3), r"exact result is torch\.float32"),
-    ],
-    ids=["shapes", "dtypes", "exact"],
-)
-def test_shape_and_dtype_must_agree(fused: Tensor, exact: Tensor, message: str) -> None:
-    with pytest.raises(AssertionError, match=message):
-        errors("x", fused, torch.ones(3), exact)
+        check(torch.tensor([1.0, math.inf]), one, one.double())
 
 
 def test_an_exact_zero_must_be_met() -> None:
@@ -145,7 +109,7 @@ def test_an_exact_zero_must_be_met() -> None:
     assert relative_error(torch.zeros(3), zero) == element_error(torch.zeros(3), zero) == 0
     assert relative_error(small, zero) == element_error(small, zero) == math.inf
     with pytest.raises(Inaccurate):
-        assert_as_accurate("zero", small, torch.zeros(3), zero)
+        check(small, torch.zeros(3), zero)
 
 
 def test_values_are_shifted_away_from_zero() -> None:

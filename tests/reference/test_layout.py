@@ -1,4 +1,4 @@
-"""Layouts, and the formats of masks and indices, spelled out element by element."""
+"""Layouts, the formats of masks and indices, spelled out element by element, and what the reference refuses."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ from resnet_fused.layout import (
     stored,
     unpack_mask,
 )
+from resnet_fused.reference.bn_relu import bn_relu, bn_relu_backward
+from resnet_fused.reference.bn_relu_maxpool import (
+    bn_relu_maxpool,
+    bn_relu_maxpool_backward,
+    bn_relu_maxpool_backward_reduce,
+)
 from tests.accuracy import LAYOUTS, hostile_input
-from tests.reference.steps import REFERENCE
+from tests.ops.operands import reference_of
 
 
 @pytest.mark.parametrize(
@@ -107,7 +113,7 @@ def test_mask_of_an_op_says_what_is_positive(stem: str, layout: str) -> None:
     mean, ones = torch.zeros(c, dtype=torch.float64), torch.ones(c, dtype=torch.float64)
     affine = (mean, ones, case.weight, case.bias)
     extra = (case.skip, *affine) if stem == "bn_bn_add_relu" else (case.residual,)
-    out, mask = getattr(REFERENCE, stem)(case.y, *affine, *extra)
+    out, mask = reference_of(stem)(case.y, *affine, *extra)
     assert torch.equal(mask, pack_mask(out > 0, case.y))
     assert 0 < (out > 0).sum() < out.numel()
 
@@ -116,7 +122,7 @@ def test_mask_of_an_op_says_what_is_positive(stem: str, layout: str) -> None:
 def test_indices_name_the_first_maximum(size: tuple[int, int], layout: str) -> None:
     y = _few_values(2, 3, *size).contiguous(memory_format=LAYOUTS[layout])  # so that there are ties
     zeros, ones = torch.zeros(3), torch.ones(3)
-    out, indices = REFERENCE.bn_relu_maxpool(y, zeros, ones, None, None)
+    out, indices = bn_relu_maxpool(y, zeros, ones, None, None)
     height, width = size
     assert indices.dtype == torch.uint8
     assert out.shape == indices.shape == (2, 3, (height - 1) // 2 + 1, (width - 1) // 2 + 1)
@@ -139,12 +145,33 @@ def test_overlapping_windows_add_their_gradients() -> None:
     y = torch.zeros(1, 1, 3, 3)
     y[0, 0, 1, 1] = 1.0  # the maximum of all four windows
     vectors = (torch.zeros(1), torch.ones(1))
-    _, indices = REFERENCE.bn_relu_maxpool(y, *vectors, None, None)
+    _, indices = bn_relu_maxpool(y, *vectors, None, None)
     assert indices.flatten().tolist() == [8, 6, 2, 0]
     grad = torch.tensor([[[[1.0, 2.0], [4.0, 8.0]]]])
-    dy = REFERENCE.bn_relu_maxpool_backward(grad, indices, y, *vectors, None, None, None)
+    dy = bn_relu_maxpool_backward(grad, indices, y, *vectors, None, None, None)
     assert dy.flatten().tolist() == [0, 0, 0, 0, 15, 0, 0, 0, 0]
-    assert [s.item() for s in REFERENCE.bn_relu_maxpool_backward_reduce(grad, indices, y, *vectors)] == [
+    assert [s.item() for s in bn_relu_maxpool_backward_reduce(grad, indices, y, *vectors)] == [
         15,
         15,
     ]
+
+
+def test_only_one_of_two_sums_is_refused() -> None:
+    y, vectors = torch.randn(2, 3, 4, 4), [torch.ones(3) for _ in range(5)]
+    with pytest.raises(ValueError, match="sum_dz and sum_dz_xhat must be given together"):
+        bn_relu_backward(y, y, *vectors, None)
+
+
+@pytest.mark.parametrize(
+    ("y", "vector", "error", "message"),
+    [
+        (torch.ones(2, 3, 4), torch.ones(3), ValueError, r"expected 4D input \(got 3D input\)"),
+        (torch.ones(2, 3, 4, 4), torch.ones(1), ValueError, "one element per channel"),
+        (torch.ones(2, 3, 4, 4, dtype=torch.int32), torch.ones(3), TypeError, "got torch.int32"),
+        (torch.ones(2, 3, 4, 4, dtype=torch.float8_e4m3fn), torch.ones(3), TypeError, "got torch.float8"),
+    ],
+    ids=["rank", "channels", "integers", "float8"],
+)
+def test_bad_input(y: Tensor, vector: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        bn_relu(y, vector, vector, None, None)

@@ -1,13 +1,9 @@
-"""One training step through an op: by the primitives, by resnet_fused.functional, by eager PyTorch, and in float64.
-
-The primitives may be any implementation of them: the reference, or torch.ops.resnet_fused.
-"""
+"""One training step through an op: by resnet_fused.functional, by eager PyTorch, and in float64."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,31 +13,11 @@ from torch.nn import functional as F
 import resnet_fused
 from resnet_fused import types
 from resnet_fused.layout import statistics_dtype
-from resnet_fused.reference import (
-    batch_norm_stats,
-    bn_add_relu,
-    bn_bn_add_relu,
-    bn_relu,
-    bn_relu_maxpool,
-    masked_grad,
-)
 from tests.accuracy import Case
 
 #: Gradients of the second activation, of ops that have one.
 OTHERS = {"bn_add_relu": "dresidual", "bn_bn_add_relu": "dskip"}
 STEMS = ("bn_relu", "bn_add_relu", "bn_bn_add_relu", "bn_relu_maxpool")
-MODULES = (batch_norm_stats, bn_relu, bn_add_relu, bn_bn_add_relu, bn_relu_maxpool, masked_grad)
-
-#: The reference, with all its primitives side by side as torch.ops.resnet_fused has them.
-REFERENCE = SimpleNamespace(
-    **{
-        name: function
-        for module in MODULES
-        for name, function in vars(module).items()
-        if name.startswith(module.__name__.rpartition(".")[2])
-    }
-)
-
 EPS = 1e-5
 MOMENTUM = 0.1
 
@@ -155,57 +131,6 @@ def eager_step(step: Step) -> dict[str, Tensor]:
 def exact_step(step: Step) -> dict[str, Tensor]:
     """Eager's in float64."""
     return eager_step(in_float64(step))
-
-
-def fused_step(ops: Any, step: Step) -> dict[str, Tensor]:
-    """The results of ``autograd_step`` by the primitives that are attributes of ``ops``."""
-    found: dict[str, Tensor] = {}
-
-    def statistics(x: Tensor, norm: BatchNorm, prefix: str) -> tuple[Tensor, Tensor]:
-        mean, var = norm.running_mean.clone(), norm.running_var.clone()
-        found[f"{prefix}running_mean"], found[f"{prefix}running_var"] = mean, var
-        if norm.frozen:
-            return mean, torch.rsqrt(var + EPS)
-        batch_mean, batch_var, invstd = ops.batch_norm_stats(x, EPS)
-        pixels = x.numel() // x.shape[1]
-        mean.lerp_(batch_mean, MOMENTUM)
-        var.lerp_(batch_var * (pixels / (pixels - 1)), MOMENTUM)
-        return batch_mean, invstd
-
-    stem, grad, y, norm, skip_norm = step.stem, step.grad, step.y, step.norm, step.skip_norm
-    reduce, backward = (getattr(ops, f"{stem}_{part}") for part in ("backward_reduce", "backward"))
-    mean, invstd = statistics(y, norm, "")
-    affine = (mean, invstd, norm.weight, norm.bias)
-    if stem == "bn_bn_add_relu":
-        skip = (step.other, *statistics(step.other, skip_norm, "skip_"))
-        skip_affine = (*skip, skip_norm.weight, skip_norm.bias)
-        found["out"], mask = ops.bn_bn_add_relu(y, *affine, *skip_affine)
-        sum_dz, sum_dz_xhat, sum_dz_skip_xhat = reduce(grad, mask, y, mean, invstd, *skip)
-        sums = (None, None) if norm.frozen else (sum_dz, sum_dz_xhat)
-        skip_sums = (None, None) if skip_norm.frozen else (sum_dz, sum_dz_skip_xhat)
-        found["dy"], found["dskip"] = backward(
-            grad, mask, y, mean, invstd, norm.weight, *sums, *skip, skip_norm.weight, *skip_sums
-        )
-        if skip_norm.weight is not None:
-            found["dskip_weight"], found["dskip_bias"] = sum_dz_skip_xhat, sum_dz
-    elif stem == "bn_relu":
-        found["out"] = ops.bn_relu(y, *affine)
-        sum_dz, sum_dz_xhat = reduce(grad, y, *affine)
-        sums = (None, None) if norm.frozen else (sum_dz, sum_dz_xhat)
-        found["dy"] = backward(grad, y, *affine, *sums)
-    else:
-        residual = (step.other,) if stem == "bn_add_relu" else ()
-        found["out"], saved = getattr(ops, stem)(y, *affine, *residual)
-        sum_dz, sum_dz_xhat = reduce(grad, saved, y, mean, invstd)
-        sums = (None, None) if norm.frozen else (sum_dz, sum_dz_xhat)
-        gradients = backward(grad, saved, y, mean, invstd, norm.weight, *sums)
-        if stem == "bn_add_relu":
-            found["dy"], found["dresidual"] = gradients
-        else:
-            found["dy"] = gradients
-    if norm.weight is not None:
-        found["dweight"], found["dbias"] = sum_dz_xhat, sum_dz
-    return found
 
 
 def in_float64(step: Step) -> Step:
