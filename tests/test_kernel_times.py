@@ -12,7 +12,6 @@ from torch.autograd import DeviceType
 
 from benchmarks.roofline import Ceilings
 from resnet_fused.kernels.launch import Config, Launch
-from resnet_fused.kernels.launch import launch as start
 from tests import gpu_small
 from tools import kernel_times
 from tools.kernel_times import grouped, split, table, timed
@@ -73,7 +72,8 @@ def test_the_launches_that_are_profiled(monkeypatch: pytest.MonkeyPatch) -> None
 
     def step() -> None:
         for name, flops in (("conv_bn_stats", 1), ("sum", 9), ("conv_bn_stats", 2), ("dgrad", 3)):
-            start(SimpleNamespace(__name__=f"{name}_kernel"), (1,), {"x": x}, {}, Config(), flops=flops)
+            kernel = SimpleNamespace(__name__=f"{name}_kernel")
+            Launch(kernel, (1,), {"x": x}, {}, Config(), flops=flops).start()
 
     x = torch.empty(1, device="meta")
     monkeypatch.setattr(Launch, "run", lambda self: ran.append((self.name, self.flops, profiling[-1])))
