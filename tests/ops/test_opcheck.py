@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import resnet_fused
-from resnet_fused.layout import dense, is_channels_last
+from resnet_fused.layout import dense, is_channels_last, subsample, widened
 from resnet_fused.ops.dispatch import IMPLEMENTATIONS, runs_triton
 from resnet_fused.ops.fold_algebra import fold_statistics
 from resnet_fused.ops.vendor_gemm import chunks, rows_per_chunk
+from resnet_fused.reference.conv_bn import activation_value
 from resnet_fused.types import Activation
+from tests.accuracy import assert_accurate
 from tests.ops.operands import (
     BOTH,
     CASES,
@@ -35,12 +37,14 @@ from tests.ops.operands import (
     channels_last,
     contiguous,
     conv_bn_stats,
+    copied,
     fold_gradients,
     native_arguments,
     op_of,
     reference_of,
     sliced,
     statistics,
+    tensors,
 )
 
 by_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
@@ -153,6 +157,46 @@ def test_equals_reference_in_chunks(case: str) -> None:
     assert_equals_reference(op_of(case), CASES[case](Maker(torch.float64)))
 
 
+def eager_covariance(fields: list[Tensor], input_stride: Any) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the pixels, without a second pass to center them."""
+    c = subsample(activation_value(Activation(*fields)), input_stride).permute(0, 2, 3, 1).flatten(0, 2)
+    mean = widened(c).mean(0)
+    return mean, widened(c.t() @ c) / len(c) - mean.outer(mean)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "conv_backward-neither"])
+@pytest.mark.usefixtures("small_chunks")
+def test_composed_ops_obey_the_accuracy_rule(case: str, size: str, dtype: torch.dtype) -> None:
+    """Eager is the reference in the same dtype, which rounds activations where eager mode does."""
+    op = op_of(case)
+    if op == "conv_backward" and size == "one_pixel" and dtype == torch.bfloat16:
+        pytest.skip("oneDNN leaves taps unwritten that see no pixel, for eager PyTorch too")
+    reference = reference_of(op)
+    eager = eager_covariance if op == "input_covariance" else reference
+
+    def draw() -> tuple[dict[str, Tensor], ...]:
+        arguments = CASES[case](Maker(dtype, SIZES[size]))
+        results = [
+            tensors(call(*copied(given)))
+            for call, given in (
+                (getattr(OPS, op), arguments),
+                (eager, arguments),
+                (reference, wide(arguments)),
+            )
+        ]
+        return tuple(
+            {str(i): x for i, x in enumerate(each) if x.is_floating_point() and len(x)} for each in results
+        )
+
+    assert_accurate(draw, dtype)  # type: ignore[arg-type]
+
+
+def wide(arguments: Any) -> Any:
+    """In float64; masks as they are."""
+    return tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, list(arguments))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_small_terms_survive_rounding(dtype: torch.dtype) -> None:
     """dc = dz scaled + c matrix^T + vector, of which all but the first shrink with the number of pixels.
@@ -164,8 +208,7 @@ def test_small_terms_survive_rounding(dtype: torch.dtype) -> None:
     vector = 2e-2 * torch.finfo(dtype).eps * torch.ones(INPUTS)
     factors = [m.weight(OUTPUTS, INPUTS), torch.zeros(INPUTS, INPUTS, 1, 1, dtype=dtype), vector]
     arguments = [grad, mask, factors, m.plain(), (1, 1), [], [], (1, 1)]
-    wide = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, arguments)
-    exact = reference_of("folded_dgrad")(*wide)[0]
+    exact = reference_of("folded_dgrad")(*wide(arguments))[0]
     da = OPS.folded_dgrad(*arguments)[0].double()
     assert float((da - exact).mean().abs()) < 0.2 * float(vector[0])
 
