@@ -48,10 +48,10 @@ class Config(NamedTuple):
 def _specialization_key(arguments: Mapping[str, Argument]) -> list[Any]:
     """What Triton specializes a kernel for: dtypes, alignment to 16 bytes, integers equal to 1, divisible by 16."""
     return [
-        (x.dtype, x.data_ptr() % 16)
+        (x % 16 if x != 1 else "one")
+        if type(x) is int  # most arguments are, and for these isinstance would take longer
+        else (x.dtype, x.data_ptr() % 16)
         if isinstance(x, Tensor)
-        else (x % 16 if x != 1 else "one")
-        if type(x) is int
         else x
         for x in arguments.values()
     ]
@@ -83,11 +83,6 @@ class Launch(NamedTuple):
         return str(self.kernel.__name__).removesuffix("_kernel")
 
     @property
-    def device(self) -> torch.device:
-        device: torch.device = next(iter(self.arguments.values())).device
-        return device
-
-    @property
     def bytes(self) -> int:
         """Bytes read and written, each tensor once."""
         partial = self.partial_bytes or {}
@@ -100,15 +95,15 @@ class Launch(NamedTuple):
         if captured is not None:
             captured.append(self)
             return
-        if self.device.type != "meta":
+        if not next(iter(self.arguments.values())).is_meta:
             self.run()
         for observer in list(_observers):
             observer(self)
 
     def run(self) -> None:
         """Starts the kernel alone. It can run again with the same result: no kernel reads what it writes."""
-        kernel, grid, arguments, constants, config, *_ = self
-        device = self.device
+        kernel, grid, arguments, constants, config, _, _ = self
+        device = next(iter(arguments.values())).device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self.run()
@@ -136,8 +131,9 @@ class Launch(NamedTuple):
             triton.TritonError: it does not compile.
             RuntimeError: the code may read registers while they change (``reads_changing_registers``).
         """
-        options = compiler_options(self.config, architecture(self.device))
-        with torch.cuda.device(self.device):
+        device = next(iter(self.arguments.values())).device
+        options = compiler_options(self.config, architecture(device))
+        with torch.cuda.device(device):
             compiled = self.kernel.warmup(
                 *self.arguments.values(), grid=self.grid, **self.constants, **options
             )

@@ -45,7 +45,7 @@ class Kernel:
 class TensorOnSecondGPU:
     """What ``Launch`` uses of a tensor."""
 
-    device = torch.device("cuda", 1)
+    device, is_meta = torch.device("cuda", 1), False
 
 
 @pytest.fixture
