@@ -31,8 +31,8 @@ pytest.importorskip("triton")
 from resnet_fused import plan
 
 IS_PINNED = counts.read()["compiler"] == counts.compiler()
-BUILDS: counts.Builds = counts.BUILDS if IS_PINNED else ((("resnet50",), "bf16", (90,)),)
-SAMPLES: counts.Builds = counts.SAMPLES if IS_PINNED else ()
+BUILDS: counts.Builds = counts.BUILDS if IS_PINNED else ()
+SAMPLES: counts.Builds = counts.SAMPLES if IS_PINNED else ((("resnet50",), "bf16", (80, 90)),)
 ARCHS = sorted({arch for *_, archs in BUILDS + SAMPLES for arch in archs})
 #: Steps, of a model and a batch, of which all configurations are compiled that autotuning may try.
 TUNED_STEPS = [*itertools.product(counts.ARCHS, (256, 64))] if IS_PINNED else [("resnet50", 256)]
@@ -182,8 +182,8 @@ def test_no_candidate_reads_registers_that_change(steps: list[Built]) -> None:
     # Configurations that differ in splits alone are one kernel.
     assert len(needed) > 200
     checked = {x.what for x in steps if x.arch == 90}  # by test_no_kernel_of_a_step
-    # One of six, to save time: `make gpu-bundle` compiles all, and the autotuner rejects what does so.
-    pairs = [(what, 90) for what in [*needed][::6] if what not in checked]
+    # One of twelve, to save time: `make gpu-bundle` compiles all, and the autotuner rejects what does so.
+    pairs = [(what, 90) for what in [*needed][::12] if what not in checked]
     wrong = [
         f"{what.name} {what.config}: {found}" for what, _, found in compile_all(pairs, is_unsafe) if found
     ]
