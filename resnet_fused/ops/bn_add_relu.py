@@ -26,7 +26,7 @@ from resnet_fused.reference import bn_add_relu as reference
 from resnet_fused.types import BatchNorm, BatchStats
 
 
-def out_and_mask(y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def fake_out_and_mask(y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     y = dense(y)
     return torch.empty_like(y), y.new_empty(mask_shape(y), dtype=torch.uint8)
 
@@ -35,7 +35,7 @@ def _fake_sums(grad: Tensor, mask: Tensor, y: Tensor, mean: Tensor, invstd: Tens
     return torch.empty_like(mean), torch.empty_like(mean)
 
 
-def two_like_y(grad: Tensor, mask: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def fake_gradients(grad: Tensor, mask: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     y = dense(y)
     return torch.empty_like(y), torch.empty_like(y)
 
@@ -44,7 +44,7 @@ bn_add_relu_forward = register_op(
     "bn_add_relu(Tensor y, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor residual)"
     " -> (Tensor out, Tensor mask)",
     reference.bn_add_relu,
-    out_and_mask,
+    fake_out_and_mask,
 )
 bn_add_relu_out = register_op(
     "bn_add_relu_out(Tensor y, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor residual,"
@@ -62,7 +62,7 @@ bn_add_relu_backward = register_op(
     "bn_add_relu_backward(Tensor grad, Tensor mask, Tensor y, Tensor mean, Tensor invstd, Tensor? weight,"
     " Tensor? sum_dz, Tensor? sum_dz_xhat) -> (Tensor dy, Tensor dresidual)",
     reference.bn_add_relu_backward,
-    two_like_y,
+    fake_gradients,
 )
 bn_add_relu_backward_dy = register_op(
     "bn_add_relu_backward_dy(Tensor grad, Tensor mask, Tensor y, Tensor mean, Tensor invstd, Tensor? weight,"

@@ -16,7 +16,7 @@ from resnet_fused.ops._autograd import (
     save,
     saved,
 )
-from resnet_fused.ops.bn_add_relu import out_and_mask, two_like_y
+from resnet_fused.ops.bn_add_relu import fake_gradients, fake_out_and_mask
 from resnet_fused.ops.bn_stats import BnMode, in_statistics_dtype, shared_sums, stats_for
 from resnet_fused.ops.registry import register_op
 from resnet_fused.reference import bn_bn_add_relu as reference
@@ -32,7 +32,7 @@ bn_bn_add_relu_forward = register_op(
     " Tensor skip, Tensor skip_mean, Tensor skip_invstd, Tensor? skip_weight, Tensor? skip_bias)"
     " -> (Tensor out, Tensor mask)",
     reference.bn_bn_add_relu,
-    out_and_mask,
+    fake_out_and_mask,
 )
 bn_bn_add_relu_out = register_op(
     "bn_bn_add_relu_out(Tensor y, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias,"
@@ -53,7 +53,7 @@ bn_bn_add_relu_backward = register_op(
     " Tensor? sum_dz, Tensor? sum_dz_xhat, Tensor skip, Tensor skip_mean, Tensor skip_invstd, Tensor? skip_weight,"
     " Tensor? skip_sum_dz, Tensor? sum_dz_skip_xhat) -> (Tensor dy, Tensor dskip)",
     reference.bn_bn_add_relu_backward,
-    two_like_y,
+    fake_gradients,
 )
 
 

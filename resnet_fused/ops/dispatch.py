@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from resnet_fused.backend import why_not_triton, why_plain
 from resnet_fused.types import Activation, Gradient
@@ -165,22 +166,15 @@ def tunable(
     launch, configs, tuning_key = _known[key]
 
     def exact() -> Any:
-        return reference(*_widened(arguments, torch.float64 if x.dtype == torch.float32 else torch.float32))
+        wide = torch.float64 if x.dtype == torch.float32 else torch.float32
+        return reference(
+            *tree_map_only(Tensor, lambda t: t.to(wide) if t.is_floating_point() else t, arguments)
+        )
 
     result: Tunable = search.Tunable(
         tuning_key, configs, lambda config: launch(*arguments, config), vendor, exact
     )
     return result
-
-
-def _widened(value: Any, dtype: torch.dtype) -> Any:
-    """Arguments of an op with their floating-point tensors in ``dtype``."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if not isinstance(value, tuple):
-        return value
-    values = [_widened(each, dtype) for each in value]
-    return type(value)(*values) if hasattr(value, "_fields") else tuple(values)
 
 
 def fastest(candidate: Tunable, device: torch.device) -> Any:

@@ -16,12 +16,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from resnet_fused.layout import pack_mask
 from tests.accuracy import LAYOUTS, Results, assert_accurate, hostile_input
 from tests.emulated_cuda.device import Device, build
-from tests.ops.operands import NATIVE, copied, native_arguments, reference_of, tensors
+from tests.ops.operands import NATIVE, copied, in_float64, native_arguments, reference_of, tensors
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
 
@@ -92,8 +91,7 @@ def check_accuracy(device: Device, op: str, make: Callable[[], Sequence[Any]]) -
 
     def draw() -> tuple[Results, Results, Results]:
         arguments = make()
-        wide = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, arguments)
-        rounded, exact = by_reference(op, arguments), by_reference(op, wide)
+        rounded, exact = by_reference(op, arguments), by_reference(op, in_float64(arguments))
         count = len(rounded) - len(tensors(arguments))
         results = device(op, arguments, rounded[:count])
         named: tuple[dict[str, Tensor], ...] = ({}, {}, {})

@@ -17,7 +17,7 @@ from resnet_fused.reference.conv_bn import activation_value
 from resnet_fused.types import Activation, ConvGeometry, Gradient, Pair
 from tests.accuracy import assert_accurate, relative_error
 from tests.kernels.devices import DEVICES, DTYPES
-from tests.ops.operands import Arguments, Maker, reference_of
+from tests.ops.operands import Arguments, Maker, in_float64, reference_of
 
 OPS = {
     "conv_bn_stats": conv_bn.conv_bn_stats,
@@ -90,13 +90,6 @@ class KindMaker(Maker):
         return residual, self.mask(residual), (1, 1)
 
 
-def in_float64(value: Any) -> Any:
-    """Arguments in float64; masks and numbers as they are."""
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    return type(value)(in_float64(v) for v in value) if isinstance(value, (list, tuple)) else value
-
-
 def check(name: str, make: Callable[[], Arguments], dtype: torch.dtype) -> None:
     """The rule for all results of an op: by Triton, by the vendor's library, and in float64."""
 
@@ -106,7 +99,7 @@ def check(name: str, make: Callable[[], Arguments], dtype: torch.dtype) -> None:
             by_triton = OPS[name](*arguments)
         with resnet_fused.backend("vendor"):
             by_vendor = OPS[name](*arguments)
-        exact = reference_of(name)(*in_float64(list(arguments)))
+        exact = reference_of(name)(*in_float64(arguments))
         named: tuple[dict[str, Tensor], ...] = ({}, {}, {})
         for i, results in enumerate(zip(by_triton, by_vendor, exact, strict=True)):
             ours, theirs, truth = results
@@ -197,7 +190,7 @@ def test_covariance_of_a_large_mean(dtype: torch.dtype, device: str) -> None:
     x = x.contiguous(memory_format=torch.channels_last)
     shift = x[0, :, 4, 4].float()
     arguments = [*Activation(x, shift=shift)], [1, 1]
-    exact = reference_of("input_covariance")(*in_float64(list(arguments)))[1]
+    exact = reference_of("input_covariance")(*in_float64(arguments))[1]
     with resnet_fused.backend("triton"):
         _, covariance = folded_conv_bn.input_covariance(*arguments)
     # In float16 differences are rounded where a mean is near zero, in float32 nowhere.

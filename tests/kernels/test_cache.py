@@ -90,6 +90,7 @@ DAMAGE: dict[str, Callable[[str], str]] = {
     "entries": edited(lambda c: c.update(entries={"a": 1})),
     "field": edited(lambda c: c["entries"][0].pop("dtype")),
     "kernel": edited(lambda c: c["entries"][0].update(kernel=[1])),
+    "no time": edited(lambda c: c["entries"][0]["timings"][0].pop("ms")),
     "time": edited(lambda c: c["entries"][0]["timings"][0].update(ms="1")),
     "config": edited(lambda c: c["entries"][0]["timings"][0].update(config="cudnn")),
     "config's fields": edited(lambda c: c["entries"][0]["timings"][0]["config"].update(threads=4)),

@@ -295,6 +295,11 @@ def copied(arguments: Sequence[Any]) -> list[Any]:
     return [copy.deepcopy(x) for x in arguments]
 
 
+def in_float64(arguments: Any) -> Any:
+    """The same values; masks and numbers as they are."""
+    return tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, arguments)
+
+
 def tensors(results: Any) -> list[Tensor]:
     """All that are among results or arguments."""
     return [x for x in tree_leaves(results) if isinstance(x, Tensor)]

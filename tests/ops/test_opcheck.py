@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 import resnet_fused
 from resnet_fused.layout import dense, is_channels_last, subsample, widened
@@ -39,6 +38,7 @@ from tests.ops.operands import (
     conv_bn_stats,
     copied,
     fold_gradients,
+    in_float64,
     native_arguments,
     op_of,
     reference_of,
@@ -182,7 +182,7 @@ def test_composed_ops_obey_the_accuracy_rule(case: str, size: str, dtype: torch.
             for call, given in (
                 (getattr(OPS, op), arguments),
                 (eager, arguments),
-                (reference, wide(arguments)),
+                (reference, in_float64(arguments)),
             )
         ]
         return tuple(
@@ -190,11 +190,6 @@ def test_composed_ops_obey_the_accuracy_rule(case: str, size: str, dtype: torch.
         )
 
     assert_accurate(draw, dtype)  # type: ignore[arg-type]
-
-
-def wide(arguments: Any) -> Any:
-    """In float64; masks as they are."""
-    return tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, list(arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -208,7 +203,7 @@ def test_small_terms_survive_rounding(dtype: torch.dtype) -> None:
     vector = 2e-2 * torch.finfo(dtype).eps * torch.ones(INPUTS)
     factors = [m.weight(OUTPUTS, INPUTS), torch.zeros(INPUTS, INPUTS, 1, 1, dtype=dtype), vector]
     arguments = [grad, mask, factors, m.plain(), (1, 1), [], [], (1, 1)]
-    exact = reference_of("folded_dgrad")(*wide(arguments))[0]
+    exact = reference_of("folded_dgrad")(*in_float64(arguments))[0]
     da = OPS.folded_dgrad(*arguments)[0].double()
     assert float((da - exact).mean().abs()) < 0.2 * float(vector[0])
 

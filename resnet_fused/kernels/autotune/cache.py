@@ -155,7 +155,7 @@ def timings_from_json(rows: list[dict[str, Any]]) -> Timings:
     return sorted_timings(
         Timing(
             None if row["config"] == "vendor" else Config(**row["config"]),
-            row.get("ms"),
+            None if "rejection" in row else row["ms"],
             row.get("rejection"),
         )
         for row in rows
