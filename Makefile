@@ -40,22 +40,23 @@ test-oldest-triton: build build/triton-$(OLDEST_TRITON)
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(PYTEST) tests/kernels/test_ahead_of_time.py
 
 soak: soak-operands soak-accuracy
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 # The random inputs of `make test` are the same every time, these are not. The command that make prints repeats them.
 soak-accuracy: build
 	RESNET_FUSED_TEST_SEED=$(SEED) $(PYTEST) tests/ops tests/reference tests/test_models.py
 	RESNET_FUSED_TEST_SEED=$(SEED) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -m interpreter tests/kernels tests/ops
 
-# Ops with operands that do not fit, from a random seed, with csrc under AddressSanitizer: a copy of the package in
+# Ops with operands that do not fit, from a random seed, with csrc under AddressSanitizer and UBSan: a copy of the package in
 # build/asan has an extension of its own. libstdc++ is loaded early too, so that exceptions are intercepted.
 soak-operands: build
 	mkdir -p build/asan
 	rm -rf build/asan/csrc build/asan/resnet_fused build/asan/tests
 	cp -rp csrc resnet_fused tests setup.py pyproject.toml README.md LICENSE build/asan/
 	rm -f build/asan/resnet_fused/_C*.so
-	cd build/asan && RESNET_FUSED_BUILD=cpu CFLAGS='-fsanitize=address -fno-omit-frame-pointer' LDFLAGS=-fsanitize=address \
+	cd build/asan && RESNET_FUSED_BUILD=cpu CFLAGS='$(SANITIZE) -fno-omit-frame-pointer' LDFLAGS='$(SANITIZE)' \
 		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
-	cd build/asan && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	cd build/asan && LD_PRELOAD="$$(for name in asan ubsan stdc++; do gcc -print-file-name=lib$$name.so; done)" \
 		OMP_NUM_THREADS=$(THREADS) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 \
 		$(abspath $(BIN))/python -m tests.ops.ill_fitting --memory 0 --cases $(CASES) --log cases.log \
 		|| { tail -n 1 cases.log; exit 1; }

@@ -41,6 +41,7 @@ OLDEST_TORCH = (2, 11)
 SDIST = (
     "csrc/*",
     "csrc/*/*",
+    "csrc/*/*/*",
     "docs/*",
     "examples/*",
     "benchmarks/RESULTS.md",
@@ -105,7 +106,11 @@ def make_extension(toolkit: Toolkit | None) -> Any:
     cxx = ["-O3", "-std=c++17", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
     cxx += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
     cxx += ["-g0"]  # Python's own flags ask for debug information, which takes half of the compile time
-    sources = [*sorted(glob("csrc/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))]
+    sources = [
+        *sorted(glob("csrc/*.cpp")),
+        *sorted(glob("csrc/cpu/*.cpp")),
+        *sorted(glob("csrc/cpu/conv/*.cpp")),
+    ]
     arguments: dict[str, Any] = {
         "include_dirs": [str(HERE / "csrc")],
         "define_macros": [("TORCH_TARGET_VERSION", "0x020b000000000000")],

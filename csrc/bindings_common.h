@@ -211,12 +211,10 @@ inline int64_t bytes_of(const Op& op, const std::array<int64_t, 4>& sizes, Scala
   return bytes;
 }
 
-// An uninitialised activation on y's device, in y's layout; a large one on the CPU in memory that is used
-// again.
-inline Tensor new_activation(const Op& op, const Tensor& y, const std::array<int64_t, 4>& sizes,
-                             ScalarType dtype) {
+// An uninitialised activation on y's device; a large one on the CPU in memory that is used again.
+inline Tensor new_dense(const Op& op, const Tensor& y, const std::array<int64_t, 4>& sizes, ScalarType dtype,
+                        bool channels_last) {
   const auto [n, c, h, w] = sizes;
-  const bool channels_last = is_channels_last(y);
   const int64_t bytes = bytes_of(op, sizes, dtype);
   void* buffer = nullptr;
   if (y.is_cpu() && bytes > cpu::kLargeBuffer) buffer = cpu::take_large_buffer(static_cast<size_t>(bytes));
@@ -229,6 +227,17 @@ inline Tensor new_activation(const Op& op, const Tensor& y, const std::array<int
                                                        : std::array<int64_t, 4>{c * h * w, h * w, w, 1};
   return torch::stable::from_blob(buffer, {n, c, h, w}, {strides[0], strides[1], strides[2], strides[3]},
                                   y.device(), dtype, &cpu::give_large_buffer);
+}
+
+// In y's layout.
+inline Tensor new_activation(const Op& op, const Tensor& y, const std::array<int64_t, 4>& sizes,
+                             ScalarType dtype) {
+  return new_dense(op, y, sizes, dtype, is_channels_last(y));
+}
+
+// An uninitialised activation of other channels, channels_last whatever the layout of x.
+inline Tensor new_channels_last(const Op& op, const Tensor& x, int64_t channels) {
+  return new_dense(op, x, {x.size(0), channels, x.size(2), x.size(3)}, x.scalar_type(), true);
 }
 
 // An uninitialised activation like the dense y.

@@ -198,7 +198,68 @@ struct BnReluMaxpoolBackward {
   Dtype dtype;
 };
 
+// x, or relu(bn(x)) where the norm has a mean.
+struct LazyActivation {
+  const void* x;
+  Norm norm;
+};
+
+// The gradient w.r.t. a convolution's output y, from g and the batch norm after it; see types.Gradient.
+// Without a mean g * mask; without a mask and with a mean the mask is that of relu(bn(y)).
+struct LazyGradient {
+  const void* g;
+  const uint8_t* mask;
+  const void* y;
+  Norm norm;
+  NormSums sums;
+};
+
+// (outputs, inputs, 3, 3) in any layout.
+struct Weight3x3 {
+  const float* data;
+  int64_t strides[4];
+};
+
+// 3x3 convolutions of stride 1 and padding 1 of float32 in channels_last, by Winograd's algorithm.
+// y = conv(a) and its statistics.
+struct Conv3x3Forward {
+  LazyActivation a;
+  Weight3x3 weight;
+  void* y;
+  void *mean, *var, *invstd;  // null: not asked for
+  double eps;
+  Image shape;  // of a
+  int64_t outputs;
+};
+
+// da, the gradient w.r.t. a, plus the residual where there is one, and the sums of a's batch norm.
+struct Conv3x3Dgrad {
+  LazyGradient dy;
+  Weight3x3 weight;
+  LazyActivation a;
+  const void* residual;
+  const uint8_t* residual_mask;
+  void* da;
+  void *sum_dz, *sum_dz_xhat;
+  Image shape;  // of a
+  int64_t outputs;
+};
+
+// dweight is (outputs, 3, 3, inputs) in memory.
+struct Conv3x3Wgrad {
+  LazyGradient dy;
+  LazyActivation a;
+  void* dweight;
+  Image shape;  // of a
+  int64_t outputs;
+};
+
 namespace cpu {
+// Whose instructions the convolutions use: avx512, avx2 or baseline (NEON on aarch64).
+const char* cpu_isa();
+void conv3x3_forward(const Conv3x3Forward&);
+void conv3x3_dgrad(const Conv3x3Dgrad&);
+void conv3x3_wgrad(const Conv3x3Wgrad&);
 void batch_norm_stats(const BatchNormStats&);
 void bn_relu(const BnRelu&);
 void bn_relu_backward_reduce(const BnReluBackwardReduce&);

@@ -2,6 +2,7 @@
 #include <Python.h>
 
 #include "cpu/large_buffers.h"
+#include "kernels.h"
 
 static PyObject* built_with_cuda(PyObject*, PyObject*) {
 #ifdef USE_CUDA
@@ -15,9 +16,12 @@ static PyObject* release_buffers(PyObject*, PyObject*) {
   return PyLong_FromLongLong(resnet_fused::cpu::release_large_buffers());
 }
 
+static PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(resnet_fused::cpu::cpu_isa()); }
+
 static PyMethodDef methods[] = {
     {"built_with_cuda", built_with_cuda, METH_NOARGS, "Whether the CUDA kernels were compiled in."},
     {"release_buffers", release_buffers, METH_NOARGS, "Unmaps idle buffers; returns their bytes."},
+    {"cpu_isa", cpu_isa, METH_NOARGS, "The instruction set of the CPU convolutions."},
     {nullptr, nullptr, 0, nullptr}};
 
 static PyModuleDef module = {

@@ -112,6 +112,12 @@ def summary() -> str:
     )
 
 
+def cpu_isa() -> str:
+    """The instruction set of the CPU convolutions: avx512, avx2 or baseline; RESNET_FUSED_CPU_ISA limits it."""
+    isa: str = _C.cpu_isa() if is_loaded else "baseline"
+    return isa
+
+
 def release_buffers() -> int:
     """Gives memory back to the system that large results on the CPU have used and others could use again.
 

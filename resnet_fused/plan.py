@@ -110,7 +110,8 @@ class _Recorder(TorchDispatchMode):
 def composition(func: Any, args: Sequence[Any]) -> Callable[[], Any] | None:
     """A call of an op of ours as one of the operators that it is composed of; None for other operators."""
     namespace, _, name = func._schema.name.partition("::")
-    composed = IMPLEMENTATIONS[name].composed if namespace == "resnet_fused" else None
+    implementations = IMPLEMENTATIONS.get(name) if namespace == "resnet_fused" else None
+    composed = implementations.composed if implementations is not None else None
     if composed is None:
         return None
     defaults = (a.default_value for a in func._schema.arguments[len(args) :])

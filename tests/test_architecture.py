@@ -44,7 +44,8 @@ class Composed(TorchDispatchMode):
     ) -> Any:
         namespace, _, name = func._schema.name.partition("::")
         if namespace == "resnet_fused":
-            composed = IMPLEMENTATIONS[name].composed
+            implementations = IMPLEMENTATIONS.get(name)
+            composed = implementations.composed if implementations is not None else None
             if composed is not None:
                 with self:
                     return composed(*args)

@@ -22,7 +22,7 @@ LAYERS = {
     "backend": {"native"},
     "reference": {"layout", "types"},
     "kernels": {"accuracy", "backend", "layout", "types"},
-    "ops": {"backend", "kernels", "layout", "reference", "types"},
+    "ops": {"backend", "kernels", "layout", "native", "reference", "types"},
     "functional": {"ops", "types"},
     "modules": {"backend", "layout", "ops", "types"},
     "models": {"backend", "modules", "ops", "reference"},

@@ -35,11 +35,11 @@ class Backward:
         folds: list[InputCovariance],
         branch_ys: list[Tensor | None],
     ) -> None:
-        self.block, self.specs, self.lazy = block, block.convs, block.lazy
+        self.block, self.specs = block, block.convs
         self.needs_input, self.needs_weight = needs
         self.x, self.mask, self.parameters = x, mask, parameters
         self.ys, self.stats, self.folds, self.branch_ys = ys, stats, folds, branch_ys
-        self.weights = kernel_weights(parameters, x.dtype, block.lazy)
+        self.weights = kernel_weights(parameters, x.dtype, block.triton)
         self.grads: list[tuple[Tensor | None, ...]] = [(None, None, None)] * len(parameters)
 
     def run(self, grad: Tensor) -> Tensor | None:
@@ -49,7 +49,7 @@ class Backward:
         for i in reversed(range(1, self.block.chain)):
             dy = self.bn_relu_backward(i, da, sums)
             del da
-            a = after_bn(self.ys[i - 1], self.stats[i - 1], self.parameters[i - 1], None, self.lazy)
+            a = after_bn(self.ys[i - 1], self.stats[i - 1], self.parameters[i - 1], None, self.specs[i].lazy)
             da, *sums = self.conv_backward(i, dy, a)
             del dy, a
         dy = self.bn_relu_backward(0, da, sums)
@@ -69,7 +69,8 @@ class Backward:
         folded = [k for k in range(count) if self.specs[first + k].folded]
         operands: list[list[Tensor | None] | Pair] = []
         for k in folded:
-            operands += [[*inputs[k]], self.specs[first + k].input_stride if self.lazy else (1, 1)]
+            spec = self.specs[first + k]
+            operands += [[*inputs[k]], spec.input_stride if spec.lazy else (1, 1)]
         operands += [[], (1, 1)] * (2 - len(folded))
         gradients: dict[int, tuple[Tensor, ...]] = {}
         factors: list[list[Tensor | None]] = []
@@ -93,11 +94,11 @@ class Backward:
         i = self.block.chain + k
         spec, shift = self.specs[i], self.folds[k].shift
         if k == 0:
-            return after_bn(self.ys[-1], self.stats[i - 1], self.parameters[i - 1], shift, self.lazy)
-        if self.lazy and spec.folded:
+            return after_bn(self.ys[-1], self.stats[i - 1], self.parameters[i - 1], shift, spec.lazy)
+        if spec.lazy and spec.folded:
             return Activation(self.x, shift=shift)
         a = Activation(subsample(self.x, spec.input_stride), shift=shift)
-        return a if self.lazy else Activation(materialize(a))
+        return a if spec.lazy else Activation(materialize(a))
 
     def fold_gradients(self, k: int, sum_dz: Tensor, q: Tensor) -> DgradFactors:
         """The gradients w.r.t. a folded convolution's parameters are set."""
@@ -138,10 +139,10 @@ class Backward:
         y, (mean, invstd, _, coeffs) = self.ys[i], self.stats[i]
         _, gamma, beta = self.parameters[i]
         dy = Gradient(da, None, y, mean, invstd, gamma, beta, bn_coeffs=coeffs)
-        if not self.lazy:
-            return self.gradient(i, dy, *bn_relu_backward_reduce(da, y, mean, invstd, gamma, beta))
+        if not sums[0].numel():
+            sums = [*bn_relu_backward_reduce(da, y, mean, invstd, gamma, beta), sums[2]]
         spec = self.specs[i]
-        if spec.running_stats is None and spec.group is None:
+        if self.block.triton and spec.running_stats is None and spec.group is None:
             dy = dy._replace(dy_coeffs=sums[2])
         return self.gradient(i, dy, *sums[:2])
 
@@ -152,7 +153,7 @@ class Backward:
         if spec.running_stats is None:
             shared = shared_sums((sum_dz, sum_dz_xhat), spec.group, self.stats[i].count_fraction)
             dy = dy._replace(sum_dz=shared[0], sum_dz_xhat=shared[1])
-        return dy if self.lazy else Gradient(materialize_gradient(dy))
+        return dy if spec.lazy else Gradient(materialize_gradient(dy))
 
     def conv_backward(
         self,

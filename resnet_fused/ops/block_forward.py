@@ -35,6 +35,7 @@ class ConvSpec(NamedTuple):
 
     input_stride: of a 1x1 convolution of the shortcut, instead of its stride: its input is subsampled first.
     running_stats: the statistics to normalize with; None: the batch's.
+    lazy: whether its kernels compute operands in their prologues.
     """
 
     geometry: ConvGeometry
@@ -43,14 +44,18 @@ class ConvSpec(NamedTuple):
     group: dist.ProcessGroup | None
     running_stats: BatchStats | None
     folded: bool
+    lazy: bool
 
 
 class BlockSpec(NamedTuple):
-    """The convolutions of a block: the chain, the main path's last one and, if there is one, the shortcut's."""
+    """The convolutions of a block: the chain, the main path's last one and, if there is one, the shortcut's.
+
+    triton: whether Triton kernels run, which take batch norms as coefficients.
+    """
 
     convs: tuple[ConvSpec, ...]
     chain: int  # convolutions before the branches
-    lazy: bool
+    triton: bool
 
 
 class Forwarded(NamedTuple):
@@ -69,12 +74,12 @@ class Forwarded(NamedTuple):
     running: list[Tensor]
 
 
-def kernel_weights(parameters: Sequence[Parameters], dtype: torch.dtype, lazy: bool) -> list[Tensor]:
+def kernel_weights(parameters: Sequence[Parameters], dtype: torch.dtype, triton: bool) -> list[Tensor]:
     """The weights as Triton kernels read them, channels_last and cast once; else as they are, to be cast where used.
 
     A copy of all weights of a block in 16 bits would count in the peak of memory.
     """
-    if not lazy:
+    if not triton:
         return [p.weight for p in parameters]
     return [p.weight.to(dtype, memory_format=torch.channels_last) for p in parameters]
 
@@ -109,24 +114,24 @@ def forward(x: Tensor, block: BlockSpec, parameters: list[Parameters]) -> Forwar
         x: (N, C, H, W), channels_last.
         parameters: one for each of block.convs.
     """
-    chain, lazy = block.chain, block.lazy
-    weights = kernel_weights(parameters, x.dtype, lazy)
+    chain, triton = block.chain, block.triton
+    weights = kernel_weights(parameters, x.dtype, triton)
     a, shift = Activation(x), None
     ys: list[Tensor] = []
     finalized: list[FinalizedStats] = []
     for i, (spec, p) in enumerate(zip(block.convs[:chain], parameters, strict=False)):
-        y, stats_of_y = _conv_bn(a, (1, 1), weights[i].to(x.dtype), p, spec, lazy)
+        y, stats_of_y = _conv_bn(a, (1, 1), weights[i].to(x.dtype), p, spec, triton)
         ys.append(y)
         finalized.append(stats_of_y)
         if i + 1 == chain and _is_centered(block.convs[chain]):
             shift = _relu_mean(p, stats_of_y.stats)
-        a = after_bn(y, stats_of_y.stats, p, shift, lazy)
-    branches = [_branch(a, shift, weights[chain].to(x.dtype), parameters[chain], block.convs[chain], lazy)]
+        a = after_bn(y, stats_of_y.stats, p, shift, block.convs[i + 1].lazy)
+    branches = [_branch(a, shift, weights[chain].to(x.dtype), parameters[chain], block.convs[chain], triton)]
     if len(block.convs) > chain + 1:
         spec = block.convs[-1]
         shift = _sample_mean(x) if _is_centered(spec) else None
         branches.append(
-            _branch(Activation(x, shift=shift), shift, weights[-1].to(x.dtype), parameters[-1], spec, lazy)
+            _branch(Activation(x, shift=shift), shift, weights[-1].to(x.dtype), parameters[-1], spec, triton)
         )
     main, skip = branches[0], branches[1] if len(branches) > 1 else _Branch(Activation(x))
     if main.weight is not None or skip.weight is not None:
@@ -144,20 +149,20 @@ def forward(x: Tensor, block: BlockSpec, parameters: list[Parameters]) -> Forwar
 
 
 def _conv_bn(
-    a: Activation, input_stride: Pair, weight: Tensor, p: Parameters, spec: ConvSpec, lazy: bool
+    a: Activation, input_stride: Pair, weight: Tensor, p: Parameters, spec: ConvSpec, triton: bool
 ) -> tuple[Tensor, FinalizedStats]:
     """y = conv(a), channels_last, and its statistics."""
     stride, padding, dilation, groups = spec.geometry
     stride = stride[0] * input_stride[0], stride[1] * input_stride[1]
     training = spec.running_stats is None
     y, mean, var, invstd, bn_coeffs = conv_bn_stats(
-        [*a], weight, stride, padding, dilation, groups, spec.eps, training, p.gamma, p.beta, lazy
+        [*a], weight, stride, padding, dilation, groups, spec.eps, training, p.gamma, p.beta, triton
     )
     if spec.running_stats is not None:
         return y, FinalizedStats(spec.running_stats)
     check_pixels(y.shape, spec.group)
     finalized = finalize_stats(mean, mean, var, invstd, y.numel() // y.shape[1], spec.eps, spec.group)
-    if lazy:
+    if triton:
         if spec.group is not None:
             bn_coeffs = make_bn_coeffs(*finalized.stats[:2], p.gamma, p.beta)
         finalized = finalized._replace(stats=finalized.stats._replace(bn_coeffs=bn_coeffs))
@@ -165,14 +170,14 @@ def _conv_bn(
 
 
 def _branch(
-    a: Activation, shift: Tensor | None, weight: Tensor, p: Parameters, spec: ConvSpec, lazy: bool
+    a: Activation, shift: Tensor | None, weight: Tensor, p: Parameters, spec: ConvSpec, triton: bool
 ) -> _Branch:
     """A branch with input ``a``, from which ``shift`` is subtracted already or lazily."""
     input_stride = spec.input_stride
-    if not lazy:
+    if not spec.lazy:
         a, input_stride = Activation(materialize(a, input_stride)), (1, 1)
     if not spec.folded:
-        y, finalized = _conv_bn(a, input_stride, weight, p, spec, lazy)
+        y, finalized = _conv_bn(a, input_stride, weight, p, spec, triton)
         return _Branch(Activation(y), p, finalized)
     if spec.running_stats is not None:
         running = FinalizedStats(spec.running_stats)

@@ -1,7 +1,8 @@
 """A convolution with the statistics of its output, and its backward, for lazy operands (types).
 
-``conv_bn_stats`` and ``conv_backward`` have Triton kernels that compute the operands' values in their prologues; the
-vendor's implementation materializes them first. See reference.conv_bn for what they compute.
+``conv_bn_stats`` and ``conv_backward`` have Triton kernels, and native ones for 3x3 convolutions on the CPU (conv3x3),
+that compute the operands' values in their prologues; the vendor's implementation materializes them first. See
+reference.conv_bn for what they compute.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from resnet_fused.ops import _checks
 from resnet_fused.ops.bn_add_relu import bn_add_relu_backward_dy
 from resnet_fused.ops.bn_relu import bn_relu_backward, bn_relu_backward_reduce, bn_relu_forward
 from resnet_fused.ops.bn_stats import batch_norm_stats
+from resnet_fused.ops.conv3x3 import SUPPORTED, conv3x3_bn_stats, conv3x3_dgrad, conv3x3_wgrad, runs_conv3x3
 from resnet_fused.ops.dispatch import (
     MAX_KERNEL_SIZE,
     MAX_NUMEL,
@@ -106,12 +108,18 @@ def bn_sums(da: Tensor, a: Activation) -> tuple[Tensor, ...]:
     """What backward of the batch norm of ``a`` needs of da: sum_dz, sum_dz_xhat and dy_coeffs; empty without one."""
     if a.mean is None or a.invstd is None:
         return empty_vectors(da, 3)
+    sums: tuple[Tensor, Tensor] = bn_relu_backward_reduce(da, *a[:5])
+    return *sums, _dy_coeffs(a, *sums)
+
+
+def _dy_coeffs(a: Activation, sum_dz: Tensor, sum_dz_xhat: Tensor) -> Tensor:
+    """``make_dy_coeffs`` of the batch norm of ``a``."""
+    assert a.mean is not None and a.invstd is not None
     norm = a.mean, a.invstd, a.weight, a.bias
     coeffs = _bn_coeffs(a.x, *norm) if a.bn_coeffs is None else a.bn_coeffs
-    sum_dz, sum_dz_xhat = bn_relu_backward_reduce(da, a.x, *norm)
     make = coefficient_kernels().dy_coeffs_of if runs_triton(a.x) else make_dy_coeffs
-    pixels = a.x.numel() // a.x.shape[1]
-    return sum_dz, sum_dz_xhat, make(sum_dz, sum_dz_xhat, a.mean, a.invstd, coeffs, pixels)
+    made: Tensor = make(sum_dz, sum_dz_xhat, a.mean, a.invstd, coeffs, a.x.numel() // a.x.shape[1])
+    return made
 
 
 def fake_bn_sums(a: Activation) -> tuple[Tensor, ...]:
@@ -151,6 +159,8 @@ def _conv_bn_stats(
         bn_coeffs = _bn_coeffs(y, mean, invstd, gamma, beta) if coeffs else empty_vectors(y, 1)[0]
         return y, mean, var, invstd, bn_coeffs
 
+    if not coeffs and a.shift is None and runs_conv3x3("forward", a.x, weight, geometry):
+        return *conv3x3_bn_stats(a, weight, eps, training), empty_vectors(a.x, 1)[0]
     height, width = geometry.out_size(a.x, weight)
     addressable = len(a.x) * height * width * len(weight) < MAX_NUMEL
     has_kernel = runs_triton(a.x, geometry.groups) and max(weight.shape[2:]) <= MAX_KERNEL_SIZE
@@ -197,6 +207,7 @@ conv_bn_stats = register_op(
     triton=True,
     check=_checks.conv_bn_stats,
     operands=_forward_operands,
+    on_cpu=SUPPORTED,
 )
 
 
@@ -300,14 +311,37 @@ def _conv_backward(
         )
         gradients = [dweight, (da, *bn_sums(da, a))]
     else:
-        g = materialize_gradient(dy)
-        gradients = [_vendor_wgrad(g, a, weight, geometry)] if needs_weight else []
-        if needs_input:
-            da = _vendor_dgrad(g, a.x, weight, geometry, *rest)
-            gradients.append((da, *bn_sums(da, a)))
+        gradients = _gradients(dy, a, weight, geometry, rest, needs)
     dweight = gradients[0] if needs_weight else empty_vectors(a.x, 1)[0]
     da, *sums = gradients[-1] if needs_input else (a.x.new_empty(0), None)
     return da, *(empty_vectors(a.x, 3) if sums[0] is None else sums), dweight
+
+
+def _gradients(
+    dy: Gradient,
+    a: Activation,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    rest: tuple[Tensor | None, Tensor | None, Pair],
+    needs: list[bool],
+) -> list[Any]:
+    """The gradients that are needed, the weight's first: each by a native kernel or by the vendor."""
+    by_dgrad, by_wgrad = (
+        needed and rest[2] == (1, 1) and a.shift is None and runs_conv3x3(name, a.x, weight, geometry)
+        for name, needed in zip(("dgrad", "wgrad"), needs, strict=True)
+    )
+    if (by_dgrad, by_wgrad) != tuple(needs):
+        dy = Gradient(materialize_gradient(dy))
+    gradients: list[Any] = []
+    if needs[1]:
+        gradients.append(conv3x3_wgrad(dy, a) if by_wgrad else _vendor_wgrad(dy.g, a, weight, geometry))
+    if by_dgrad:
+        da, *sums = conv3x3_dgrad(dy, weight, a, *rest[:2])
+        gradients.append((da, *sums, _dy_coeffs(a, *sums) if sums[0].numel() else sums[0]))
+    elif needs[0]:
+        da = _vendor_dgrad(dy.g, a.x, weight, geometry, *rest)
+        gradients.append((da, *bn_sums(da, a)))
+    return gradients
 
 
 def _fastest_gradients(
@@ -380,4 +414,5 @@ conv_backward = register_op(
     triton=True,
     check=_checks.conv_backward,
     operands=_backward_operands,
+    on_cpu=SUPPORTED,
 )

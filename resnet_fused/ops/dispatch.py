@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from resnet_fused.backend import why_not_triton, why_plain
+from resnet_fused.backend import choice, why_not_triton, why_plain
 from resnet_fused.types import Activation, Gradient
 
 if TYPE_CHECKING:
@@ -35,11 +35,13 @@ class Implementations(NamedTuple):
     reference: what it computes, by PyTorch alone; with the arguments of its schema.
     composed: GEMMs and convolutions of the vendor's library with native ops around them, or a Triton kernel where
     ``triton`` says that there is one and it is faster; None: csrc has a native kernel.
+    on_cpu: what of it csrc computes on a CPU, where that is faster.
     """
 
     reference: Callable[..., Any]
     composed: Callable[..., Any] | None
     triton: bool
+    on_cpu: str = ""
 
 
 #: By the name of the op, in the order in which ops are registered.
@@ -49,8 +51,8 @@ IMPLEMENTATIONS: dict[str, Implementations] = {}
 def status() -> list[dict[str, str]]:
     """One row per op and device type: {op, device, implementation, reason}; reason is "" where nothing is missing.
 
-    implementation: native (csrc), vendor (the vendor's library and native ops), triton (where it is faster than the
-    vendor) or reference.
+    implementation: native (csrc), vendor (the vendor's library and native ops), both (native where it is faster, of
+    what ``reason`` says), triton (where it is faster than the vendor) or reference.
     """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     rows = []
@@ -63,6 +65,8 @@ def status() -> list[dict[str, str]]:
             elif implementations.composed is not None:
                 reason = why_not_triton(device) if implementations.triton else None
                 implementation = "triton" if implementations.triton and reason is None else "vendor"
+                if device == "cpu" and implementations.on_cpu and choice() == "auto":
+                    implementation, reason = "native, vendor", implementations.on_cpu
             rows.append(
                 {"op": op, "device": device, "implementation": implementation, "reason": reason or ""}
             )

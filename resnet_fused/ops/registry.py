@@ -21,6 +21,7 @@ def register_op(
     triton: bool = False,
     check: Callable[..., bool] | None = None,
     operands: Callable[..., tuple[Any, ...]] | None = None,
+    on_cpu: str = "",
 ) -> Callable[..., Any]:
     """Defines ``resnet_fused::<schema>`` and returns the function that calls it.
 
@@ -38,6 +39,7 @@ def register_op(
             arguments. Native kernels have theirs in csrc/bindings_common.h.
         operands: makes the arguments of reference, fake and implementation, which take the operands of types, from
             those of the schema. None: they are the same.
+        on_cpu: what of it csrc computes on a CPU, where that is faster.
     """
     name = schema.partition("(")[0]
     qualified = f"resnet_fused::{name}"
@@ -51,7 +53,7 @@ def register_op(
         check = functools.partial(_needs_tensors, name, needed)
     elif implementation is not None:
         implementation = _checked(check, implementation, reference)
-    IMPLEMENTATIONS[name] = Implementations(reference, implementation, triton)
+    IMPLEMENTATIONS[name] = Implementations(reference, implementation, triton, on_cpu)
     reference = _checked(check, reference, reference)
     torch.library.impl(qualified, "CompositeExplicitAutograd", reference)
     torch.library.register_fake(qualified, _on_one_device(name, needed, fake))

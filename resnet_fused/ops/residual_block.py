@@ -8,8 +8,8 @@ output is never stored (folded_conv_bn).
 For backward it saves its input, the outputs of the chain's convolutions (and of a branch that is not folded), one mask
 bit per element of its output, and per-channel vectors; relu(bn(y)) is recomputed where it is needed.
 
-Operands are *lazy* where Triton kernels run: their prologues compute relu(bn(y)) and dy while they load. Elsewhere each
-is materialized once, and shared by the ops that read it.
+Operands are *lazy* where Triton kernels or native 3x3 convolutions can run: their prologues compute relu(bn(y)) and dy
+while they load. Elsewhere each is materialized once, and shared by the ops that read it.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from resnet_fused.ops._autograd import (
 from resnet_fused.ops.block_backward import Backward
 from resnet_fused.ops.block_forward import BlockSpec, ConvSpec, Parameters
 from resnet_fused.ops.bn_stats import check_bn, in_statistics_dtype, running_stats, update_running_stats
+from resnet_fused.ops.conv3x3 import supports_conv3x3
 from resnet_fused.ops.dispatch import runs_triton
 from resnet_fused.types import BatchNorm, BatchStats, ConvBN, ConvGeometry, InputCovariance
 
@@ -61,7 +62,7 @@ class _ResidualBlock(torch.autograd.Function):
         remember(ctx, biases)
         ctx.biased = tuple(bias is not None for bias in biases)
         # Outputs whose batch norm's backward reads the bias; Triton kernels do so in branches too.
-        outputs = [*ys, *(branch_ys if block.lazy else [])]
+        outputs = [*ys, *(branch_ys if block.triton else [])]
         copies = [_copied(*each) for each in zip_longest(biases, stats, outputs)]
         save(ctx, [x, *ys, *branch_ys], [mask, *flat[0::3], *flat[1::3], *copies, *rest])
         ctx.mark_non_differentiable(*running)
@@ -182,13 +183,13 @@ def convolved_shape(shape: Sequence[int], convs: Sequence[ConvBN]) -> tuple[int,
     return n, channels, *size
 
 
-def _spec(conv: ConvBN, dtype: torch.dtype, folded: bool, is_shortcut: bool) -> ConvSpec:
+def _spec(conv: ConvBN, dtype: torch.dtype, folded: bool, is_shortcut: bool, lazy: bool) -> ConvSpec:
     input_stride, stride = (1, 1), conv.stride
     if is_shortcut and conv.weight.shape[2:] == (1, 1) and conv.padding == (0, 0):
         input_stride, stride = conv.stride, (1, 1)
     geometry = ConvGeometry(stride, conv.padding, conv.dilation, conv.groups)
     stats = None if conv.bn.training else running_stats(conv.bn, dtype)
-    return ConvSpec(geometry, input_stride, conv.bn.eps, conv.bn.group, stats, folded)
+    return ConvSpec(geometry, input_stride, conv.bn.eps, conv.bn.group, stats, folded, lazy)
 
 
 def residual_block(x: Tensor, convs: Sequence[ConvBN], downsample: ConvBN | None) -> Tensor:
@@ -217,16 +218,24 @@ def residual_block(x: Tensor, convs: Sequence[ConvBN], downsample: ConvBN | None
     if shape is None or shape != convolved_shape(x.shape, shortcut):
         raise ValueError(f"the convolutions do not fit each other or an input of shape {tuple(x.shape)}")
     pixels, vectors = shape[0] * shape[2] * shape[3], statistics_dtype(dtype)
-    every_conv, lazy = [*convs, *shortcut], runs_triton(x)
+    every_conv, triton = [*convs, *shortcut], runs_triton(x)
     for conv in every_conv:
         check_bn(conv.bn, len(conv.weight))
     with without_autocast(device):
-        chain = len(convs) - 1
-        specs = [_spec(conv, vectors, False, False) for conv in convs[:chain]]
-        last = convs[-1]
+        chain, last = len(convs) - 1, convs[-1]
         # The main path's input is not subsampled first.
-        specs.append(_spec(last, vectors, last.stride == (1, 1) and is_folded(last, pixels, lazy), False))
-        specs += [_spec(conv, vectors, is_folded(conv, pixels, lazy), True) for conv in shortcut]
+        folds = [False] * chain + [last.stride == (1, 1) and is_folded(last, pixels, triton)]
+        folds += [is_folded(conv, pixels, triton) for conv in shortcut]
+        specs = [
+            _spec(
+                conv,
+                vectors,
+                folded,
+                i > chain,
+                triton or (not folded and supports_conv3x3(x, conv.weight, conv[2:])),
+            )
+            for i, (conv, folded) in enumerate(zip(every_conv, folds, strict=True))
+        ]
         flat: list[Tensor | None] = []
         for conv in every_conv:
             bn = conv.bn
@@ -235,7 +244,7 @@ def residual_block(x: Tensor, convs: Sequence[ConvBN], downsample: ConvBN | None
         training = [conv.bn for conv in every_conv if conv.bn.training]
         # torch.compile takes no buffers that an autograd.Function changes.
         bns = None if torch.compiler.is_compiling() else training
-        out, *running = _ResidualBlock.apply(x, (BlockSpec(tuple(specs), chain, lazy), bns), *flat)
+        out, *running = _ResidualBlock.apply(x, (BlockSpec(tuple(specs), chain, triton), bns), *flat)
     if bns is None:
         update_running_stats(training, running)
     return out

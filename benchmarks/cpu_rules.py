@@ -1,0 +1,241 @@
+"""Which 3x3 convolutions our CPU kernels compute: ``python -m benchmarks.cpu_rules [--write] [--table FILE]``.
+
+Times each pass of a convolution between two batch norms, interleaved:
+
+    ours      the kernels of csrc/cpu/conv, with batch norm, ReLU, statistics and sums in the same pass
+    vendor    oneDNN's convolution, with our passes around it: what runs where ours are slower
+    eager     oneDNN's convolution, with PyTorch's batch norm and ReLU
+    conv      oneDNN's convolution alone
+
+For each pass, number of channels and image size the rule is the batch size from which ours are faster than the
+vendor's. ``--write`` puts it into resnet_fused/ops/conv3x3_rules.json, for this machine's instruction set. To measure
+that of an older machine, limit everything to it:
+
+    RESNET_FUSED_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m benchmarks.cpu_rules
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+import resnet_fused
+from benchmarks.page import markdown
+from resnet_fused import native
+from resnet_fused.accuracy import relative_error
+from resnet_fused.measure import (
+    EAGER,
+    OURS,
+    SEEDS,
+    Case,
+    Comparison,
+    Provider,
+    device_name,
+    inaccuracy,
+    quantiles,
+)
+from resnet_fused.ops import conv3x3
+from resnet_fused.ops.bn_relu import bn_relu_backward_reduce
+from resnet_fused.ops.conv_bn import conv_backward, conv_bn_stats, materialize, materialize_gradient
+from resnet_fused.types import Activation, Gradient
+
+CHANNELS = (64, 128, 256, 512)
+SIZES = (56, 28, 14, 8, 7, 4, 2)
+BATCHES = (1, 2, 4, 8, 16, 64)
+PASSES = ("forward", "dgrad", "wgrad")
+#: Elements of the largest activation: beyond, the ratio doesn't change any more.
+MOST_ELEMENTS = 64 * 28 * 28 * 64
+#: Image size up to which results are checked: float64 convolutions are slow.
+LARGEST_CHECKED = 14
+#: What a pair of sizes counts as for which no batch is large enough.
+NEVER = 1 << 30
+EPS = torch.finfo(torch.float32).eps
+VENDOR, CONV = "vendor", "conv"
+_ATEN = torch.ops.aten
+_GEOMETRY = [1, 1], [1, 1], [1, 1], 1
+_CONV = [1, 1], [1, 1], [1, 1], False, [0, 0], 1
+
+Run = Callable[[], Any]
+
+
+def passes(
+    channels: int, size: int, batch: int, dtype: torch.dtype = torch.float32
+) -> dict[str, dict[str, Run]]:
+    """By pass and provider, on the same random operands."""
+
+    def activation() -> Tensor:
+        return torch.randn(batch, channels, size, size).to(dtype, memory_format=torch.channels_last)
+
+    def vectors() -> list[Tensor]:
+        return [(torch.rand(channels) + offset).to(dtype) for offset in (-0.5, 0.5, 0.5, -0.5)]
+
+    x, y, g = activation(), activation(), activation()
+    weight = (torch.randn(channels, channels, 3, 3) / (9 * channels) ** 0.5).to(
+        dtype, memory_format=torch.channels_last
+    )
+    bn, y_bn = vectors(), vectors()
+    a = Activation(x, *bn)
+    dy = Gradient(g, None, y, *y_bn, *bn_relu_backward_reduce(g, y, *y_bn))
+    value, dy_value = materialize(a), materialize_gradient(dy)
+
+    def forward() -> Any:
+        return conv_bn_stats([*a], weight, *_GEOMETRY, 1e-5, True, None, None, False)
+
+    def backward(dy: Gradient, a: Activation, needs: list[bool]) -> Any:
+        return conv_backward([*dy], [*a], weight, *_GEOMETRY, None, None, [1, 1], needs)
+
+    def conv_gradient(needs: list[bool]) -> Any:
+        return _ATEN.convolution_backward(dy_value, value, weight, None, *_CONV, needs)
+
+    def eager_forward() -> Any:
+        normed, *_ = _ATEN.native_batch_norm(x, bn[2], bn[3], None, None, True, 0.1, 1e-5)
+        return _ATEN.convolution(normed.relu_(), weight, None, *_CONV)
+
+    def eager_dgrad() -> Any:
+        dz = _ATEN.threshold_backward(conv_gradient([True, False, False])[0], value, 0)
+        return _ATEN.native_batch_norm_backward(dz, x, bn[2], None, None, *bn[:2], True, 1e-5, [True] * 3)
+
+    def by(choice: str, run: Run) -> Run:
+        def chosen() -> Any:
+            with resnet_fused.backend(choice), mock.patch.object(conv3x3, "is_faster", lambda *_: True):
+                return run()
+
+        return chosen
+
+    ours = {
+        "forward": forward,
+        "dgrad": lambda: backward(dy, a, [True, False]),
+        "wgrad": lambda: backward(dy, a, [False, True]),
+    }
+    # Both gradients share what is materialized: it counts once, as part of dgrad.
+    vendor = ours | {"wgrad": lambda: backward(Gradient(dy_value), Activation(value), [False, True])}
+    eager = {
+        "forward": eager_forward,
+        "dgrad": eager_dgrad,
+        "wgrad": lambda: conv_gradient([False, True, False]),
+    }
+    conv = {
+        "forward": lambda: _ATEN.convolution(value, weight, None, *_CONV),
+        "dgrad": lambda: conv_gradient([True, False, False]),
+        "wgrad": eager["wgrad"],
+    }
+    return {
+        name: {
+            OURS: by("auto", ours[name]),
+            VENDOR: by("vendor", vendor[name]),
+            EAGER: eager[name],
+            CONV: conv[name],
+        }
+        for name in PASSES
+    }
+
+
+def check(channels: int, size: int, batch: int) -> None:
+    """Raises AssertionError where ours break the accuracy rule, with the vendor's for eager's results."""
+    errors: dict[str, list[list[float]]] = {OURS: [], VENDOR: []}
+    for seed in SEEDS:
+        results = {}
+        for dtype in (torch.float64, torch.float32):
+            torch.manual_seed(seed)
+            runs = passes(channels, size, batch, dtype)
+            for who in errors:
+                results[dtype, who] = [t for name in PASSES for t in _tensors(runs[name][who]())]
+        exact = results[torch.float64, VENDOR]
+        for who in errors:
+            ours = results[torch.float32, who]
+            errors[who].append([relative_error(x, truth) for x, truth in zip(ours, exact, strict=True)])
+    problem = inaccuracy(errors[OURS], errors[VENDOR], EPS)
+    assert not problem, f"{channels} channels, {size}x{size}, batch {batch}: {problem}"
+
+
+def _tensors(results: Any) -> list[Tensor]:
+    return [t for t in results if isinstance(t, Tensor) and t.numel()]
+
+
+def measure(channels: int, size: int, batch: int, rounds: int) -> list[dict[str, Any]]:
+    """One row for each pass: milliseconds, and ratios of the others' to ours."""
+    device, rows = torch.device("cpu"), []
+    flops = 2 * 9 * channels**2 * batch * size**2
+    for name, runs in passes(channels, size, batch).items():
+        case = Case("op", name, "train", "fp32", batch, f"{batch}x{channels}x{size}x{size}")
+        comparison = Comparison(case, [Provider(who, run) for who, run in runs.items()], device)
+        comparison.warm_up()
+        for _ in comparison.rounds(rounds):
+            pass
+        medians = {p.name: statistics.median(p.times) for p in comparison.providers}
+        row = {"channels": channels, "size": size, "batch": batch, "pass": name, "ours_ms": medians[OURS]}
+        row |= {"gflops": flops / medians[OURS] / 1e6, "vendor_ms": medians[VENDOR]}
+        for who in (VENDOR, EAGER, CONV):
+            row[f"{who} / ours"] = quantiles(comparison.ratios(comparison.ours, comparison[who]))["median"]
+        rows.append(row)
+    return rows
+
+
+def rule(frame: pd.DataFrame) -> dict[str, dict[str, dict[str, int]]]:
+    """[pass][channels][size]: the batch size from which on ours gain the most over all batches that were measured."""
+    result: dict[str, dict[str, dict[str, int]]] = {name: {} for name in PASSES}
+    for (name, channels, size), rows in frame.groupby(["pass", "channels", "size"]):
+        # By the logarithm of the ratio, so that one noisy figure decides nothing.
+        gains = rows.sort_values("batch", ascending=False)
+        total = gains["vendor / ours"].map(math.log).cumsum()
+        best = gains.batch[total.idxmax()] if total.max() > 0 else NEVER
+        result[name].setdefault(str(channels), {})[str(size)] = int(best)
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cpu_rules", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="put the rule into resnet_fused/ops/conv3x3_rules.json"
+    )
+    parser.add_argument("--table", type=Path, help="write all times to a CSV file")
+    parser.add_argument("--rounds", type=int, default=7, help="runs of each provider")
+    arguments = parser.parse_args()
+    rows = []
+    cases = [
+        (channels, size, batch)
+        for channels in CHANNELS
+        for size in SIZES
+        for batch in BATCHES
+        if batch * size**2 * channels <= MOST_ELEMENTS
+    ]
+    with torch.no_grad():
+        for i, case in enumerate(cases, 1):
+            print(
+                f"{i} of {len(cases)}: {case[0]} channels, {case[1]}x{case[1]}, batch {case[2]}",
+                file=sys.stderr,
+            )
+            if case[2] == 2 and case[1] <= LARGEST_CHECKED:
+                check(*case)
+            rows += measure(*case, arguments.rounds)
+    frame = pd.DataFrame(rows)
+    if arguments.table:
+        frame.to_csv(arguments.table, index=False, float_format="%.4g")
+    print(markdown(frame.round(2)))
+    isa, where = native.cpu_isa(), f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
+    measured = rule(frame)
+    print(f"\n{isa}, {where}: {json.dumps(measured)}")
+    if arguments.write:
+        data = json.loads(conv3x3.RULES.read_text())
+        data["batch_size"][isa] = measured
+        data["measured"][isa] = f"{where}, torch {torch.__version__}, {date.today()}"
+        conv3x3.RULES.write_text(f"{json.dumps(data, indent=1)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+// The 3x3 convolutions as torch calls them; CPU, float32 and channels_last alone. ops/conv3x3.py says
+// when they run.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <tuple>
+
+#include "bindings_common.h"
+#include "kernels.h"
+
+namespace resnet_fused {
+namespace {
+
+// An activation as the kernels read it; the first one of an op decides nothing, since all have one layout.
+Tensor channels_last(const Op& op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == ScalarType::Float && t.is_cpu(), op, ": ", name,
+                  " must be a 4-D float32 tensor on the CPU");
+  return has_channels_last_strides(t) ? t : contiguous(op, t, MemoryFormat::ChannelsLast);
+}
+
+Weight3x3 weight_of(const Op& op, const Tensor& weight, int64_t outputs, int64_t inputs) {
+  check_sizes(op, "weight", weight, {outputs, inputs, 3, 3});
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float && weight.is_cpu(), op,
+                  ": weight must be float32, on the CPU");
+  return {static_cast<const float*>(weight.const_data_ptr()),
+          {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)}};
+}
+
+Norm optional_norm(Op& op, const Tensor& y, const OptionalTensor& mean, const OptionalTensor& invstd,
+                   const OptionalTensor& weight, const OptionalTensor& bias) {
+  STD_TORCH_CHECK(mean.has_value() == invstd.has_value(), op, ": give both mean and invstd, or neither");
+  return {vector(op, "mean", mean, y), vector(op, "invstd", invstd, y), vector(op, "weight", weight, y),
+          vector(op, "bias", bias, y)};
+}
+
+// One row of bits for each pixel.
+const uint8_t* mask_of(const Op& op, const char* name, const OptionalTensor& mask, const Tensor& y) {
+  if (!mask) return nullptr;
+  const int64_t pixels = y.size(0) * y.size(2) * y.size(3), bytes = (y.size(1) + 7) / 8;
+  const bool fits = mask->dim() == 2 && mask->size(0) == pixels && mask->size(1) == bytes &&
+                    mask->is_contiguous() && mask->scalar_type() == ScalarType::Byte && mask->is_cpu();
+  STD_TORCH_CHECK(fits, op, ": ", name, " must be the contiguous uint8 tensor (", pixels, ", ", bytes,
+                  ") that the forward pass returned");
+  return static_cast<const uint8_t*>(mask->const_data_ptr());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv3x3_forward(const Tensor& x_, const OptionalTensor& mean,
+                                                           const OptionalTensor& invstd,
+                                                           const OptionalTensor& gamma,
+                                                           const OptionalTensor& beta, const Tensor& weight,
+                                                           double eps, bool training) {
+  Op op{"conv3x3_forward"};
+  const Tensor x = channels_last(op, "x", x_);
+  const int64_t outputs = weight.size(0);
+  Tensor y = new_channels_last(op, x, outputs);
+  const auto statistics = [&] {
+    const int64_t count = training ? outputs : 0;
+    return allocated(op, 4 * count, [&] { return torch::stable::new_empty(x, {count}, ScalarType::Float); });
+  };
+  Tensor y_mean = statistics(), y_var = statistics(), y_invstd = statistics();
+  const Conv3x3Forward params{{x.const_data_ptr(), optional_norm(op, x, mean, invstd, gamma, beta)},
+                              weight_of(op, weight, outputs, x.size(1)),
+                              y.mutable_data_ptr(),
+                              training ? y_mean.mutable_data_ptr() : nullptr,
+                              y_var.mutable_data_ptr(),
+                              y_invstd.mutable_data_ptr(),
+                              eps,
+                              image(x),
+                              outputs};
+  cpu::conv3x3_forward(params);
+  return {y, y_mean, y_var, y_invstd};
+}
+
+LazyGradient gradient_of(Op& op, const Tensor& g, const OptionalTensor& mask, const std::optional<Tensor>& y,
+                         const OptionalTensor& mean, const OptionalTensor& invstd,
+                         const OptionalTensor& gamma, const OptionalTensor& beta,
+                         const OptionalTensor& sum_dz, const OptionalTensor& sum_dz_xhat) {
+  STD_TORCH_CHECK(!mean || y, op, ": a gradient with the statistics of a batch norm needs its input y");
+  return {g.const_data_ptr(), mask_of(op, "mask", mask, g), y ? y->const_data_ptr() : nullptr,
+          optional_norm(op, g, mean, invstd, gamma, beta), sums(op, g, sum_dz, sum_dz_xhat)};
+}
+
+OptionalTensor like_gradient(const Op& op, const OptionalTensor& y, const Tensor& g) {
+  if (!y) return {};
+  return channels_last(op, "y", like(op, "y", *y, g));
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv3x3_dgrad(
+    const Tensor& g_, const OptionalTensor& mask, const OptionalTensor& y_, const OptionalTensor& mean,
+    const OptionalTensor& invstd, const OptionalTensor& gamma, const OptionalTensor& beta,
+    const OptionalTensor& sum_dz, const OptionalTensor& sum_dz_xhat, const Tensor& weight, const Tensor& x_,
+    const OptionalTensor& x_mean, const OptionalTensor& x_invstd, const OptionalTensor& x_gamma,
+    const OptionalTensor& x_beta, const OptionalTensor& residual_, const OptionalTensor& residual_mask) {
+  Op op{"conv3x3_dgrad"};
+  const Tensor x = channels_last(op, "x", x_), g = channels_last(op, "g", g_);
+  check_sizes(op, "g", g, {x.size(0), g.size(1), x.size(2), x.size(3)});
+  const OptionalTensor y = like_gradient(op, y_, g);
+  OptionalTensor residual;
+  if (residual_) {
+    check_sizes(op, "residual", *residual_, {x.size(0), x.size(1), x.size(2), x.size(3)});
+    residual = channels_last(op, "residual", *residual_);
+  }
+  Tensor da = new_channels_last(op, x, x.size(1));
+  const auto vector_of_sums = [&] {
+    const int64_t count = x_mean ? x.size(1) : 0;
+    return allocated(op, 4 * count, [&] { return torch::stable::new_empty(x, {count}, ScalarType::Float); });
+  };
+  Tensor da_sum = vector_of_sums(), da_sum_xhat = vector_of_sums();
+  const Conv3x3Dgrad params{gradient_of(op, g, mask, y, mean, invstd, gamma, beta, sum_dz, sum_dz_xhat),
+                            weight_of(op, weight, g.size(1), x.size(1)),
+                            {x.const_data_ptr(), optional_norm(op, x, x_mean, x_invstd, x_gamma, x_beta)},
+                            residual ? residual->const_data_ptr() : nullptr,
+                            mask_of(op, "residual_mask", residual_mask, x),
+                            da.mutable_data_ptr(),
+                            da_sum.mutable_data_ptr(),
+                            da_sum_xhat.mutable_data_ptr(),
+                            image(x),
+                            g.size(1)};
+  cpu::conv3x3_dgrad(params);
+  return {da, da_sum, da_sum_xhat};
+}
+
+Tensor conv3x3_wgrad(const Tensor& g_, const OptionalTensor& mask, const OptionalTensor& y_,
+                     const OptionalTensor& mean, const OptionalTensor& invstd, const OptionalTensor& gamma,
+                     const OptionalTensor& beta, const OptionalTensor& sum_dz,
+                     const OptionalTensor& sum_dz_xhat, const Tensor& x_, const OptionalTensor& x_mean,
+                     const OptionalTensor& x_invstd, const OptionalTensor& x_gamma,
+                     const OptionalTensor& x_beta) {
+  Op op{"conv3x3_wgrad"};
+  const Tensor x = channels_last(op, "x", x_), g = channels_last(op, "g", g_);
+  check_sizes(op, "g", g, {x.size(0), g.size(1), x.size(2), x.size(3)});
+  const OptionalTensor y = like_gradient(op, y_, g);
+  const std::array<int64_t, 4> sizes{g.size(1), x.size(1), 3, 3};
+  Tensor dweight = allocated(op, bytes_of(op, sizes, ScalarType::Float), [&] {
+    return torch::stable::empty(sizes, ScalarType::Float, std::nullopt, x.device(), std::nullopt,
+                                MemoryFormat::ChannelsLast);
+  });
+  const Conv3x3Wgrad params{gradient_of(op, g, mask, y, mean, invstd, gamma, beta, sum_dz, sum_dz_xhat),
+                            {x.const_data_ptr(), optional_norm(op, x, x_mean, x_invstd, x_gamma, x_beta)},
+                            dweight.mutable_data_ptr(),
+                            image(x),
+                            g.size(1)};
+  cpu::conv3x3_wgrad(params);
+  return dweight;
+}
+
+}  // namespace
+}  // namespace resnet_fused
+
+// No fakes and no references: the ops of ops/conv_bn.py call them, which have both.
+STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
+  m.def(
+      "conv3x3_forward(Tensor x, Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? beta, Tensor weight,"
+      " float eps, bool training) -> (Tensor y, Tensor mean_y, Tensor var_y, Tensor invstd_y)");
+  m.def(
+      "conv3x3_dgrad(Tensor g, Tensor? mask, Tensor? y, Tensor? mean, Tensor? invstd, Tensor? gamma,"
+      " Tensor? beta, Tensor? sum_dz, Tensor? sum_dz_xhat, Tensor weight, Tensor x, Tensor? x_mean,"
+      " Tensor? x_invstd, Tensor? x_gamma, Tensor? x_beta, Tensor? residual, Tensor? residual_mask)"
+      " -> (Tensor da, Tensor da_sum_dz, Tensor da_sum_dz_xhat)");
+  m.def(
+      "conv3x3_wgrad(Tensor g, Tensor? mask, Tensor? y, Tensor? mean, Tensor? invstd, Tensor? gamma,"
+      " Tensor? beta, Tensor? sum_dz, Tensor? sum_dz_xhat, Tensor x, Tensor? x_mean, Tensor? x_invstd,"
+      " Tensor? x_gamma, Tensor? x_beta) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
+  m.impl("conv3x3_forward", TORCH_BOX(&resnet_fused::conv3x3_forward));
+  m.impl("conv3x3_dgrad", TORCH_BOX(&resnet_fused::conv3x3_dgrad));
+  m.impl("conv3x3_wgrad", TORCH_BOX(&resnet_fused::conv3x3_wgrad));
+}

@@ -1,0 +1,68 @@
+// What the translation units of the instruction sets share with the one that chooses between them.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "../../kernels.h"
+#include "../isa.h"
+#include "../parallel.h"
+
+namespace resnet_fused::cpu {
+
+// Uninitialized floats, aligned to cache lines.
+class Buffer {
+ public:
+  explicit Buffer(int64_t elements);
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer();
+  float* data() const { return data_; }
+
+ private:
+  float* data_;
+  bool is_large_;
+};
+
+// Of this thread, until it asks again.
+float* scratch(int64_t elements);
+
+// Runs body(i) for every i in [0, tasks), each by the next thread that is free: a thread that is held up by
+// another process has fewer. Only where results don't depend on which thread computes what, or when.
+template <class Body>
+void parallel_for_dynamic(int64_t tasks, const Body& body) {
+  std::atomic<int64_t> next{0};
+  parallel_for(std::min<int64_t>(tasks, num_threads()), [&](int64_t) {
+    for (int64_t i = next++; i < tasks; i = next++) body(i);
+  });
+}
+
+// Of a core's second-level cache.
+int64_t cache_bytes();
+
+// Up to which sums of a weight's gradient are taken over kParts parts of the batch, for a thread each: they
+// and a block of tiles fit in a core's cache. Larger ones are shared.
+constexpr int64_t kPartialBytes = 1 << 19;
+constexpr int64_t kParts = 16;
+// Tiles that are transformed before threads exchange them.
+constexpr int64_t kSharedTiles = 512;
+
+// Merges mean and M2 of blocks, [block][channel], into the statistics of an output's channels.
+void merge_moments(const Conv3x3Forward& op, const double* means, const double* squares,
+                   const std::vector<int64_t>& counts);
+
+struct Conv3x3Kernels {
+  void (*forward)(const Conv3x3Forward&);
+  void (*dgrad)(const Conv3x3Dgrad&);
+  void (*wgrad)(const Conv3x3Wgrad&);
+};
+
+Conv3x3Kernels conv3x3_baseline();
+#if defined(__x86_64__)
+Conv3x3Kernels conv3x3_avx2();
+Conv3x3Kernels conv3x3_avx512();
+#endif
+
+}  // namespace resnet_fused::cpu

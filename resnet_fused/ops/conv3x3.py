@@ -1,0 +1,112 @@
+"""3x3 convolutions of lazy operands on the CPU, by Winograd's algorithm: when they run, and the calls into csrc.
+
+Of stride 1 and padding 1, float32, channels_last. 16 multiplications compute what direct convolution takes 36 for, and
+batch norm, ReLU, statistics and sums cost no pass of their own. See csrc/cpu/conv/winograd.h.
+
+They are not always faster than oneDNN: the weight is transformed in every call, which few pixels don't repay, and
+images of odd size waste half of their last row and column of tiles. ``conv3x3_rules.json``, which ``python -m
+benchmarks.cpu_rules`` measures and writes, says from which batch size on they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused import native
+from resnet_fused.backend import choice, why_plain
+from resnet_fused.types import Activation, ConvGeometry, Gradient
+
+#: What the kernels compute, for `info`.
+SUPPORTED = f"native: 3x3 of stride 1 in float32, by {native.cpu_isa()} kernels where measured to be faster"
+_GEOMETRY = ConvGeometry(padding=(1, 1))
+RULES = Path(__file__).with_name("conv3x3_rules.json")
+#: [instruction set][pass][channels][height and width]: the smallest batch size from which a kernel is faster.
+Rules = dict[str, dict[str, dict[int, dict[int, int]]]]
+
+
+@functools.cache
+def rules() -> Rules:
+    """What was measured; without an entry for an instruction set the vendor's convolution runs."""
+    measured = json.loads(RULES.read_text())["batch_size"]
+    return {
+        isa: {
+            name: {int(c): {int(size): n for size, n in sizes.items()} for c, sizes in by_channels.items()}
+            for name, by_channels in passes.items()
+        }
+        for isa, passes in measured.items()
+    }
+
+
+@functools.cache
+def _least_pixels(isa: str, name: str, channels: int, size: int) -> float:
+    """Pixels of a batch from which a pass is faster, by the nearest channels and size that were measured."""
+    if isa not in rules():
+        return math.inf
+    measured = rules()[isa][name]
+    by_size = measured[min(measured, key=lambda c: abs(math.log(c / channels)))]
+    nearest = min(by_size, key=lambda s: abs(math.log(s / size)))
+    return by_size[nearest] * nearest**2
+
+
+def supports_conv3x3(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> bool:
+    """Whether there are kernels for a convolution, whatever its sizes.
+
+    Args:
+        x: any activation with the device and dtype of the convolution's input.
+        geometry: a ConvGeometry.
+    """
+    return (
+        weight.shape[2:] == (3, 3)
+        and tuple(geometry) == _GEOMETRY
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and min(weight.shape[:2]) > 1  # of one channel channels_last is ambiguous
+        and choice() == "auto"
+        and why_plain("cpu") is None
+    )
+
+
+def runs_conv3x3(name: str, x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> bool:
+    """Whether there is a kernel for a pass of a convolution of ``x``, and it is faster than the vendor's.
+
+    Args:
+        name: forward, dgrad or wgrad.
+    """
+    return supports_conv3x3(x, weight, geometry) and is_faster(native.cpu_isa(), name, x.shape, len(weight))
+
+
+def is_faster(isa: str, name: str, shape: Sequence[int], outputs: int) -> bool:
+    """Whether a pass was measured to be faster than the vendor's for an input of ``shape`` (N, C, H, W)."""
+    n, inputs, height, width = shape
+    channels, size = round(math.sqrt(inputs * outputs)), round(math.sqrt(height * width))
+    return n * height * width >= _least_pixels(isa, name, channels, size)
+
+
+def conv3x3_bn_stats(a: Activation, weight: Tensor, eps: float, training: bool) -> tuple[Tensor, ...]:
+    """y = conv(a) and, in training, mean, biased variance and invstd of its channels; else three empty vectors."""
+    results: tuple[Tensor, ...] = torch.ops.resnet_fused.conv3x3_forward(*a[:5], weight, eps, training)
+    return results
+
+
+def conv3x3_dgrad(
+    dy: Gradient, weight: Tensor, a: Activation, residual: Tensor | None, residual_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """da, the gradient w.r.t. ``a``, plus the masked residual, and sum_dz and sum_dz_xhat of a's batch norm."""
+    results: tuple[Tensor, Tensor, Tensor] = torch.ops.resnet_fused.conv3x3_dgrad(
+        *dy[:9], weight, *a[:5], residual, residual_mask
+    )
+    return results
+
+
+def conv3x3_wgrad(dy: Gradient, a: Activation) -> Tensor:
+    """The gradient w.r.t. the weight, (outputs, inputs, 3, 3), channels_last."""
+    dweight: Tensor = torch.ops.resnet_fused.conv3x3_wgrad(*dy[:9], *a[:5])
+    return dweight
