@@ -136,6 +136,40 @@ def _bn_coeffs(y: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor | None, be
     return coeffs
 
 
+# Taps that see only padding
+#
+# At the end of a ResNet for small images, activations of 1x1 or 2x2 pixels meet kernels of 3x3: five or eight taps of
+# nine see only padding, and their gradient is zero. The vendor reads and writes them all the same.
+
+
+def _taps_inside(size: int, outputs: int, kernel: int, stride: int, padding: int, dilation: int) -> range:
+    """The taps of one dimension that see a pixel, if a convolution with them alone has as many outputs; else all."""
+    firsts = range(-padding, outputs * stride - padding, stride)
+    inside = [t for t in range(kernel) if any(0 <= first + t * dilation < size for first in firsts)]
+    if not inside or inside[0] * dilation > padding:
+        return range(kernel)
+    taps = range(inside[0], inside[-1] + 1)
+    extent = size + 2 * (padding - taps[0] * dilation) - dilation * (len(taps) - 1) - 1
+    return taps if extent // stride + 1 == outputs else range(kernel)
+
+
+def _crop(
+    x: Tensor, weight: Tensor, geometry: ConvGeometry
+) -> tuple[tuple[slice, slice], ConvGeometry] | None:
+    """Rows and columns of taps that see a pixel of ``x``, and the geometry for them; None where all do, or on a GPU."""
+    if x.device.type != "cpu" or max(x.shape[2:]) >= max(weight.shape[2:]):
+        return None
+    per_dimension = zip(
+        x.shape[2:], geometry.out_size(x, weight), weight.shape[2:], *geometry[:3], strict=True
+    )
+    taps = [_taps_inside(*numbers) for numbers in per_dimension]
+    rows, cols = (slice(t.start, t.stop) for t in taps)
+    if [*map(len, taps)] == [*weight.shape[2:]]:
+        return None
+    padding = [p - t.start * d for p, t, d in zip(geometry.padding, taps, geometry.dilation, strict=True)]
+    return (rows, cols), geometry._replace(padding=pair(padding))
+
+
 # Forward
 
 
@@ -149,6 +183,10 @@ def _conv_bn_stats(
     beta: Tensor | None,
     coeffs: bool,
 ) -> tuple[Tensor, ...]:
+    if (crop := _crop(a.x, weight, geometry)) is not None:
+        (rows, cols), geometry = crop
+        weight = weight[:, :, rows, cols].contiguous(memory_format=torch.channels_last)
+
     def vendor() -> tuple[Tensor, ...]:
         conv = weight, None, *geometry[:3], False, [0, 0], geometry.groups
         y = torch.ops.aten.convolution.default(materialize(a), *conv)
@@ -300,6 +338,17 @@ def _conv_backward(
     input_stride: Pair,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
+    if (crop := _crop(a.x, weight, geometry)) is not None:
+        (rows, cols), geometry = crop
+        inside = weight[:, :, rows, cols].contiguous(memory_format=torch.channels_last)
+        *results, dinside = _conv_backward(
+            dy, a, inside, geometry, residual, residual_mask, input_stride, needs
+        )
+        if not needs[1]:
+            return *results, dinside
+        dweight = torch.empty(weight.shape, dtype=dinside.dtype, memory_format=torch.channels_last).zero_()
+        dweight[:, :, rows, cols] = dinside
+        return *results, dweight
     rest = residual, residual_mask, input_stride
     needs_input, needs_weight = needs
     gradients: list[Any]

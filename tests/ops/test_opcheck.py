@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,7 @@ from resnet_fused.ops.dispatch import IMPLEMENTATIONS, runs_triton
 from resnet_fused.ops.fold_algebra import fold_statistics
 from resnet_fused.ops.vendor_gemm import chunks, rows_per_chunk
 from resnet_fused.reference.conv_bn import activation_value
-from resnet_fused.types import Activation
+from resnet_fused.types import Activation, ConvGeometry, Gradient
 from tests.accuracy import assert_accurate
 from tests.ops.operands import (
     BOTH,
@@ -214,6 +216,37 @@ def test_one_pixel() -> None:
     a, weight = [*Activation(m.activation(INPUTS, (1, 1)))], m.weight(OUTPUTS, INPUTS)
     y, mean, *_ = OPS.conv_bn_stats(*conv_bn_stats(a, weight, POINTWISE, m))
     torch.testing.assert_close(mean, y.mean((0, 2, 3)))
+
+
+def test_taps_that_see_only_padding_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the geometry, results are those of all taps."""
+    module, cropped = sys.modules["resnet_fused.ops.conv_bn"], []
+    crop = module._crop  # type: ignore[attr-defined]
+
+    def noting(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Any:
+        result = crop(x, weight, geometry)
+        if result is not None:
+            cropped.append((tuple(x.shape[2:]), tuple(weight.shape[2:]), geometry))
+        return result
+
+    monkeypatch.setattr(module, "_crop", noting)
+    sizes, kernels = [(1, 1), (2, 1), (2, 2), (3, 2)], [(3, 3), (1, 3), (7, 4)]
+    steps = [(1, 1), (2, 1), (2, 2), (3, 3)]
+    for size, kernel, stride, padding, dilation in itertools.product(
+        sizes, kernels, steps, [(0, 0), (1, 1), (2, 1), (3, 3)], [(1, 1), (2, 2)]
+    ):
+        m, geometry = Maker(torch.float64, size), ConvGeometry(stride, padding, dilation)
+        weight = m.weight(OUTPUTS, INPUTS, *kernel)
+        out_size = geometry.out_size(m.activation(1), weight)
+        if min(out_size) < 1:
+            continue
+        assert_equals_reference("conv_bn_stats", conv_bn_stats(m.a(), weight, geometry, m))
+        arguments = [m.activation(OUTPUTS, out_size)], m.a(), weight, *geometry, None, None, (1, 1), BOTH
+        arguments = [*Gradient(*arguments[0])], *arguments[1:]
+        assert_equals_reference("conv_backward", arguments)
+    assert ((1, 1), (3, 3), NORMAL) in cropped
+    assert ((2, 2), (3, 3), ConvGeometry((2, 2), (1, 1))) in cropped
+    assert ((2, 2), (3, 3), NORMAL) not in cropped  # all taps see a pixel
 
 
 def test_float64_and_groups_are_left_to_the_vendor() -> None:
