@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import zlib
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ import torch
 from resnet_fused.backend import interprets
 from tests.accuracy import DTYPES, LAYOUTS
 
+#: The module: the package resnet_fused.ops has the function under its name.
+RESIDUAL_BLOCK = sys.modules["resnet_fused.ops.residual_block"]
 #: Another value draws other random inputs, for all tests; see `make soak`.
 _SEED = "RESNET_FUSED_TEST_SEED"
 #: Files whose tests share what took long to make: one worker of pytest-xdist runs them all.
@@ -82,6 +86,13 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def _folds_small_batches() -> Iterator[None]:
+    """Folds convolutions of a few pixels too, as tests have them, for which folding doesn't pay."""
+    with mock.patch.object(RESIDUAL_BLOCK, "FOLD_ELEMENTS", 0):
+        yield
 
 
 @pytest.fixture(params=list(DTYPES.values()), ids=list(DTYPES))

@@ -138,6 +138,9 @@ def _differentiable(
 #: Multiplications per element of its output that folding a 1x1 convolution may cost beside those of the convolution.
 #: Measured on a CPU, see docs/training-fold.md: at this limit they take as long as the passes that folding saves.
 FOLD_LIMIT = 300
+#: Elements of its output from which folding a 1x1 convolution pays on a CPU: below, the ops per channel that it adds
+#: take longer than the passes that it saves, and the memory that it saves is small.
+FOLD_ELEMENTS = 2 << 20
 #: With few pixels the terms of dy nearly cancel, and folding rounds them separately.
 FOLD_PIXELS = 32
 
@@ -154,7 +157,10 @@ def is_folded(conv: ConvBN, pixels: int, lazy: bool = False) -> bool:
         return False
     if not _always(pixels >= FOLD_PIXELS):
         return False
-    return lazy or _always(k * k * (2 * pixels + 3 * n) <= FOLD_LIMIT * pixels * n)
+    if lazy:
+        return True
+    costs_little = _always(k * k * (2 * pixels + 3 * n) <= FOLD_LIMIT * pixels * n)
+    return costs_little and _always(pixels * n >= FOLD_ELEMENTS)
 
 
 def _always(condition: bool) -> bool:
