@@ -157,7 +157,7 @@ def _crop(
     x: Tensor, weight: Tensor, geometry: ConvGeometry
 ) -> tuple[tuple[slice, slice], ConvGeometry] | None:
     """Rows and columns of taps that see a pixel of ``x``, and the geometry for them; None where all do, or on a GPU."""
-    if x.device.type != "cpu" or max(x.shape[2:]) >= max(weight.shape[2:]):
+    if x.device.type != "cpu" or max(x.shape[2:]) >= max(weight.shape[2:]) or runs_triton(x):
         return None
     per_dimension = zip(
         x.shape[2:], geometry.out_size(x, weight), weight.shape[2:], *geometry[:3], strict=True
