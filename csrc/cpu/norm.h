@@ -8,19 +8,23 @@
 
 namespace resnet_fused::cpu {
 
-// `count` vectors of `channels` values each.
+// `count` vectors of `channels` values each, every one of them padded with zeros to a multiple of `lanes`.
 template <class S>
 class Vectors {
  public:
-  Vectors(int count, int64_t channels) : count_(count), channels_(channels), values_(count * channels) {}
+  Vectors(int count, int64_t channels, int64_t lanes = 1)
+      : count_(count),
+        channels_(channels),
+        stride_((channels + lanes - 1) / lanes * lanes),
+        values_(count * stride_) {}
   int count() const { return count_; }
   int64_t channels() const { return channels_; }
-  S* operator[](int k) { return values_.data() + k * channels_; }
-  const S* operator[](int k) const { return values_.data() + k * channels_; }
+  S* operator[](int k) { return values_.data() + k * stride_; }
+  const S* operator[](int k) const { return values_.data() + k * stride_; }
 
  private:
   int count_;
-  int64_t channels_;
+  int64_t channels_, stride_;
   std::vector<S> values_;
 };
 

@@ -8,6 +8,7 @@
 
 #include "../../kernels.h"
 #include "../isa.h"
+#include "../norm.h"
 #include "../parallel.h"
 
 namespace resnet_fused::cpu {

@@ -1,18 +1,5 @@
 // The values of lazy operands, computed while a tile is loaded.
 
-// Per-channel vectors, with zeros behind the last channel up to a whole vector.
-class ChannelVectors {
- public:
-  ChannelVectors(int count, int64_t channels)
-      : stride_((channels + kLanes - 1) / kLanes * kLanes), values_(count * stride_) {}
-  float* operator[](int k) { return values_.data() + k * stride_; }
-  const float* operator[](int k) const { return values_.data() + k * stride_; }
-
- private:
-  int64_t stride_;
-  std::vector<float> values_;
-};
-
 RESNET_FUSED_INLINE void prefetch_range(const float* first, const float* last) {
   for (; first < last; first += 16) __builtin_prefetch(first, 0, 2);
 }
@@ -35,22 +22,11 @@ struct Plain {
 struct BnReluOf {
   const float* x;
   int64_t channels;
-  ChannelVectors vectors;
+  Vectors<float> vectors;
 
   BnReluOf(const LazyActivation& a, int64_t channels)
-      : x(static_cast<const float*>(a.x)), channels(channels), vectors(3, channels) {
-    fill(a.norm, channels, vectors);
-  }
-  static void fill(const Norm& norm, int64_t channels, ChannelVectors& vectors) {
-    const float *mean = static_cast<const float*>(norm.mean),
-                *invstd = static_cast<const float*>(norm.invstd);
-    const float *weight = static_cast<const float*>(norm.weight),
-                *bias = static_cast<const float*>(norm.bias);
-    for (int64_t c = 0; c < channels; c++) {
-      vectors[0][c] = mean[c];
-      vectors[1][c] = weight ? invstd[c] * weight[c] : invstd[c];
-      vectors[2][c] = bias ? bias[c] : 0;
-    }
+      : x(static_cast<const float*>(a.x)), channels(channels), vectors(3, channels, kLanes) {
+    fill_affine(a.norm, vectors, 0);
   }
   RESNET_FUSED_INLINE void prefetch(int64_t first, int64_t last) const {
     prefetch_range(x + first * channels, x + last * channels);
@@ -70,7 +46,7 @@ struct GradientOf {
   const float *g, *y;
   const uint8_t* mask;
   int64_t channels, mask_stride;
-  ChannelVectors vectors;
+  Vectors<float> vectors;
 
   GradientOf(const LazyGradient& dy, int64_t channels, int64_t pixels)
       : g(static_cast<const float*>(dy.g)),
@@ -78,17 +54,9 @@ struct GradientOf {
         mask(dy.mask),
         channels(channels),
         mask_stride((channels + 7) / 8),
-        vectors(5, channels) {
-    if (!kNorm) return;
-    BnReluOf::fill(dy.norm, channels, vectors);
-    if (!kBatch) return;
-    const float* invstd = static_cast<const float*>(dy.norm.invstd);
-    const float* sum_dz = static_cast<const float*>(dy.sums.sum_dz);
-    const float* sum_dz_xhat = static_cast<const float*>(dy.sums.sum_dz_xhat);
-    for (int64_t c = 0; c < channels; c++) {
-      vectors[3][c] = float(-double(invstd[c]) * double(sum_dz_xhat[c]) / double(pixels));
-      vectors[4][c] = float(-double(sum_dz[c]) / double(pixels));
-    }
+        vectors(5, channels, kLanes) {
+    if (kNorm) fill_affine(dy.norm, vectors, 0);
+    if (kBatch) fill_backward(dy.norm, dy.sums, pixels, vectors, 3);
   }
   RESNET_FUSED_INLINE void prefetch(int64_t first, int64_t last) const {
     prefetch_range(g + first * channels, g + last * channels);
@@ -114,7 +82,7 @@ void with_activation(const LazyActivation& a, int64_t channels, const Body& body
 
 template <class Body>
 void with_gradient(const LazyGradient& dy, int64_t channels, int64_t pixels, const Body& body) {
-  const bool batch = dy.sums.sum_dz != nullptr;
+  const bool batch = has_sums(dy.sums);
   if (dy.norm.mean == nullptr) {
     if (dy.mask == nullptr) return body(Plain(static_cast<const float*>(dy.g), channels));
     return body(GradientOf<true, false, false>(dy, channels, pixels));

@@ -300,7 +300,7 @@ struct DgradEpilogue {
   const float* residual;  // null: none
   const uint8_t* mask;    // of the residual; null: none
   const float* y;         // the batch norm's input
-  const ChannelVectors* vectors;
+  const Vectors<float>* vectors;
   double *sum_dz, *sum_dz_centred;  // [block][channel]
 
   RESNET_FUSED_INLINE void prefetch(int64_t pixel, int64_t k) const {
@@ -350,7 +350,8 @@ inline void winograd_forward(const Conv3x3Forward& op) {
                     inputs, outputs, u.data());
   std::vector<double> moments(op.mean == nullptr ? 0 : 2 * tiling.blocks * outputs);
   double* means = op.mean == nullptr ? nullptr : moments.data();
-  const ForwardEpilogue epilogue{static_cast<float*>(op.y), outputs, means, means + tiling.blocks * outputs};
+  double* squares = op.mean == nullptr ? nullptr : means + tiling.blocks * outputs;
+  const ForwardEpilogue epilogue{static_cast<float*>(op.y), outputs, means, squares};
   with_activation(op.a, inputs, [&](const auto& operand) {
     winograd_convolution(operand, tiling, inputs, u.data(), outputs, epilogue);
   });
@@ -358,7 +359,7 @@ inline void winograd_forward(const Conv3x3Forward& op) {
   std::vector<int64_t> counts(tiling.blocks);
   for (int64_t block = 0; block < tiling.blocks; block++)
     counts[block] = each_pixel(tiling, block, [](int64_t) {});
-  merge_moments(op, means, means + tiling.blocks * outputs, counts);
+  merge_moments(op, means, squares, counts);
 }
 
 inline void winograd_dgrad(const Conv3x3Dgrad& op) {
@@ -370,9 +371,9 @@ inline void winograd_dgrad(const Conv3x3Dgrad& op) {
       {op.weight.data + 2 * (strides[2] + strides[3]), strides[1], strides[0], -strides[2], -strides[3]},
       inputs, outputs, u.data());
   const bool sums = op.a.norm.mean != nullptr;
-  ChannelVectors vectors(3, sums ? outputs : 0);
+  Vectors<float> vectors(3, sums ? outputs : 0, kLanes);
   std::vector<double> partial(sums ? 2 * tiling.blocks * outputs : 0);
-  if (sums) BnReluOf::fill(op.a.norm, outputs, vectors);
+  if (sums) fill_affine(op.a.norm, vectors, 0);
   double *sum_dz = partial.data(), *sum_dz_centred = sum_dz + (sums ? tiling.blocks * outputs : 0);
   const auto run = [&](const auto& epilogue) {
     with_gradient(op.dy, inputs, op.shape.batch * op.shape.height * op.shape.width, [&](const auto& operand) {
