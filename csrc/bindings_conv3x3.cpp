@@ -34,6 +34,10 @@ Norm optional_norm(Op& op, const Tensor& y, const OptionalTensor& mean, const Op
           vector(op, "bias", bias, y)};
 }
 
+Tensor new_floats(const Op& op, const Tensor& x, int64_t count) {
+  return allocated(op, 4 * count, [&] { return torch::stable::new_empty(x, {count}, ScalarType::Float); });
+}
+
 // One row of bits for each pixel.
 const uint8_t* mask_of(const Op& op, const char* name, const OptionalTensor& mask, const Tensor& y) {
   if (!mask) return nullptr;
@@ -54,11 +58,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv3x3_forward(const Tensor& x_, con
   const Tensor x = channels_last(op, "x", x_);
   const int64_t outputs = weight.size(0);
   Tensor y = new_channels_last(op, x, outputs);
-  const auto statistics = [&] {
-    const int64_t count = training ? outputs : 0;
-    return allocated(op, 4 * count, [&] { return torch::stable::new_empty(x, {count}, ScalarType::Float); });
-  };
-  Tensor y_mean = statistics(), y_var = statistics(), y_invstd = statistics();
+  const int64_t count = training ? outputs : 0;
+  Tensor y_mean = new_floats(op, x, count), y_var = new_floats(op, x, count),
+         y_invstd = new_floats(op, x, count);
   const Conv3x3Forward params{{x.const_data_ptr(), optional_norm(op, x, mean, invstd, gamma, beta)},
                               weight_of(op, weight, outputs, x.size(1)),
                               y.mutable_data_ptr(),
@@ -81,9 +83,9 @@ LazyGradient gradient_of(Op& op, const Tensor& g, const OptionalTensor& mask, co
           optional_norm(op, g, mean, invstd, gamma, beta), sums(op, g, sum_dz, sum_dz_xhat)};
 }
 
-OptionalTensor like_gradient(const Op& op, const OptionalTensor& y, const Tensor& g) {
-  if (!y) return {};
-  return channels_last(op, "y", like(op, "y", *y, g));
+OptionalTensor optional_like(const Op& op, const char* name, const OptionalTensor& t, const Tensor& x) {
+  if (!t) return {};
+  return channels_last(op, name, like(op, name, *t, x));
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv3x3_dgrad(
@@ -95,18 +97,11 @@ std::tuple<Tensor, Tensor, Tensor> conv3x3_dgrad(
   Op op{"conv3x3_dgrad"};
   const Tensor x = channels_last(op, "x", x_), g = channels_last(op, "g", g_);
   check_sizes(op, "g", g, {x.size(0), g.size(1), x.size(2), x.size(3)});
-  const OptionalTensor y = like_gradient(op, y_, g);
-  OptionalTensor residual;
-  if (residual_) {
-    check_sizes(op, "residual", *residual_, {x.size(0), x.size(1), x.size(2), x.size(3)});
-    residual = channels_last(op, "residual", *residual_);
-  }
+  const OptionalTensor y = optional_like(op, "y", y_, g);
+  const OptionalTensor residual = optional_like(op, "residual", residual_, x);
   Tensor da = new_channels_last(op, x, x.size(1));
-  const auto vector_of_sums = [&] {
-    const int64_t count = x_mean ? x.size(1) : 0;
-    return allocated(op, 4 * count, [&] { return torch::stable::new_empty(x, {count}, ScalarType::Float); });
-  };
-  Tensor da_sum = vector_of_sums(), da_sum_xhat = vector_of_sums();
+  const int64_t count = x_mean ? x.size(1) : 0;
+  Tensor da_sum = new_floats(op, x, count), da_sum_xhat = new_floats(op, x, count);
   const Conv3x3Dgrad params{gradient_of(op, g, mask, y, mean, invstd, gamma, beta, sum_dz, sum_dz_xhat),
                             weight_of(op, weight, g.size(1), x.size(1)),
                             {x.const_data_ptr(), optional_norm(op, x, x_mean, x_invstd, x_gamma, x_beta)},
@@ -130,7 +125,7 @@ Tensor conv3x3_wgrad(const Tensor& g_, const OptionalTensor& mask, const Optiona
   Op op{"conv3x3_wgrad"};
   const Tensor x = channels_last(op, "x", x_), g = channels_last(op, "g", g_);
   check_sizes(op, "g", g, {x.size(0), g.size(1), x.size(2), x.size(3)});
-  const OptionalTensor y = like_gradient(op, y_, g);
+  const OptionalTensor y = optional_like(op, "y", y_, g);
   const std::array<int64_t, 4> sizes{g.size(1), x.size(1), 3, 3};
   Tensor dweight = allocated(op, bytes_of(op, sizes, ScalarType::Float), [&] {
     return torch::stable::empty(sizes, ScalarType::Float, std::nullopt, x.device(), std::nullopt,
