@@ -105,6 +105,8 @@ def make_extension(toolkit: Toolkit | None) -> Any:
     # -ffp-contract and -fno-* change neither the order of sums nor NaN handling: this is not fast-math.
     cxx = ["-O3", "-std=c++17", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
     cxx += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+    # A GEMM's loop that begins in the middle of a cache line takes up to 1.7 times as long on AMD's Zen 5.
+    cxx += ["-falign-functions=64", "-falign-loops=64"]
     cxx += ["-g0"]  # Python's own flags ask for debug information, which takes half of the compile time
     sources = [
         *sorted(glob("csrc/*.cpp")),

@@ -16,7 +16,7 @@ from torch import Tensor
 from resnet_fused.layout import statistics_dtype
 
 #: Bytes of the widest activation in a chunk: measured on a CPU; on a GPU only a bound on the memory of a chunk.
-CHUNK_BYTES = {"cpu": 6 << 20, "cuda": 256 << 20}
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
 _GEOMETRY = (
