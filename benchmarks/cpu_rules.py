@@ -7,9 +7,11 @@ Times each pass of a convolution between two batch norms, interleaved:
     eager     oneDNN's convolution, with PyTorch's batch norm and ReLU
     conv      oneDNN's convolution alone
 
+The fourth pass is evaluation's, where weights are folded and packed beforehand: a convolution with bias and ReLU.
+
 For each pass, number of channels and image size the rule is the batch size from which ours are faster than the
-vendor's. ``--write`` puts it into resnet_fused/ops/conv3x3_rules.json, for this machine's instruction set. To measure
-that of an older machine, limit everything to it:
+vendor's. ``--write`` puts it into resnet_fused/ops/conv3x3_rules.json, beside those of other machines: ours run where
+they are faster on all that have the instruction set. To measure that of an older machine, limit everything to it:
 
     RESNET_FUSED_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m benchmarks.cpu_rules
 """
@@ -35,6 +37,7 @@ import resnet_fused
 from benchmarks.page import markdown
 from resnet_fused import native
 from resnet_fused.accuracy import relative_error
+from resnet_fused.backend import choice
 from resnet_fused.measure import (
     EAGER,
     OURS,
@@ -54,7 +57,7 @@ from resnet_fused.types import Activation, Gradient
 CHANNELS = (64, 128, 256, 512)
 SIZES = (56, 28, 14, 8, 7, 4, 2)
 BATCHES = (1, 2, 4, 8, 16, 64)
-PASSES = ("forward", "dgrad", "wgrad")
+PASSES = ("forward", "dgrad", "wgrad", "inference")
 #: Elements of the largest activation: beyond, the ratio doesn't change any more.
 MOST_ELEMENTS = 64 * 28 * 28 * 64
 #: Image size up to which results are checked: float64 convolutions are slow.
@@ -63,7 +66,7 @@ LARGEST_CHECKED = 14
 NEVER = 1 << 30
 EPS = torch.finfo(torch.float32).eps
 VENDOR, CONV = "vendor", "conv"
-_ATEN = torch.ops.aten
+_ATEN, _MKLDNN = torch.ops.aten, torch.ops.mkldnn
 _GEOMETRY = [1, 1], [1, 1], [1, 1], 1
 _CONV = [1, 1], [1, 1], [1, 1], False, [0, 0], 1
 
@@ -107,9 +110,28 @@ def passes(
         dz = _ATEN.threshold_backward(conv_gradient([True, False, False])[0], value, 0)
         return _ATEN.native_batch_norm_backward(dz, x, bn[2], None, None, *bn[:2], True, 1e-5, [True] * 3)
 
-    def by(choice: str, run: Run) -> Run:
+    bias = vectors()[0]
+    filters = conv3x3.conv3x3_filters(weight.float())
+    geometry = [1, 1], [1, 1], [1, 1], 1
+    packed = _MKLDNN._reorder_convolution_weight(weight.float(), *geometry, x.shape)
+
+    def conv_bias_relu() -> Any:
+        if dtype != torch.float32:
+            return torch.conv2d(x, weight, bias, padding=1).relu_()
+        return _MKLDNN._convolution_pointwise.default(x, packed, bias, *geometry, "relu", [], "")
+
+    def inference() -> Any:
+        if dtype != torch.float32 or choice() == "vendor":
+            return conv_bias_relu()
+        return conv3x3.conv3x3_inference(x, filters, bias, None)
+
+    def eager_evaluation() -> Any:
+        y = _ATEN.convolution(x, weight, None, *_CONV)
+        return _ATEN.native_batch_norm(y, bn[2], bn[3], *bn[:2], False, 0.1, 1e-5)[0].relu_()
+
+    def by(backend: str, run: Run) -> Run:
         def chosen() -> Any:
-            with resnet_fused.backend(choice), mock.patch.object(conv3x3, "is_faster", lambda *_: True):
+            with resnet_fused.backend(backend), mock.patch.object(conv3x3, "is_faster", lambda *_: True):
                 return run()
 
         return chosen
@@ -118,6 +140,7 @@ def passes(
         "forward": forward,
         "dgrad": lambda: backward(dy, a, [True, False]),
         "wgrad": lambda: backward(dy, a, [False, True]),
+        "inference": inference,
     }
     # Both gradients share what is materialized: it counts once, as part of dgrad.
     vendor = ours | {"wgrad": lambda: backward(Gradient(dy_value), Activation(value), [False, True])}
@@ -125,11 +148,13 @@ def passes(
         "forward": eager_forward,
         "dgrad": eager_dgrad,
         "wgrad": lambda: conv_gradient([False, True, False]),
+        "inference": eager_evaluation,
     }
     conv = {
         "forward": lambda: _ATEN.convolution(value, weight, None, *_CONV),
         "dgrad": lambda: conv_gradient([True, False, False]),
         "wgrad": eager["wgrad"],
+        "inference": lambda: _ATEN.convolution(x, weight, None, *_CONV),
     }
     return {
         name: {
@@ -226,15 +251,46 @@ def main() -> int:
     if arguments.table:
         frame.to_csv(arguments.table, index=False, float_format="%.4g")
     print(markdown(frame.round(2)))
-    isa, where = native.cpu_isa(), f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
-    measured = rule(frame)
-    print(f"\n{isa}, {where}: {json.dumps(measured)}")
+    how = f"{torch.get_num_threads()} threads, torch {torch.__version__}, {date.today()}"
+    machine = {"isa": native.cpu_isa(), "machine": cpu_name(), "measured": how, "batch_size": rule(frame)}
+    print(f"\n{json.dumps(machine)}")
     if arguments.write:
-        data = json.loads(conv3x3.RULES.read_text())
-        data["batch_size"][isa] = measured
-        data["measured"][isa] = f"{where}, torch {torch.__version__}, {date.today()}"
-        conv3x3.RULES.write_text(f"{json.dumps(data, indent=1)}\n")
+        write(machine)
     return 0
+
+
+def cpu_name() -> str:
+    """Of the processor with its model number: virtual machines give different ones the same name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    numbers = [" ".join(line.split()) for line in lines if line.startswith(("cpu family", "model\t"))]
+    name = device_name(torch.device("cpu")).partition(" (")[0]
+    return ", ".join([name, *(number.replace(" :", "") for number in numbers[:2])])
+
+
+def write(machine: dict[str, Any]) -> None:
+    """Puts the rule of a machine in place of what was measured on one of its name before."""
+    same = machine["isa"], machine["machine"]
+    machines = json.loads(conv3x3.RULES.read_text())["machines"]
+    machines = [*(m for m in machines if (m["isa"], m["machine"]) != same), machine]
+    lines = ",\n".join(_json_lines(m) for m in machines)
+    about = (
+        "written by python -m benchmarks.cpu_rules --write; batch_size[pass][channels][height and width]: from which"
+        " batch size on our 3x3 convolutions are faster"
+    )
+    conv3x3.RULES.write_text(f'{{"about": "{about}",\n"machines": [\n{lines}\n]}}\n')
+
+
+def _json_lines(machine: dict[str, Any]) -> str:
+    """A line for each pass and number of channels."""
+    head = json.dumps({name: value for name, value in machine.items() if name != "batch_size"})
+    passes = [
+        f'  "{name}": {{\n   '
+        + ",\n   ".join(f'"{channels}": {json.dumps(sizes)}' for channels, sizes in by_channels.items())
+        + "}"
+        for name, by_channels in machine["batch_size"].items()
+    ]
+    return " " + head[:-1] + ', "batch_size": {\n' + ",\n".join(passes) + "}}"
 
 
 if __name__ == "__main__":

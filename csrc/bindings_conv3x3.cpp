@@ -140,6 +140,61 @@ Tensor conv3x3_wgrad(const Tensor& g_, const OptionalTensor& mask, const Optiona
   return dweight;
 }
 
+Tensor conv3x3_filters(const Tensor& weight) {
+  Op op{"conv3x3_filters"};
+  STD_TORCH_CHECK(weight.dim() == 4, op, ": weight must be 4-D");
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  const Weight3x3 from = weight_of(op, weight, outputs, inputs);
+  Tensor filters = new_floats(op, weight, cpu::conv3x3_filter_elements(inputs, outputs));
+  cpu::conv3x3_filters({from, filters.mutable_data_ptr(), inputs, outputs});
+  return filters;
+}
+
+Tensor conv3x3_inference(const Tensor& x_, const Tensor& filters, const Tensor& bias,
+                         const OptionalTensor& residual_) {
+  Op op{"conv3x3_inference"};
+  const Tensor x = channels_last(op, "x", x_);
+  const int64_t outputs = bias.size(0);
+  for (const Tensor& t : {filters, bias})
+    STD_TORCH_CHECK(t.dim() == 1 && t.scalar_type() == ScalarType::Float && t.is_cpu() && t.is_contiguous(),
+                    op, ": filters and bias must be contiguous float32 vectors on the CPU");
+  STD_TORCH_CHECK(filters.size(0) == cpu::conv3x3_filter_elements(x.size(1), outputs), op,
+                  ": filters must be those of a weight (", outputs, ", ", x.size(1), ", 3, 3)");
+  Tensor out = new_channels_last(op, x, outputs);
+  const OptionalTensor residual = optional_like(op, "residual", residual_, out);
+  cpu::conv3x3_inference({x.const_data_ptr(), filters.const_data_ptr(), bias.const_data_ptr(),
+                          residual ? residual->const_data_ptr() : nullptr, out.mutable_data_ptr(), image(x),
+                          outputs});
+  return out;
+}
+
+// A number that changes when a tensor's elements do, but for single ones: of kSamples words of it.
+constexpr int64_t kSamples = 64;
+
+uint64_t checksum_of(const Tensor& t, uint64_t hash) {
+  int64_t elements = t.numel() == 0 ? 0 : 1;
+  if (elements > 0)
+    for (int64_t i = 0; i < t.dim(); i++) elements += (t.size(i) - 1) * t.stride(i);
+  const int64_t words = std::max<int64_t>(elements, 0) * t.element_size() / 4;
+  const char* data = static_cast<const char*>(t.const_data_ptr());
+  for (int64_t i = 0; i < std::min(words, kSamples); i++) {
+    const int64_t word = words <= kSamples ? i : words * i / kSamples;
+    uint32_t value;
+    std::memcpy(&value, data + 4 * word, 4);
+    hash = (hash ^ value) * 0x100000001b3;
+  }
+  return hash;
+}
+
+int64_t sampled_checksum(const Tensor& weight, const Tensor& mean, const Tensor& var,
+                         const OptionalTensor& gamma, const OptionalTensor& beta) {
+  uint64_t hash = 0xcbf29ce484222325;
+  for (const Tensor* t : {&weight, &mean, &var}) hash = checksum_of(*t, hash);
+  for (const OptionalTensor* t : {&gamma, &beta})
+    if (*t) hash = checksum_of(**t, hash);
+  return int64_t(hash);
+}
+
 }  // namespace
 }  // namespace resnet_fused
 
@@ -157,10 +212,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
       "conv3x3_wgrad(Tensor g, Tensor? mask, Tensor? y, Tensor? mean, Tensor? invstd, Tensor? gamma,"
       " Tensor? beta, Tensor? sum_dz, Tensor? sum_dz_xhat, Tensor x, Tensor? x_mean, Tensor? x_invstd,"
       " Tensor? x_gamma, Tensor? x_beta) -> Tensor");
+  m.def("conv3x3_filters(Tensor weight) -> Tensor");
+  m.def("conv3x3_inference(Tensor x, Tensor filters, Tensor bias, Tensor? residual) -> Tensor");
+  m.def("sampled_checksum(Tensor weight, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
   m.impl("conv3x3_forward", TORCH_BOX(&resnet_fused::conv3x3_forward));
   m.impl("conv3x3_dgrad", TORCH_BOX(&resnet_fused::conv3x3_dgrad));
   m.impl("conv3x3_wgrad", TORCH_BOX(&resnet_fused::conv3x3_wgrad));
+  m.impl("conv3x3_filters", TORCH_BOX(&resnet_fused::conv3x3_filters));
+  m.impl("conv3x3_inference", TORCH_BOX(&resnet_fused::conv3x3_inference));
+  m.impl("sampled_checksum", TORCH_BOX(&resnet_fused::sampled_checksum));
 }

@@ -254,9 +254,27 @@ struct Conv3x3Wgrad {
   int64_t outputs;
 };
 
+// The weight of Conv3x3Inference: transformed once, for many calls.
+struct Conv3x3Filters {
+  Weight3x3 weight;
+  void* filters;  // conv3x3_filter_elements
+  int64_t inputs, outputs;
+};
+
+// out = relu(conv(x) + bias + residual), the residual where there is one.
+struct Conv3x3Inference {
+  const void *x, *filters, *bias, *residual;
+  void* out;
+  Image shape;  // of x
+  int64_t outputs;
+};
+
 namespace cpu {
 // Whose instructions the convolutions use: avx512, avx2 or baseline (NEON on aarch64).
 const char* cpu_isa();
+int64_t conv3x3_filter_elements(int64_t inputs, int64_t outputs);
+void conv3x3_filters(const Conv3x3Filters&);
+void conv3x3_inference(const Conv3x3Inference&);
 void conv3x3_forward(const Conv3x3Forward&);
 void conv3x3_dgrad(const Conv3x3Dgrad&);
 void conv3x3_wgrad(const Conv3x3Wgrad&);

@@ -51,7 +51,12 @@ def saved(ctx: Any) -> tuple[list[Any], list[Any]]:
 def remember(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
     """Holds inputs that only double backward needs, outside saved_tensors: an in-place change fails only that."""
     if any(ctx.needs_input_grad) and not torch.compiler.is_compiling():
-        ctx.remembered = [(t, None if t is None else t._version) for t in tensors]
+        ctx.remembered = [(t, _version(t)) for t in tensors]
+
+
+def _version(t: Tensor | None) -> int | None:
+    """How often a tensor was changed in place; PyTorch doesn't count it for those made in inference mode."""
+    return None if t is None or t.is_inference() else t._version
 
 
 def remembered(ctx: Any) -> list[Tensor | None]:
@@ -61,7 +66,7 @@ def remembered(ctx: Any) -> list[Tensor | None]:
         RuntimeError: one was changed in place since.
     """
     for t, version in ctx.remembered:
-        if t is not None and t._version != version:
+        if t is not None and _version(t) != version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: a "
                 f"batch norm's bias, of shape {tuple(t.shape)}; to differentiate gradients it must stay as it was"

@@ -28,32 +28,33 @@ from resnet_fused.types import Activation, ConvGeometry, Gradient
 SUPPORTED = f"native: 3x3 of stride 1 in float32, by {native.cpu_isa()} kernels where measured to be faster"
 _GEOMETRY = ConvGeometry(padding=(1, 1))
 RULES = Path(__file__).with_name("conv3x3_rules.json")
-#: [instruction set][pass][channels][height and width]: the smallest batch size from which a kernel is faster.
-Rules = dict[str, dict[str, dict[int, dict[int, int]]]]
+#: [pass][channels][height and width]: the smallest batch size from which a kernel is faster.
+Rules = dict[str, dict[int, dict[int, int]]]
 
 
 @functools.cache
-def rules() -> Rules:
-    """What was measured; without an entry for an instruction set the vendor's convolution runs."""
-    measured = json.loads(RULES.read_text())["batch_size"]
-    return {
-        isa: {
+def rules(isa: str) -> list[Rules]:
+    """What was measured with an instruction set, by machine; where nothing was the vendor's convolution runs."""
+    return [
+        {
             name: {int(c): {int(size): n for size, n in sizes.items()} for c, sizes in by_channels.items()}
-            for name, by_channels in passes.items()
+            for name, by_channels in machine["batch_size"].items()
         }
-        for isa, passes in measured.items()
-    }
+        for machine in json.loads(RULES.read_text())["machines"]
+        if machine["isa"] == isa
+    ]
 
 
 @functools.cache
 def _least_pixels(isa: str, name: str, channels: int, size: int) -> float:
-    """Pixels of a batch from which a pass is faster, by the nearest channels and size that were measured."""
-    if isa not in rules():
-        return math.inf
-    measured = rules()[isa][name]
-    by_size = measured[min(measured, key=lambda c: abs(math.log(c / channels)))]
-    nearest = min(by_size, key=lambda s: abs(math.log(s / size)))
-    return by_size[nearest] * nearest**2
+    """Pixels of a batch from which a pass is faster on all machines, by the nearest sizes that were measured."""
+    least = []
+    for measured in rules(isa):
+        if by_channels := measured.get(name):
+            by_size = by_channels[min(by_channels, key=lambda c: abs(math.log(c / channels)))]
+            nearest = min(by_size, key=lambda s: abs(math.log(s / size)))
+            least.append(by_size[nearest] * nearest**2)
+    return max(least, default=math.inf)
 
 
 def supports_conv3x3(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> bool:
@@ -78,7 +79,7 @@ def runs_conv3x3(name: str, x: Tensor, weight: Tensor, geometry: Sequence[Any]) 
     """Whether there is a kernel for a pass of a convolution of ``x``, and it is faster than the vendor's.
 
     Args:
-        name: forward, dgrad or wgrad.
+        name: forward, dgrad, wgrad or inference.
     """
     return supports_conv3x3(x, weight, geometry) and is_faster(native.cpu_isa(), name, x.shape, len(weight))
 
@@ -110,3 +111,15 @@ def conv3x3_wgrad(dy: Gradient, a: Activation) -> Tensor:
     """The gradient w.r.t. the weight, (outputs, inputs, 3, 3), channels_last."""
     dweight: Tensor = torch.ops.resnet_fused.conv3x3_wgrad(*dy[:9], *a[:5])
     return dweight
+
+
+def conv3x3_filters(weight: Tensor) -> Tensor:
+    """A weight (outputs, inputs, 3, 3) transformed for ``conv3x3_inference``: a vector, for this machine's kernels."""
+    filters: Tensor = torch.ops.resnet_fused.conv3x3_filters.default(weight)
+    return filters
+
+
+def conv3x3_inference(x: Tensor, filters: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+    """relu(conv(x) + bias + residual)."""
+    out: Tensor = torch.ops.resnet_fused.conv3x3_inference.default(x, filters, bias, residual)
+    return out

@@ -40,6 +40,7 @@ from resnet_fused.ops.block_forward import BlockSpec, ConvSpec, Parameters
 from resnet_fused.ops.bn_stats import check_bn, in_statistics_dtype, running_stats, update_running_stats
 from resnet_fused.ops.conv3x3 import supports_conv3x3
 from resnet_fused.ops.dispatch import runs_triton
+from resnet_fused.ops.inference import folded_block, forget, runs_folded
 from resnet_fused.types import BatchNorm, BatchStats, ConvBN, ConvGeometry, InputCovariance
 
 
@@ -227,6 +228,10 @@ def residual_block(x: Tensor, convs: Sequence[ConvBN], downsample: ConvBN | None
     every_conv, triton = [*convs, *shortcut], runs_triton(x)
     for conv in every_conv:
         check_bn(conv.bn, len(conv.weight))
+    if runs_folded(x, every_conv):
+        with without_autocast(device):
+            return folded_block(x, convs, downsample, shape)
+    forget(every_conv)
     with without_autocast(device):
         chain, last = len(convs) - 1, convs[-1]
         # The main path's input is not subsampled first.

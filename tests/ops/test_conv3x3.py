@@ -268,8 +268,15 @@ def test_what_is_supported() -> None:
 
 def test_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    table = {name: {64: {56: 1, 7: 4}, 512: {7: 1 << 30}} for name in ("forward", "dgrad", "wgrad")}
-    monkeypatch.setattr(conv3x3, "rules", lambda: {"some": table})
+    tables = {
+        "some": [
+            {"forward": {64: {56: 1, 7: 2}, 512: {7: 1}}},
+            {"forward": {64: {56: 1, 7: 4}, 512: {7: 1 << 30}}},
+        ],
+        "another": [],
+        "older": [{"wgrad": {64: {56: 1}}}],
+    }
+    monkeypatch.setattr(conv3x3, "rules", lambda isa: tables[isa])
     conv3x3._least_pixels.cache_clear()
 
     def runs(shape: tuple[int, ...], outputs: int, isa: str = "some") -> bool:
@@ -278,15 +285,16 @@ def test_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runs((1, 64, 56, 56), 64) and runs((4, 64, 7, 7), 64) and not runs((3, 64, 7, 7), 64)
     assert runs((2, 64, 10, 10), 64)  # as many pixels as four images of 7x7
     assert not runs((64, 512, 7, 7), 512)
-    assert not runs((64, 64, 56, 56), 64, "another")
+    assert not runs((64, 64, 56, 56), 64, "another")  # was not measured
+    assert not runs((64, 64, 56, 56), 64, "older")  # nor was this pass
     conv3x3._least_pixels.cache_clear()
 
 
 def test_measured_rules_are_complete() -> None:
-    for isa, passes in conv3x3.rules().items():
-        assert isa in ("avx512", "avx2", "baseline")
-        assert passes.keys() == {"forward", "dgrad", "wgrad"}
-        for by_channels in passes.values():
+    for isa in ("avx512", "avx2"):
+        machines = conv3x3.rules(isa)
+        assert {name for passes in machines for name in passes} == {"forward", "dgrad", "wgrad", "inference"}
+        for by_channels in (by_channels for passes in machines for by_channels in passes.values()):
             assert by_channels.keys() >= {64, 128, 256, 512}
             assert all(n > 0 for sizes in by_channels.values() for n in sizes.values())
 

@@ -115,5 +115,10 @@ void merge_moments(const Conv3x3Forward& op, const double* means, const double* 
 void conv3x3_forward(const Conv3x3Forward& op) { kernels().forward(op); }
 void conv3x3_dgrad(const Conv3x3Dgrad& op) { kernels().dgrad(op); }
 void conv3x3_wgrad(const Conv3x3Wgrad& op) { kernels().wgrad(op); }
+int64_t conv3x3_filter_elements(int64_t inputs, int64_t outputs) {
+  return kernels().filter_elements(inputs, outputs);
+}
+void conv3x3_filters(const Conv3x3Filters& op) { kernels().filters(op); }
+void conv3x3_inference(const Conv3x3Inference& op) { kernels().inference(op); }
 
 }  // namespace resnet_fused::cpu

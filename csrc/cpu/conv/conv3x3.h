@@ -48,7 +48,7 @@ int64_t cache_bytes();
 constexpr int64_t kPartialBytes = 1 << 19;
 constexpr int64_t kParts = 16;
 // Tiles that are transformed before threads exchange them.
-constexpr int64_t kSharedTiles = 512;
+constexpr int64_t kSharedTiles = 256;
 
 // Merges mean and M2 of blocks, [block][channel], into the statistics of an output's channels.
 void merge_moments(const Conv3x3Forward& op, const double* means, const double* squares,
@@ -58,6 +58,9 @@ struct Conv3x3Kernels {
   void (*forward)(const Conv3x3Forward&);
   void (*dgrad)(const Conv3x3Dgrad&);
   void (*wgrad)(const Conv3x3Wgrad&);
+  int64_t (*filter_elements)(int64_t inputs, int64_t outputs);
+  void (*filters)(const Conv3x3Filters&);
+  void (*inference)(const Conv3x3Inference&);
 };
 
 Conv3x3Kernels conv3x3_baseline();

@@ -15,7 +15,8 @@ constexpr int kLanes = 16, kRows = 14, kGradRows = 8;
 #include "kernels_of_isa.h"
 }  // namespace avx512
 Conv3x3Kernels conv3x3_avx512() {
-  return {avx512::winograd_forward, avx512::winograd_dgrad, avx512::winograd_wgrad};
+  return {avx512::winograd_forward, avx512::winograd_dgrad,   avx512::winograd_wgrad,
+          avx512::filter_elements,  avx512::winograd_filters, avx512::winograd_inference};
 }
 }  // namespace resnet_fused::cpu
 #if defined(__clang__)

@@ -11,6 +11,7 @@ constexpr int kLanes = 4, kRows = 6, kGradRows = 4;
 #include "kernels_of_isa.h"
 }  // namespace baseline
 Conv3x3Kernels conv3x3_baseline() {
-  return {baseline::winograd_forward, baseline::winograd_dgrad, baseline::winograd_wgrad};
+  return {baseline::winograd_forward, baseline::winograd_dgrad,   baseline::winograd_wgrad,
+          baseline::filter_elements,  baseline::winograd_filters, baseline::winograd_inference};
 }
 }  // namespace resnet_fused::cpu

@@ -341,13 +341,53 @@ struct DgradEpilogue {
   }
 };
 
+// relu(y + bias + residual)
+struct InferenceEpilogue {
+  float* out;
+  int64_t channels;
+  const float *bias, *residual;  // residual null: none
+
+  RESNET_FUSED_INLINE void prefetch(int64_t pixel, int64_t k) const {
+    const int64_t at = pixel * channels + k;
+    for (int64_t line = 0; line < kPanel; line += 16) {
+      __builtin_prefetch(out + at + line, 1);
+      if (residual != nullptr) __builtin_prefetch(residual + at + line);
+    }
+  }
+  void run(const Tiling& tiling, int64_t block, const float* m, int64_t m_stride, int64_t k, int n) const {
+    const Vec added = load(bias + k, n);
+    each_output(tiling, block, m, m_stride, [&](int64_t pixel, Vec value) RESNET_FUSED_INLINED {
+      const int64_t at = pixel * channels + k;
+      value += added;
+      if (residual != nullptr) value += load(residual + at, n);
+      store(out + at, relu(value), n);
+    });
+  }
+};
+
+inline Filters filters_of(const Weight3x3& weight) {
+  return {weight.data, weight.strides[0], weight.strides[1], weight.strides[2], weight.strides[3]};
+}
+
+inline void winograd_filters(const Conv3x3Filters& op) {
+  transform_filters(filters_of(op.weight), op.inputs, op.outputs, static_cast<float*>(op.filters));
+}
+
+inline void winograd_inference(const Conv3x3Inference& op) {
+  const int64_t inputs = op.shape.channels;
+  const Tiling tiling(op.shape, block_tiles(inputs));
+  const InferenceEpilogue epilogue{static_cast<float*>(op.out), op.outputs,
+                                   static_cast<const float*>(op.bias),
+                                   static_cast<const float*>(op.residual)};
+  winograd_convolution(Plain(static_cast<const float*>(op.x), inputs), tiling, inputs,
+                       static_cast<const float*>(op.filters), op.outputs, epilogue);
+}
+
 inline void winograd_forward(const Conv3x3Forward& op) {
   const int64_t inputs = op.shape.channels, outputs = op.outputs;
   const Tiling tiling(op.shape, block_tiles(inputs));
   Buffer u(filter_elements(inputs, outputs));
-  transform_filters({op.weight.data, op.weight.strides[0], op.weight.strides[1], op.weight.strides[2],
-                     op.weight.strides[3]},
-                    inputs, outputs, u.data());
+  transform_filters(filters_of(op.weight), inputs, outputs, u.data());
   std::vector<double> moments(op.mean == nullptr ? 0 : 2 * tiling.blocks * outputs);
   double* means = op.mean == nullptr ? nullptr : moments.data();
   double* squares = op.mean == nullptr ? nullptr : means + tiling.blocks * outputs;
