@@ -19,6 +19,7 @@ from resnet_fused.modules import (
     Names,
     batch_norm_of,
     one_op,
+    runs_by_images,
     why_module_plain,
     why_no_pool,
     why_not_one_op,
@@ -105,9 +106,17 @@ class ResNet(reference.ResNet):
     def _stem(self, x: Tensor) -> Tensor:
         if why_plain(x, self, ("bn1",)):
             return super()._stem(x)
-        y = self.conv1(x)
         if why_no_pool(self.maxpool) is None:
-            return ops.bn_relu_maxpool(y, batch_norm_of(self.bn1))
+
+            def pooled_stem(x: Tensor) -> Tensor:
+                return ops.bn_relu_maxpool(self.conv1(x), batch_norm_of(self.bn1))
+
+            if not runs_by_images(x, self.conv1, self.bn1):
+                return pooled_stem(x)
+            down, right = self.conv1.stride
+            outputs = x[:, 0].numel() * self.conv1.out_channels // (down * right)
+            return ops.by_images(pooled_stem, x, outputs)
+        y = self.conv1(x)
         pooled: Tensor = self.maxpool(ops.bn_relu(y, batch_norm_of(self.bn1)))
         return pooled
 

@@ -96,6 +96,16 @@ def why_no_pool(pool: nn.Module) -> str | None:
     return "has another mode" if pool.ceil_mode or pool.return_indices else None
 
 
+def runs_by_images(x: Tensor, conv: nn.Module, bn: nn.Module) -> bool:
+    """Whether a convolution and what follows it may run on a few images of ``x`` at a time: nothing sees the batch."""
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and not (bn.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        and _changed(conv, (nn.Conv2d,)) is None
+    )
+
+
 def batch_norm_of(bn: nn.Module) -> BatchNorm:
     """The operands and the mode of a batch norm module."""
     assert isinstance(bn, _NORMS)

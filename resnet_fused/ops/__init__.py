@@ -5,6 +5,7 @@ from resnet_fused.ops.bn_add_relu import bn_add_relu
 from resnet_fused.ops.bn_bn_add_relu import bn_bn_add_relu
 from resnet_fused.ops.bn_relu import bn_relu
 from resnet_fused.ops.bn_relu_maxpool import bn_relu_maxpool
+from resnet_fused.ops.inference import by_images
 from resnet_fused.ops.residual_block import convolved_shape, residual_block
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "bn_bn_add_relu",
     "bn_relu",
     "bn_relu_maxpool",
+    "by_images",
     "convolved_shape",
     "residual_block",
 ]

@@ -9,7 +9,7 @@ where that was measured to be faster (conv3x3). Weights are folded and laid out 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,7 +57,8 @@ class _Folded:
         self.signature = signature
         self.bias = self._fold(conv)[1].float()
         self._filters: Tensor | None = None
-        self._packed: Tensor | None = None
+        self._weight: Tensor | None = None
+        self._packed: tuple[torch.Size, Tensor | None] = torch.Size(), None
 
     @staticmethod
     def signature_of(conv: ConvBN, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -80,13 +81,22 @@ class _Folded:
             self._filters = conv3x3_filters(self._fold(conv)[0].float())
         return self._filters
 
-    def packed(self, conv: ConvBN, x: Tensor) -> Tensor:
-        """For oneDNN, in the layout that it prefers for inputs like ``x``."""
-        if self._packed is None:
-            weight = self._fold(conv)[0].to(x.dtype, memory_format=torch.channels_last)
+    def for_vendor(self, conv: ConvBN, x: Tensor) -> Tensor:
+        """For oneDNN; in the layout that it prefers for ``x``, where the shape of ``x`` is that of the call before.
+
+        For another shape it may prefer another layout, and takes long to get there from this one.
+        """
+        if self._weight is None:
+            self._weight = self._fold(conv)[0].to(x.dtype, memory_format=torch.channels_last)
+        shape, packed = self._packed
+        if shape != x.shape:
+            self._packed = x.shape, None
+            return self._weight
+        if packed is None:
             geometry = conv.padding, conv.stride, conv.dilation, conv.groups
-            self._packed = _mkldnn._reorder_convolution_weight(weight, *geometry, x.shape)
-        return self._packed
+            packed = _mkldnn._reorder_convolution_weight(self._weight, *geometry, x.shape)
+            self._packed = shape, packed
+        return packed
 
 
 #: By weight. Other processes and copies of a model fold for themselves.
@@ -114,17 +124,17 @@ def _conv_bias(x: Tensor, conv: ConvBN, relu: bool, residual: Tensor | None = No
     if relu and runs_conv3x3("inference", x, conv.weight, conv[2:]):
         return conv3x3_inference(x, folded.filters(conv), folded.bias, residual)
     geometry = conv.padding, conv.stride, conv.dilation, conv.groups
-    packed, bias = folded.packed(conv, x), folded.bias
+    weight, bias = folded.for_vendor(conv, x), folded.bias
     y: Tensor
     if residual is None or conv.groups > 1:  # there is no sum after a grouped convolution
         activation = "relu" if relu and residual is None else "none"
-        y = _mkldnn._convolution_pointwise.default(x, packed, bias, *geometry, activation, [], "")
+        y = _mkldnn._convolution_pointwise.default(x, weight, bias, *geometry, activation, [], "")
         if residual is not None:
             y = y.add_(residual).relu_()
     else:
         bias = bias.to(x.dtype)  # it takes no other
         y = _mkldnn._convolution_pointwise.binary(
-            x, residual, packed, bias, *geometry, "add", 1.0, "relu", [], None
+            x, residual, weight, bias, *geometry, "add", 1.0, "relu", [], None
         )
     return y.contiguous(memory_format=torch.channels_last)
 
@@ -137,18 +147,26 @@ def _block(x: Tensor, convs: Sequence[ConvBN], downsample: ConvBN | None) -> Ten
     return _conv_bias(a, convs[-1], relu=True, residual=skip)
 
 
-def folded_block(
-    x: Tensor, convs: Sequence[ConvBN], downsample: ConvBN | None, shape: tuple[int, ...]
-) -> Tensor:
-    """What ops.residual_block computes, for operands that ``runs_folded`` accepts; ``shape`` is that of the output.
+def folded_block(x: Tensor, convs: Sequence[ConvBN], downsample: ConvBN | None, outputs: int) -> Tensor:
+    """ops.residual_block for operands that ``runs_folded`` accepts. ``outputs``: elements of the result."""
+    return by_images(lambda chunk: _block(chunk, convs, downsample), x, max(x.numel(), outputs))
 
-    A few images at a time, so that what one convolution writes is in the cache when the next reads it.
+
+def by_images(run: Callable[[Tensor], Tensor], x: Tensor, elements: int) -> Tensor:
+    """``run(x)``, a few images at a time: what one kernel writes is in the cache when the next reads it.
+
+    Args:
+        elements: of the largest tensor that ``run`` makes of ``x``.
     """
-    images, widest = len(x), max(x.numel(), torch.Size(shape).numel())
-    at_once = max(1, CHUNK_BYTES["cpu"] * images // (widest * x.element_size()))
-    if at_once >= images:
-        return _block(x, convs, downsample)
-    out: Tensor = fresh_like(x, *shape)
-    for x_chunk, out_chunk in zip(x.split(at_once), out.split(at_once), strict=True):
-        out_chunk.copy_(_block(x_chunk, convs, downsample))
+    images = len(x)
+    chunks = -(-images // max(1, CHUNK_BYTES["cpu"] * images // (elements * x.element_size())))
+    if chunks == 1:
+        return run(x)
+    out, at_once = None, -(-images // chunks)
+    for first in range(0, images, at_once):
+        part = run(x[first : first + at_once])
+        if out is None:
+            out = fresh_like(part, images)
+        out[first : first + at_once].copy_(part)
+    assert out is not None
     return out

@@ -14,6 +14,7 @@ while they load. Elsewhere each is materialized once, and shared by the ops that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
@@ -230,7 +231,7 @@ def residual_block(x: Tensor, convs: Sequence[ConvBN], downsample: ConvBN | None
         check_bn(conv.bn, len(conv.weight))
     if runs_folded(x, every_conv):
         with without_autocast(device):
-            return folded_block(x, convs, downsample, shape)
+            return folded_block(x, convs, downsample, math.prod(shape))
     forget(every_conv)
     with without_autocast(device):
         chain, last = len(convs) - 1, convs[-1]

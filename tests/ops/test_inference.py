@@ -287,3 +287,20 @@ def test_whole_model() -> None:
     x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
     with torch.no_grad():
         assert relative_error(fused(x), eager(x).double()) < 1e-5
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["nhwc", "nchw"])
+def test_stem_by_chunks(layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = resnet_fused.resnet18().eval().to(memory_format=layout)
+    eager: Any = resnet_fused.reference.resnet18().eval().to(memory_format=layout)
+    eager.load_state_dict(model.state_dict())
+    x = torch.randn(5, 3, 32, 32).contiguous(memory_format=layout)
+    sizes: list[int] = []
+    monkeypatch.setattr(inference, "CHUNK_BYTES", {"cpu": 2 * 64 * 16 * 16 * 4})
+    with torch.no_grad():
+        stem, expected = model._stem(x), eager._stem(x)
+        assert stem.stride() == expected.stride()
+        assert relative_error(stem, expected.double()) < 1e-6
+        model.conv1.register_forward_hook(lambda module, inputs, out: sizes.append(len(out)))
+        model._stem(x)
+    assert sizes == [5]  # a hook sees the batch
