@@ -1,6 +1,6 @@
-"""Which 3x3 convolutions our CPU kernels compute: ``python -m benchmarks.cpu_rules [--write] [--table FILE]``.
+"""What is faster on this CPU: ``python -m benchmarks.cpu_rules [--write] [--table FILE]``.
 
-Times each pass of a convolution between two batch norms, interleaved:
+3x3 convolutions, each pass between two batch norms, interleaved:
 
     ours      the kernels of csrc/cpu/conv, with batch norm, ReLU, statistics and sums in the same pass
     vendor    oneDNN's convolution, with our passes around it: what runs where ours are slower
@@ -9,9 +9,11 @@ Times each pass of a convolution between two batch norms, interleaved:
 
 The fourth pass is evaluation's, where weights are folded and packed beforehand: a convolution with bias and ReLU.
 
-For each pass, number of channels and image size the rule is the batch size from which ours are faster than the
-vendor's. ``--write`` puts it into resnet_fused/ops/conv3x3_rules.json, beside those of other machines: ours run where
-they are faster on all that have the instruction set. To measure that of an older machine, limit everything to it:
+Then residual blocks, forward and backward in training, fused and as PyTorch's operators (block_rules).
+
+For each number of channels and image size the rule is the batch size from which ours are faster. ``--write`` puts it
+into resnet_fused/ops/cpu_rules.json, beside those of other machines: ours run where they are faster on all that have
+the instruction set. To measure that of an older machine, limit everything to it:
 
     RESNET_FUSED_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m benchmarks.cpu_rules
 """
@@ -23,7 +25,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ import torch
 from torch import Tensor
 
 import resnet_fused
+from benchmarks import block_rules
 from benchmarks.page import markdown
 from resnet_fused import native
 from resnet_fused.accuracy import relative_error
@@ -49,7 +52,7 @@ from resnet_fused.measure import (
     inaccuracy,
     quantiles,
 )
-from resnet_fused.ops import conv3x3
+from resnet_fused.ops import conv3x3, cpu_rules
 from resnet_fused.ops.bn_relu import bn_relu_backward_reduce
 from resnet_fused.ops.conv_bn import conv_backward, conv_bn_stats, materialize, materialize_gradient
 from resnet_fused.types import Activation, Gradient
@@ -200,7 +203,7 @@ def measure(channels: int, size: int, batch: int, rounds: int) -> list[dict[str,
         for _ in comparison.rounds(rounds):
             pass
         medians = {p.name: statistics.median(p.times) for p in comparison.providers}
-        row = {"channels": channels, "size": size, "batch": batch, "pass": name, "ours_ms": medians[OURS]}
+        row = {"channels": channels, "size": size, "batch": batch, "name": name, "ours_ms": medians[OURS]}
         row |= {"gflops": flops / medians[OURS] / 1e6, "vendor_ms": medians[VENDOR]}
         for who in (VENDOR, EAGER, CONV):
             row[f"{who} / ours"] = quantiles(comparison.ratios(comparison.ours, comparison[who]))["median"]
@@ -208,10 +211,10 @@ def measure(channels: int, size: int, batch: int, rounds: int) -> list[dict[str,
     return rows
 
 
-def rule(frame: pd.DataFrame) -> dict[str, dict[str, dict[str, int]]]:
-    """[pass][channels][size]: the batch size from which on ours gain the most over all batches that were measured."""
-    result: dict[str, dict[str, dict[str, int]]] = {name: {} for name in PASSES}
-    for (name, channels, size), rows in frame.groupby(["pass", "channels", "size"]):
+def rule(frame: pd.DataFrame, names: Iterable[str]) -> dict[str, dict[str, dict[str, int]]]:
+    """[name][channels][size]: the batch size from which on ours gain the most over all batches that were measured."""
+    result: dict[str, dict[str, dict[str, int]]] = {name: {} for name in names}
+    for (name, channels, size), rows in frame.groupby(["name", "channels", "size"]):
         # By the logarithm of the ratio, so that one noisy figure decides nothing.
         gains = rows.sort_values("batch", ascending=False)
         total = gains["vendor / ours"].map(math.log).cumsum()
@@ -224,9 +227,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cpu_rules", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument(
-        "--write", action="store_true", help="put the rule into resnet_fused/ops/conv3x3_rules.json"
-    )
+    parser.add_argument("--write", action="store_true", help=f"put the rule into {cpu_rules.RULES.name}")
     parser.add_argument("--table", type=Path, help="write all times to a CSV file")
     parser.add_argument("--rounds", type=int, default=7, help="runs of each provider")
     arguments = parser.parse_args()
@@ -247,12 +248,19 @@ def main() -> int:
             if case[2] == 2 and case[1] <= LARGEST_CHECKED:
                 check(*case)
             rows += measure(*case, arguments.rounds)
-    frame = pd.DataFrame(rows)
+    frame, blocks = pd.DataFrame(rows), pd.DataFrame(block_rules.measure(arguments.rounds))
     if arguments.table:
-        frame.to_csv(arguments.table, index=False, float_format="%.4g")
+        pd.concat([frame, blocks]).to_csv(arguments.table, index=False, float_format="%.4g")
     print(markdown(frame.round(2)))
+    print(markdown(blocks.round(2)))
     how = f"{torch.get_num_threads()} threads, torch {torch.__version__}, {date.today()}"
-    machine = {"isa": native.cpu_isa(), "machine": cpu_name(), "measured": how, "batch_size": rule(frame)}
+    machine = {
+        "isa": native.cpu_isa(),
+        "machine": cpu_name(),
+        "measured": how,
+        "convolutions": rule(frame, PASSES),
+        "blocks": block_rules.limited(rule(blocks, block_rules.NAMES)),
+    }
     print(f"\n{json.dumps(machine)}")
     if arguments.write:
         write(machine)
@@ -271,26 +279,29 @@ def cpu_name() -> str:
 def write(machine: dict[str, Any]) -> None:
     """Puts the rule of a machine in place of what was measured on one of its name before."""
     same = machine["isa"], machine["machine"]
-    machines = json.loads(conv3x3.RULES.read_text())["machines"]
+    machines = json.loads(cpu_rules.RULES.read_text())["machines"]
     machines = [*(m for m in machines if (m["isa"], m["machine"]) != same), machine]
     lines = ",\n".join(_json_lines(m) for m in machines)
     about = (
-        "written by python -m benchmarks.cpu_rules --write; batch_size[pass][channels][height and width]: from which"
-        " batch size on our 3x3 convolutions are faster"
+        "written by python -m benchmarks.cpu_rules --write; convolutions[pass] and blocks[kind]"
+        " [channels][height and width]: the batch size from which ours are faster"
     )
-    conv3x3.RULES.write_text(f'{{"about": "{about}",\n"machines": [\n{lines}\n]}}\n')
+    cpu_rules.RULES.write_text(f'{{"about": "{about}",\n"machines": [\n{lines}\n]}}\n')
 
 
 def _json_lines(machine: dict[str, Any]) -> str:
-    """A line for each pass and number of channels."""
-    head = json.dumps({name: value for name, value in machine.items() if name != "batch_size"})
-    passes = [
-        f'  "{name}": {{\n   '
-        + ",\n   ".join(f'"{channels}": {json.dumps(sizes)}' for channels, sizes in by_channels.items())
-        + "}"
-        for name, by_channels in machine["batch_size"].items()
-    ]
-    return " " + head[:-1] + ', "batch_size": {\n' + ",\n".join(passes) + "}}"
+    """A line for each table and number of channels."""
+    parts = [json.dumps({name: value for name, value in machine.items() if isinstance(value, str)})[1:-1]]
+    for kind, tables in machine.items():
+        if not isinstance(tables, str):
+            named = [
+                f'  "{name}": {{\n   '
+                + ",\n   ".join(f'"{channels}": {json.dumps(sizes)}' for channels, sizes in table.items())
+                + "}"
+                for name, table in tables.items()
+            ]
+            parts.append(f'"{kind}": {{\n' + ",\n".join(named) + "}")
+    return " {" + ",\n ".join(parts) + "}"
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from resnet_fused.modules import (
     batch_norm_of,
     one_op,
     runs_by_images,
+    why_faster_plain,
     why_module_plain,
     why_no_pool,
     why_not_one_op,
@@ -49,7 +50,7 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor
-        if why_plain(x, self, self._bns):
+        if why_faster_plain(x, self, self._convs, self._bns) or why_plain(x, self, self._bns):
             out = super().forward(x)
             return out
         operands = one_op(x, self, self._convs, self._bns)
@@ -170,6 +171,8 @@ def _why_not(part: nn.Module, x: Tensor | None, device: str) -> str | None:
     if not isinstance(part, (BasicBlock, Bottleneck)):
         return f"is a {type(part).__module__}.{type(part).__name__}, not a resnet_fused.{type(part).__name__}"
     if reason := _why_plain(part, part._bns, x, device):
+        return reason
+    if x is not None and (reason := why_faster_plain(x, part, part._convs, part._bns)):
         return reason
     if x is None:
         apart = why_not_one_op(part, part._convs, part._bns)

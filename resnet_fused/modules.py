@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from resnet_fused import ops
-from resnet_fused.backend import why_not_fused
+from resnet_fused.backend import choice, why_not_fused
 from resnet_fused.layout import dense, is_channels_last
+from resnet_fused.ops.cpu_rules import is_faster, is_measured
 from resnet_fused.ops.transforms import METHODS, why_not_here
 from resnet_fused.types import BatchNorm, ConvBN
 
@@ -96,12 +97,44 @@ def why_no_pool(pool: nn.Module) -> str | None:
     return "has another mode" if pool.ceil_mode or pool.return_indices else None
 
 
+def kind_of_block(kind: str, downsample: bool, precision: str) -> str:
+    """The name under which ops.cpu_rules has a block: of kind basic or bottleneck, in fp32 or bf16."""
+    return f"{kind}_downsample_{precision}" if downsample else f"{kind}_{precision}"
+
+
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+def why_faster_plain(x: Any, block: Any, convs: Names, bns: Names) -> str | None:
+    """Why a block trains faster as PyTorch's operators: few images on a CPU (ops.cpu_rules); None if it doesn't."""
+    if torch.compiler.is_compiling() or choice() != "auto":
+        return None
+    if type(x) is not Tensor or x.device.type != "cpu" or x.dim() != 4:
+        return None
+    conv = getattr(block, convs[0])
+    # nn.SyncBatchNorm alone refuses a CPU.
+    if not isinstance(conv, nn.Conv2d) or any(type(getattr(block, bn)) is not nn.BatchNorm2d for bn in bns):
+        return None
+    if not (
+        block.bn1.training or (torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad))
+    ):
+        return None
+    precision = _PRECISIONS.get(ops.autocast_dtype("cpu") or x.dtype)
+    if precision is None:
+        return None
+    kind = "basic" if len(convs) == 2 else "bottleneck"
+    name = kind_of_block(kind, block.downsample is not None, precision)
+    if not is_measured("blocks", name) or is_faster("blocks", name, x.shape, conv.out_channels):
+        return None
+    return f"PyTorch's operators are faster on a CPU for {len(x)} images of {x.shape[2]}x{x.shape[3]}"
+
+
 def runs_by_images(x: Tensor, conv: nn.Module, bn: nn.Module) -> bool:
     """Whether a convolution and what follows it may run on a few images of ``x`` at a time: nothing sees the batch."""
     return (
-        type(x) is Tensor
+        not (torch.compiler.is_compiling() or torch.is_grad_enabled() or bn.training)
+        and type(x) is Tensor
         and x.device.type == "cpu"
-        and not (bn.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         and _changed(conv, (nn.Conv2d,)) is None
     )
 

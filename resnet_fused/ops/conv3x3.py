@@ -4,17 +4,13 @@ Of stride 1 and padding 1, float32, channels_last. 16 multiplications compute wh
 batch norm, ReLU, statistics and sums cost no pass of their own. See csrc/cpu/conv/winograd.h.
 
 They are not always faster than oneDNN: the weight is transformed in every call, which few pixels don't repay, and
-images of odd size waste half of their last row and column of tiles. ``conv3x3_rules.json``, which ``python -m
-benchmarks.cpu_rules`` measures and writes, says from which batch size on they are.
+images of odd size waste half of their last row and column of tiles: cpu_rules says when they are.
 """
 
 from __future__ import annotations
 
-import functools
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,39 +18,12 @@ from torch import Tensor
 
 from resnet_fused import native
 from resnet_fused.backend import choice, why_plain
+from resnet_fused.ops.cpu_rules import is_faster
 from resnet_fused.types import Activation, ConvGeometry, Gradient
 
 #: What the kernels compute, for `info`.
 SUPPORTED = f"native: 3x3 of stride 1 in float32, by {native.cpu_isa()} kernels where measured to be faster"
 _GEOMETRY = ConvGeometry(padding=(1, 1))
-RULES = Path(__file__).with_name("conv3x3_rules.json")
-#: [pass][channels][height and width]: the smallest batch size from which a kernel is faster.
-Rules = dict[str, dict[int, dict[int, int]]]
-
-
-@functools.cache
-def rules(isa: str) -> list[Rules]:
-    """What was measured with an instruction set, by machine; where nothing was the vendor's convolution runs."""
-    return [
-        {
-            name: {int(c): {int(size): n for size, n in sizes.items()} for c, sizes in by_channels.items()}
-            for name, by_channels in machine["batch_size"].items()
-        }
-        for machine in json.loads(RULES.read_text())["machines"]
-        if machine["isa"] == isa
-    ]
-
-
-@functools.cache
-def _least_pixels(isa: str, name: str, channels: int, size: int) -> float:
-    """Pixels of a batch from which a pass is faster on all machines, by the nearest sizes that were measured."""
-    least = []
-    for measured in rules(isa):
-        if by_channels := measured.get(name):
-            by_size = by_channels[min(by_channels, key=lambda c: abs(math.log(c / channels)))]
-            nearest = min(by_size, key=lambda s: abs(math.log(s / size)))
-            least.append(by_size[nearest] * nearest**2)
-    return max(least, default=math.inf)
 
 
 def supports_conv3x3(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> bool:
@@ -81,14 +50,8 @@ def runs_conv3x3(name: str, x: Tensor, weight: Tensor, geometry: Sequence[Any]) 
     Args:
         name: forward, dgrad, wgrad or inference.
     """
-    return supports_conv3x3(x, weight, geometry) and is_faster(native.cpu_isa(), name, x.shape, len(weight))
-
-
-def is_faster(isa: str, name: str, shape: Sequence[int], outputs: int) -> bool:
-    """Whether a pass was measured to be faster than the vendor's for an input of ``shape`` (N, C, H, W)."""
-    n, inputs, height, width = shape
-    channels, size = round(math.sqrt(inputs * outputs)), round(math.sqrt(height * width))
-    return n * height * width >= _least_pixels(isa, name, channels, size)
+    channels = round(math.sqrt(x.shape[1] * len(weight)))
+    return supports_conv3x3(x, weight, geometry) and is_faster("convolutions", name, x.shape, channels)
 
 
 def conv3x3_bn_stats(a: Activation, weight: Tensor, eps: float, training: bool) -> tuple[Tensor, ...]:

@@ -27,7 +27,7 @@ _mkldnn = torch.ops.mkldnn
 
 def runs_folded(x: Tensor, convs: Sequence[ConvBN]) -> bool:
     """Whether a block runs on ``x`` with its batch norms folded into its weights."""
-    if x.device.type != "cpu" or any(conv.bn.training for conv in convs) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or any(conv.bn.training for conv in convs):
         return False
     tensors = [x, *(t for conv in convs for t in _sources(conv) if t is not None)]
     return (
@@ -105,7 +105,7 @@ _folded = WeakTensorKeyDictionary()
 
 def forget(convs: Sequence[ConvBN]) -> None:
     """Frees what was computed from the weights of convolutions, which are trained again."""
-    if _folded:
+    if not torch.compiler.is_compiling() and _folded:
         for conv in convs:
             _folded.pop(conv.weight, None)
 

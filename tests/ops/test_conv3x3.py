@@ -17,7 +17,7 @@ from torch import Tensor
 import resnet_fused
 from resnet_fused import native
 from resnet_fused.layout import pack_mask
-from resnet_fused.ops import conv3x3
+from resnet_fused.ops import conv3x3, cpu_rules
 from resnet_fused.ops.conv_bn import conv_backward, conv_bn_stats
 from resnet_fused.reference import conv_bn as reference
 from resnet_fused.types import Activation, ConvGeometry, Gradient
@@ -267,36 +267,31 @@ def test_what_is_supported() -> None:
 
 
 def test_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    tables = {
-        "some": [
-            {"forward": {64: {56: 1, 7: 2}, 512: {7: 1}}},
-            {"forward": {64: {56: 1, 7: 4}, 512: {7: 1 << 30}}},
-        ],
+    measured = {
+        "some": [{64: {56: 1, 7: 2}, 512: {7: 1}}, {64: {56: 1, 7: 4}, 512: {7: 1 << 30}}],
         "another": [],
-        "older": [{"wgrad": {64: {56: 1}}}],
     }
-    monkeypatch.setattr(conv3x3, "rules", lambda isa: tables[isa])
-    conv3x3._least_pixels.cache_clear()
+    monkeypatch.setattr(cpu_rules, "tables", lambda isa, kind, name: measured[isa])
+    cpu_rules._least_pixels.cache_clear()
 
-    def runs(shape: tuple[int, ...], outputs: int, isa: str = "some") -> bool:
-        return conv3x3.is_faster(isa, "forward", shape, outputs)
+    def runs(shape: tuple[int, ...], channels: int, isa: str = "some") -> bool:
+        monkeypatch.setattr(native, "cpu_isa", lambda: isa)
+        return cpu_rules.is_faster("convolutions", "forward", shape, channels)
 
     assert runs((1, 64, 56, 56), 64) and runs((4, 64, 7, 7), 64) and not runs((3, 64, 7, 7), 64)
     assert runs((2, 64, 10, 10), 64)  # as many pixels as four images of 7x7
     assert not runs((64, 512, 7, 7), 512)
-    assert not runs((64, 64, 56, 56), 64, "another")  # was not measured
-    assert not runs((64, 64, 56, 56), 64, "older")  # nor was this pass
-    conv3x3._least_pixels.cache_clear()
+    assert not runs((64, 64, 56, 56), 64, "another")
+    cpu_rules._least_pixels.cache_clear()
 
 
 def test_measured_rules_are_complete() -> None:
-    for isa in ("avx512", "avx2"):
-        machines = conv3x3.rules(isa)
-        assert {name for passes in machines for name in passes} == {"forward", "dgrad", "wgrad", "inference"}
-        for by_channels in (by_channels for passes in machines for by_channels in passes.values()):
-            assert by_channels.keys() >= {64, 128, 256, 512}
-            assert all(n > 0 for sizes in by_channels.values() for n in sizes.values())
+    for isa, name in itertools.product(("avx512", "avx2"), ("forward", "dgrad", "wgrad", "inference")):
+        machines = cpu_rules.tables(isa, "convolutions", name)
+        assert machines
+        for table in machines:
+            assert table.keys() >= {64, 128, 256, 512}
+            assert all(n > 0 for sizes in table.values() for n in sizes.values())
 
 
 @pytest.mark.parametrize("names", [*itertools.product((True, False), repeat=2)], ids=str)
@@ -304,7 +299,7 @@ def test_passes_are_chosen_one_by_one(
     names: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch, always: list[str]
 ) -> None:
     chosen = {"forward": True, "dgrad": names[0], "wgrad": names[1]}
-    monkeypatch.setattr(conv3x3, "is_faster", lambda isa, name, *_: chosen[name])
+    monkeypatch.setattr(conv3x3, "is_faster", lambda kind, name, *_: chosen[name])
     assert_accurate(lambda: Convolution((2, 12, 6, 8), 20, gradient="masked_bn", residual="plain").results())
     assert ("conv3x3_dgrad" in always, "conv3x3_wgrad" in always) == names
 
