@@ -6,10 +6,11 @@ kernels too, on a GPU.
 
 ``with resnet_fused.backend(choice):`` or the environment variable ``RESNET_FUSED_BACKEND=choice`` decides:
 
-- auto: native, for 3x3 convolutions on a CPU where they were measured to be faster (ops.conv3x3); of Triton and the
-  vendor's library the faster one, measured at first use and remembered on disk;
+- auto: native, for 3x3 convolutions on a CPU where they were measured to be faster, and with few images there blocks as
+  PyTorch's operators (ops.cpu_rules); of Triton and the vendor's library the faster one, measured at first use and
+  remembered on disk;
 - triton: as auto, but Triton wherever it can, and nothing is measured;
-- vendor: as auto, but all convolutions by the vendor's library;
+- vendor: all blocks fused, all convolutions by the vendor's library;
 - reference: plain PyTorch everywhere, for debugging.
 """
 

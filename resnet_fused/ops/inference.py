@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from resnet_fused.backend import why_plain
 from resnet_fused.ops.conv3x3 import conv3x3_filters, conv3x3_inference, runs_conv3x3
 from resnet_fused.ops.masked_grad import fresh_like
-from resnet_fused.ops.vendor_gemm import CHUNK_BYTES
+from resnet_fused.ops.vendor_gemm import CHUNK_BYTES, HAS_ONEDNN
 from resnet_fused.types import ConvBN
 
 _mkldnn = torch.ops.mkldnn
@@ -29,14 +29,15 @@ def runs_folded(x: Tensor, convs: Sequence[ConvBN]) -> bool:
     """Whether a block runs on ``x`` with its batch norms folded into its weights."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or any(conv.bn.training for conv in convs):
         return False
-    tensors = [x, *(t for conv in convs for t in _sources(conv) if t is not None)]
+    if not (HAS_ONEDNN and torch._C._get_mkldnn_enabled() and why_plain("cpu") is None):
+        return False
+    weights = [t for conv in convs for t in _sources(conv) if t is not None]
     return (
-        not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        and all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_inference() for t in tensors[1:])
+        not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)))
         and type(x) is Tensor
+        and all(type(t) in (Tensor, torch.nn.Parameter) for t in weights)
+        and not any(t.is_inference() or t.device.type != "cpu" for t in weights)
         and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _mkldnn._is_mkldnn_bf16_supported()))
-        and torch._C._get_mkldnn_enabled()
-        and why_plain("cpu") is None
     )
 
 

@@ -18,7 +18,7 @@ from resnet_fused.layout import statistics_dtype
 #: Bytes of the widest activation in a chunk: measured on a CPU; on a GPU only a bound on the memory of a chunk.
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
 _GEOMETRY = (
     [1, 1],
     [0, 0],
@@ -52,7 +52,7 @@ def chunks(x: Tensor, rows: int) -> tuple[Tensor, ...]:
 
 
 def _uses_convolution(a: Tensor) -> bool:
-    return a.dtype == torch.float32 and a.device.type == "cpu" and _HAS_ONEDNN
+    return a.dtype == torch.float32 and a.device.type == "cpu" and HAS_ONEDNN
 
 
 def mm_nt(a: Tensor, weight: Tensor) -> Tensor:

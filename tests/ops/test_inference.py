@@ -223,6 +223,13 @@ def test_gradients_are_computed_where_they_are_needed(folds: list[Tensor]) -> No
     assert folds
 
 
+def test_weights_on_another_device_are_refused() -> None:
+    block = models.BasicBlock(64, 64).eval().to(memory_format=torch.channels_last)
+    block.conv2.to("meta")
+    with torch.no_grad(), pytest.raises((RuntimeError, ValueError), match="device"):
+        block(torch.randn(1, 64, 6, 6).to(memory_format=torch.channels_last))
+
+
 def test_inference_mode() -> None:
     pair = Pair()
     with torch.inference_mode():
