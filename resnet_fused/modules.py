@@ -113,7 +113,7 @@ def why_faster_plain(x: Any, block: Any, convs: Names, bns: Names) -> str | None
         return None
     conv = getattr(block, convs[0])
     # nn.SyncBatchNorm alone refuses a CPU.
-    if not isinstance(conv, nn.Conv2d) or any(type(getattr(block, bn)) is not nn.BatchNorm2d for bn in bns):
+    if type(conv) is not nn.Conv2d or any(type(getattr(block, bn)) is not nn.BatchNorm2d for bn in bns):
         return None
     if not (
         block.bn1.training or (torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad))

@@ -61,5 +61,5 @@ def is_faster(kind: str, name: str, shape: Sequence[int], channels: int) -> bool
         channels: by which the tables are looked up.
     """
     n, _, height, width = shape
-    size = round(math.sqrt(height * width))
+    size = max(1, round(math.sqrt(height * width)))
     return n * height * width >= _least_pixels(native.cpu_isa(), kind, name, channels, size)

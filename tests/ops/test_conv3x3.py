@@ -282,6 +282,7 @@ def test_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runs((2, 64, 10, 10), 64)  # as many pixels as four images of 7x7
     assert not runs((64, 512, 7, 7), 512)
     assert not runs((64, 64, 56, 56), 64, "another")
+    assert not runs((0, 64, 7, 7), 64) and not runs((2, 64, 0, 7), 64)
     cpu_rules._least_pixels.cache_clear()
 
 
