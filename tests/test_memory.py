@@ -31,6 +31,8 @@ from resnet_fused.ops import conv3x3, vendor_gemm
 IMPLEMENTATIONS: dict[str, Any] = {"fused": resnet_fused, "reference": reference}
 # Which convolutions fold depends on the number of pixels, so the ratios are those of this batch.
 BATCH = 16
+#: The module: the package resnet_fused.ops has the function under its name.
+RESIDUAL_BLOCK = sys.modules["resnet_fused.ops.residual_block"]
 MB = 1 << 20
 ROOT = Path(__file__).parents[1]
 
@@ -255,6 +257,7 @@ def test_large_tensors_of_a_block(name: str, dtype: torch.dtype, monkeypatch: py
     monkeypatch.setattr(
         conv3x3, "is_faster", lambda *_: True
     )  # whatever was measured on this kind of machine
+    monkeypatch.setattr(RESIDUAL_BLOCK, "FOLD_LIMIT", RESIDUAL_BLOCK.RECOMPUTE_LIMIT)
     chunk = 6 * MB
     monkeypatch.setattr(vendor_gemm, "CHUNK_BYTES", {"cpu": chunk})
     shape = BLOCKS[name]
@@ -280,6 +283,19 @@ def test_large_tensors_of_a_block(name: str, dtype: torch.dtype, monkeypatch: py
         out.backward(grad)
     assert x.grad is not None
     assert tuple([b >= size for b in by].count(True) for by in (by_forward, by_backward)) == made
+
+
+def test_a_recomputed_output_is_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = []
+    for limit in (RESIDUAL_BLOCK.RECOMPUTE_LIMIT, 0):
+        monkeypatch.setattr(RESIDUAL_BLOCK, "FOLD_LIMIT", limit)
+        block = make_block(BLOCKS["identity"])
+        x = torch.randn(2, 256, 28, 28).to(memory_format=torch.channels_last).requires_grad_()
+        with saved_storages(*block.parameters()) as kept:
+            block(x)
+        saved.append(sum(kept.values()))
+    # Nor are a shift, a mean and a covariance.
+    assert saved[0] - saved[1] == 4 * (2 * 64 + 64 * 64)
 
 
 if __name__ == "__main__":

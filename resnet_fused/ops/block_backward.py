@@ -10,7 +10,7 @@ from resnet_fused.ops.block_forward import BlockSpec, Parameters, after_bn, kern
 from resnet_fused.ops.bn_add_relu import bn_add_relu_backward_reduce
 from resnet_fused.ops.bn_relu import bn_relu_backward_reduce
 from resnet_fused.ops.bn_stats import shared_sums
-from resnet_fused.ops.conv_bn import conv_backward, materialize, materialize_gradient
+from resnet_fused.ops.conv_bn import conv_backward, conv_bn_stats, materialize, materialize_gradient
 from resnet_fused.ops.fold_algebra import fold_gradients, fold_gradients_across
 from resnet_fused.ops.folded_conv_bn import folded_dgrad, folded_wgrad
 from resnet_fused.types import Activation, BatchStats, DgradFactors, Gradient, InputCovariance, Pair
@@ -124,6 +124,10 @@ class Backward:
         """As ``conv_backward``, through a branch that is not folded."""
         i = self.block.chain + k
         y, gamma, (mean, invstd, _, coeffs) = self.branch_ys[k], self.parameters[i].gamma, self.stats[i]
+        if y is None:
+            spec = self.specs[i]
+            weight = self.weights[i].to(self.x.dtype)
+            y, *_ = conv_bn_stats([*a], weight, *spec.geometry, spec.eps, False, None, None, False)
         sums = bn_add_relu_backward_reduce(grad, self.mask, y, mean, invstd)
         dy = Gradient(grad, self.mask, y, mean, invstd, gamma, self.parameters[i].beta)
         dy = dy._replace(bn_coeffs=coeffs)

@@ -35,6 +35,7 @@ class ConvSpec(NamedTuple):
 
     input_stride: of a 1x1 convolution of the shortcut, instead of its stride: its input is subsampled first.
     running_stats: the statistics to normalize with; None: the batch's.
+    recomputed: whether backward computes its output again, which is not saved.
     lazy: whether its kernels compute operands in their prologues.
     """
 
@@ -44,6 +45,7 @@ class ConvSpec(NamedTuple):
     group: dist.ProcessGroup | None
     running_stats: BatchStats | None
     folded: bool
+    recomputed: bool
     lazy: bool
 
 
@@ -62,7 +64,8 @@ class Forwarded(NamedTuple):
     """What forward computes; all but ``out`` and ``running`` is saved for backward.
 
     stats: of all batch norms, the shortcut's last. folds, branch_ys: for each branch what is needed where it is
-    folded, and its convolution's output where it is not. running: see bn_stats.unbiased_stats.
+    folded, and its convolution's output where it is neither folded nor recomputed. running: see
+    bn_stats.unbiased_stats.
     """
 
     out: Tensor
@@ -142,7 +145,10 @@ def forward(x: Tensor, block: BlockSpec, parameters: list[Parameters]) -> Forwar
     else:
         out, mask = bn_bn_add_relu_forward(main.a.x, *main.bn, skip.a.x, *skip.bn)
     finalized += [branch.finalized for branch in branches if branch.finalized is not None]
-    branch_ys = [branch.a.x if branch.weight is None else None for branch in branches]
+    branch_ys = [
+        None if spec.folded or spec.recomputed else branch.a.x
+        for spec, branch in zip(block.convs[chain:], branches, strict=True)
+    ]
     stats = [each.stats for each in finalized]
     folds = [branch.fold for branch in branches]
     return Forwarded(out, mask, ys, stats, folds, branch_ys, unbiased_stats(finalized))

@@ -3,10 +3,11 @@
 A block is a chain of convolutions, each with a batch norm and a ReLU, and one or two branches whose sum goes through a
 last ReLU: the main path's last convolution with its batch norm, and the shortcut, which is the block's input or a
 convolution of it with a batch norm of its own. A branch whose convolution is 1x1 is *folded* where that pays: its
-output is never stored (folded_conv_bn).
+output is never stored (folded_conv_bn). Where it doesn't, backward may compute the output again (output_policy).
 
-For backward it saves its input, the outputs of the chain's convolutions (and of a branch that is not folded), one mask
-bit per element of its output, and per-channel vectors; relu(bn(y)) is recomputed where it is needed.
+For backward it saves its input, the outputs of the chain's convolutions (and of a branch that is neither folded nor
+recomputed), one mask bit per element of its output, and per-channel vectors; relu(bn(y)) is recomputed where it is
+needed.
 
 Operands are *lazy* where Triton kernels or native 3x3 convolutions can run: their prologues compute relu(bn(y)) and dy
 while they load. Elsewhere each is materialized once, and shared by the ops that read it.
@@ -137,9 +138,11 @@ def _differentiable(
     return dx, None, *grads
 
 
-#: Multiplications per element of its output that folding a 1x1 convolution may cost beside those of the convolution.
-#: Measured on a CPU, see docs/training-fold.md: at this limit they take as long as the passes that folding saves.
-FOLD_LIMIT = 300
+#: Multiplications per element of its output that folding a 1x1 convolution may cost beside those of the convolution:
+#: above, computing the output again in backward takes less time and saves the same memory. Measured on a CPU.
+FOLD_LIMIT = 50
+#: The same, above which the output is saved.
+RECOMPUTE_LIMIT = 300
 #: Elements of its output from which folding a 1x1 convolution pays on a CPU: below, the ops per channel that it adds
 #: take longer than the passes that it saves, and the memory that it saves is small.
 FOLD_ELEMENTS = 2 << 20
@@ -147,22 +150,24 @@ FOLD_ELEMENTS = 2 << 20
 FOLD_PIXELS = 32
 
 
-def is_folded(conv: ConvBN, pixels: int, lazy: bool = False) -> bool:
-    """Whether a branch's convolution is folded: a 1x1 that does not contract, where that pays.
+def output_policy(conv: ConvBN, pixels: int, lazy: bool = False) -> str:
+    """What becomes of the output of a branch's convolution: it is "folded", "recomputed" in backward, or "saved".
 
-    It always pays where folding adds no pass over memory (``lazy``). Else, with K inputs, N outputs and P pixels, it
-    takes P K^2 multiplications for the covariance and as many for its part of dc, and three times N K^2 for the
-    variances, dW and W^T diag W.
+    A 1x1 convolution that does not contract can be folded. It always pays where folding adds no pass over memory
+    (``lazy``). Else, with K inputs, N outputs and P pixels, it takes P K^2 multiplications for the covariance and as
+    many for its part of dc, and three times N K^2 for the variances, dW and W^T diag W.
     """
     n, k, *kernel = conv.weight.shape
     if kernel != [1, 1] or conv.groups != 1 or conv.padding != (0, 0) or k > n:
-        return False
+        return "saved"
     if not _always(pixels >= FOLD_PIXELS):
-        return False
+        return "saved"
     if lazy:
-        return True
-    costs_little = _always(k * k * (2 * pixels + 3 * n) <= FOLD_LIMIT * pixels * n)
-    return costs_little and _always(pixels * n >= FOLD_ELEMENTS)
+        return "folded"
+    cost, outputs = k * k * (2 * pixels + 3 * n), pixels * n
+    if not (_always(cost <= RECOMPUTE_LIMIT * outputs) and _always(outputs >= FOLD_ELEMENTS)):
+        return "saved"
+    return "folded" if _always(cost <= FOLD_LIMIT * outputs) else "recomputed"
 
 
 def _always(condition: bool) -> bool:
@@ -191,13 +196,14 @@ def convolved_shape(shape: Sequence[int], convs: Sequence[ConvBN]) -> tuple[int,
     return n, channels, *size
 
 
-def _spec(conv: ConvBN, dtype: torch.dtype, folded: bool, is_shortcut: bool, lazy: bool) -> ConvSpec:
+def _spec(conv: ConvBN, dtype: torch.dtype, policy: str, is_shortcut: bool, lazy: bool) -> ConvSpec:
     input_stride, stride = (1, 1), conv.stride
     if is_shortcut and conv.weight.shape[2:] == (1, 1) and conv.padding == (0, 0):
         input_stride, stride = conv.stride, (1, 1)
     geometry = ConvGeometry(stride, conv.padding, conv.dilation, conv.groups)
     stats = None if conv.bn.training else running_stats(conv.bn, dtype)
-    return ConvSpec(geometry, input_stride, conv.bn.eps, conv.bn.group, stats, folded, lazy)
+    flags = policy == "folded", policy == "recomputed", lazy
+    return ConvSpec(geometry, input_stride, conv.bn.eps, conv.bn.group, stats, *flags)
 
 
 def residual_block(x: Tensor, convs: Sequence[ConvBN], downsample: ConvBN | None) -> Tensor:
@@ -235,18 +241,19 @@ def residual_block(x: Tensor, convs: Sequence[ConvBN], downsample: ConvBN | None
     forget(every_conv)
     with without_autocast(device):
         chain, last = len(convs) - 1, convs[-1]
+        policies = ["saved"] * chain
         # The main path's input is not subsampled first.
-        folds = [False] * chain + [last.stride == (1, 1) and is_folded(last, pixels, triton)]
-        folds += [is_folded(conv, pixels, triton) for conv in shortcut]
+        policies += [output_policy(last, pixels, triton) if last.stride == (1, 1) else "saved"]
+        policies += [output_policy(conv, pixels, triton) for conv in shortcut]
         specs = [
             _spec(
                 conv,
                 vectors,
-                folded,
+                policy,
                 i > chain,
-                triton or (not folded and supports_conv3x3(x, conv.weight, conv[2:])),
+                triton or (policy != "folded" and supports_conv3x3(x, conv.weight, conv[2:])),
             )
-            for i, (conv, folded) in enumerate(zip(every_conv, folds, strict=True))
+            for i, (conv, policy) in enumerate(zip(every_conv, policies, strict=True))
         ]
         flat: list[Tensor | None] = []
         for conv in every_conv:

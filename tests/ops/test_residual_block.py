@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import resnet_fused
 from resnet_fused import models, ops, reference
 from resnet_fused.layout import dense
+from resnet_fused.ops import block_backward
 from resnet_fused.types import BatchNorm, ConvBN
 from tests.accuracy import (
     HOSTILE_CASES,
@@ -23,6 +24,7 @@ from tests.accuracy import (
     relative_error,
     shift_from_zero,
 )
+from tests.conftest import RESIDUAL_BLOCK
 from tests.model_pairs import block_pair
 
 
@@ -281,6 +283,20 @@ def test_in_chunks(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
     """A batch is split into many chunks, which small tensors would not need."""
     monkeypatch.setattr("resnet_fused.ops.vendor_gemm.CHUNK_BYTES", {"cpu": 4096, "cuda": 4096})
     check_accuracy(name, "odd_size", True, dtype, "cpu")
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    "name", ["bottleneck", "bottleneck_downsample", "bottleneck_stride", "basic_block_stride"]
+)
+def test_recomputed(name: str, dtype: torch.dtype, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where folding costs too much a 1x1 convolution runs again in backward."""
+    monkeypatch.setattr(RESIDUAL_BLOCK, "FOLD_LIMIT", 0)
+    called = []
+    convolve = block_backward.conv_bn_stats
+    monkeypatch.setattr(block_backward, "conv_bn_stats", lambda *args: called.append(args) or convolve(*args))
+    check_accuracy(name, "plain", training, dtype, "cpu")
+    assert called
 
 
 @pytest.mark.parametrize(
