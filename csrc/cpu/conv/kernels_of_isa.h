@@ -5,6 +5,7 @@
 #include "gemm.h"
 #include "operands.h"
 #include "tiles.h"
+#include "epilogues.h"
 #include "winograd.h"
 #include "winograd_wgrad.h"
 // clang-format on
