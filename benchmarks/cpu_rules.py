@@ -115,13 +115,12 @@ def passes(
 
     bias = vectors()[0]
     filters = conv3x3.conv3x3_filters(weight.float())
-    geometry = [1, 1], [1, 1], [1, 1], 1
-    packed = _MKLDNN._reorder_convolution_weight(weight.float(), *geometry, x.shape)
+    packed = _MKLDNN._reorder_convolution_weight(weight.float(), *_GEOMETRY, x.shape)
 
     def conv_bias_relu() -> Any:
         if dtype != torch.float32:
             return torch.conv2d(x, weight, bias, padding=1).relu_()
-        return _MKLDNN._convolution_pointwise.default(x, packed, bias, *geometry, "relu", [], "")
+        return _MKLDNN._convolution_pointwise.default(x, packed, bias, *_GEOMETRY, "relu", [], "")
 
     def inference() -> Any:
         if dtype != torch.float32 or choice() == "vendor":

@@ -27,12 +27,11 @@ import resnet_fused
 from resnet_fused import models, native, reference
 from resnet_fused.measure import saved_storages
 from resnet_fused.ops import conv3x3, vendor_gemm
+from tests.conftest import RESIDUAL_BLOCK
 
 IMPLEMENTATIONS: dict[str, Any] = {"fused": resnet_fused, "reference": reference}
 # Which convolutions fold depends on the number of pixels, so the ratios are those of this batch.
 BATCH = 16
-#: The module: the package resnet_fused.ops has the function under its name.
-RESIDUAL_BLOCK = sys.modules["resnet_fused.ops.residual_block"]
 MB = 1 << 20
 ROOT = Path(__file__).parents[1]
 

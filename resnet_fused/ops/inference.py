@@ -46,6 +46,11 @@ def _sources(conv: ConvBN) -> tuple[Tensor | None, ...]:
     return conv.weight, bn.running_mean, bn.running_var, bn.weight, bn.bias
 
 
+def _geometry(conv: ConvBN) -> tuple[Any, ...]:
+    """As the ops of torch.ops.mkldnn take it."""
+    return conv.padding, conv.stride, conv.dilation, conv.groups
+
+
 class _Folded:
     """A convolution with the batch norm folded into it, in the layouts of the kernels that have run.
 
@@ -94,8 +99,7 @@ class _Folded:
             self._packed = x.shape, None
             return self._weight
         if packed is None:
-            geometry = conv.padding, conv.stride, conv.dilation, conv.groups
-            packed = _mkldnn._reorder_convolution_weight(self._weight, *geometry, x.shape)
+            packed = _mkldnn._reorder_convolution_weight(self._weight, *_geometry(conv), x.shape)
             self._packed = shape, packed
         return packed
 
@@ -124,7 +128,7 @@ def _conv_bias(x: Tensor, conv: ConvBN, relu: bool, residual: Tensor | None = No
     folded = _of(conv, x.dtype)
     if relu and runs_conv3x3("inference", x, conv.weight, conv[2:]):
         return conv3x3_inference(x, folded.filters(conv), folded.bias, residual)
-    geometry = conv.padding, conv.stride, conv.dilation, conv.groups
+    geometry = _geometry(conv)
     weight, bias = folded.for_vendor(conv, x), folded.bias
     y: Tensor
     if residual is None or conv.groups > 1:  # there is no sum after a grouped convolution
