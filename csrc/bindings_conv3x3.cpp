@@ -116,6 +116,13 @@ std::tuple<Tensor, Tensor, Tensor> conv3x3_dgrad(
   return {da, da_sum, da_sum_xhat};
 }
 
+Tensor new_dweight(const Op& op, const Tensor& x, const std::array<int64_t, 4>& sizes) {
+  return allocated(op, bytes_of(op, sizes, ScalarType::Float), [&] {
+    return torch::stable::empty(sizes, ScalarType::Float, std::nullopt, x.device(), std::nullopt,
+                                MemoryFormat::ChannelsLast);
+  });
+}
+
 Tensor conv3x3_wgrad(const Tensor& g_, const OptionalTensor& mask, const OptionalTensor& y_,
                      const OptionalTensor& mean, const OptionalTensor& invstd, const OptionalTensor& gamma,
                      const OptionalTensor& beta, const OptionalTensor& sum_dz,
@@ -126,11 +133,7 @@ Tensor conv3x3_wgrad(const Tensor& g_, const OptionalTensor& mask, const Optiona
   const Tensor x = channels_last(op, "x", x_), g = channels_last(op, "g", g_);
   check_sizes(op, "g", g, {x.size(0), g.size(1), x.size(2), x.size(3)});
   const OptionalTensor y = optional_like(op, "y", y_, g);
-  const std::array<int64_t, 4> sizes{g.size(1), x.size(1), 3, 3};
-  Tensor dweight = allocated(op, bytes_of(op, sizes, ScalarType::Float), [&] {
-    return torch::stable::empty(sizes, ScalarType::Float, std::nullopt, x.device(), std::nullopt,
-                                MemoryFormat::ChannelsLast);
-  });
+  Tensor dweight = new_dweight(op, x, {g.size(1), x.size(1), 3, 3});
   const Conv3x3Wgrad params{gradient_of(op, g, mask, y, mean, invstd, gamma, beta, sum_dz, sum_dz_xhat),
                             {x.const_data_ptr(), optional_norm(op, x, x_mean, x_invstd, x_gamma, x_beta)},
                             dweight.mutable_data_ptr(),
@@ -138,6 +141,46 @@ Tensor conv3x3_wgrad(const Tensor& g_, const OptionalTensor& mask, const Optiona
                             g.size(1)};
   cpu::conv3x3_wgrad(params);
   return dweight;
+}
+
+std::tuple<Tensor, Tensor> conv_wgrad(const Tensor& g_, const OptionalTensor& mask, const OptionalTensor& y_,
+                                      const OptionalTensor& mean, const OptionalTensor& invstd,
+                                      const OptionalTensor& gamma, const OptionalTensor& beta,
+                                      const OptionalTensor& sum_dz, const OptionalTensor& sum_dz_xhat,
+                                      const Tensor& x_, const OptionalTensor& x_mean,
+                                      const OptionalTensor& x_invstd, const OptionalTensor& x_gamma,
+                                      const OptionalTensor& x_beta, std::vector<int64_t> kernel,
+                                      std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                      std::vector<int64_t> dilation, bool sum) {
+  Op op{"conv_wgrad"};
+  const Tensor x = channels_last(op, "x", x_), g = channels_last(op, "g", g_);
+  for (const auto* pair : {&kernel, &stride, &padding, &dilation})
+    STD_TORCH_CHECK(pair->size() == 2, op, ": kernel, stride, padding and dilation have two numbers each");
+  std::array<int64_t, 4> expected{x.size(0), g.size(1), 0, 0};
+  for (int i = 0; i < 2; i++) {
+    STD_TORCH_CHECK(kernel[i] > 0 && stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0, op,
+                    ": kernel, stride and dilation must be positive, padding not negative");
+    const int64_t room = x.size(2 + i) + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1;
+    expected[2 + i] = room < 0 ? 0 : room / stride[i] + 1;
+  }
+  check_sizes(op, "g", g, expected);
+  const OptionalTensor y = optional_like(op, "y", y_, g);
+  const std::array<int64_t, 4> sizes{g.size(1), x.size(1), kernel[0], kernel[1]};
+  Tensor dweight = new_dweight(op, x, sizes), sum_dy = new_floats(op, x, sum ? g.size(1) : 0);
+  const ConvWgrad params{gradient_of(op, g, mask, y, mean, invstd, gamma, beta, sum_dz, sum_dz_xhat),
+                         {x.const_data_ptr(), optional_norm(op, x, x_mean, x_invstd, x_gamma, x_beta)},
+                         dweight.mutable_data_ptr(),
+                         sum ? sum_dy.mutable_data_ptr() : nullptr,
+                         image(x),
+                         g.size(1),
+                         g.size(2),
+                         g.size(3),
+                         {kernel[0], kernel[1]},
+                         {stride[0], stride[1]},
+                         {padding[0], padding[1]},
+                         {dilation[0], dilation[1]}};
+  cpu::conv_wgrad(params);
+  return {dweight, sum_dy};
 }
 
 Tensor conv3x3_filters(const Tensor& weight) {
@@ -185,6 +228,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
       "conv3x3_wgrad(Tensor g, Tensor? mask, Tensor? y, Tensor? mean, Tensor? invstd, Tensor? gamma,"
       " Tensor? beta, Tensor? sum_dz, Tensor? sum_dz_xhat, Tensor x, Tensor? x_mean, Tensor? x_invstd,"
       " Tensor? x_gamma, Tensor? x_beta) -> Tensor");
+  m.def(
+      "conv_wgrad(Tensor g, Tensor? mask, Tensor? y, Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? "
+      "beta,"
+      " Tensor? sum_dz, Tensor? sum_dz_xhat, Tensor x, Tensor? x_mean, Tensor? x_invstd, Tensor? x_gamma,"
+      " Tensor? x_beta, int[] kernel, int[] stride, int[] padding, int[] dilation, bool sum)"
+      " -> (Tensor dweight, Tensor sum_dy)");
   m.def("conv3x3_filters(Tensor weight) -> Tensor");
   m.def("conv3x3_inference(Tensor x, Tensor filters, Tensor bias, Tensor? residual) -> Tensor");
 }
@@ -193,6 +242,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
   m.impl("conv3x3_forward", TORCH_BOX(&resnet_fused::conv3x3_forward));
   m.impl("conv3x3_dgrad", TORCH_BOX(&resnet_fused::conv3x3_dgrad));
   m.impl("conv3x3_wgrad", TORCH_BOX(&resnet_fused::conv3x3_wgrad));
+  m.impl("conv_wgrad", TORCH_BOX(&resnet_fused::conv_wgrad));
   m.impl("conv3x3_filters", TORCH_BOX(&resnet_fused::conv3x3_filters));
   m.impl("conv3x3_inference", TORCH_BOX(&resnet_fused::conv3x3_inference));
 }

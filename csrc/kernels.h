@@ -254,6 +254,17 @@ struct Conv3x3Wgrad {
   int64_t outputs;
 };
 
+// dweight is (outputs, kernel[0], kernel[1], inputs) in memory; sum_dy, (outputs), over the pixels.
+struct ConvWgrad {
+  LazyGradient dy;
+  LazyActivation a;
+  void* dweight;
+  void* sum_dy;                    // null: not asked for
+  Image shape;                     // of a
+  int64_t outputs, height, width;  // of dy
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+};
+
 // The weight of Conv3x3Inference: transformed once, for many calls.
 struct Conv3x3Filters {
   Weight3x3 weight;
@@ -278,6 +289,7 @@ void conv3x3_inference(const Conv3x3Inference&);
 void conv3x3_forward(const Conv3x3Forward&);
 void conv3x3_dgrad(const Conv3x3Dgrad&);
 void conv3x3_wgrad(const Conv3x3Wgrad&);
+void conv_wgrad(const ConvWgrad&);
 void batch_norm_stats(const BatchNormStats&);
 void bn_relu(const BnRelu&);
 void bn_relu_backward_reduce(const BnReluBackwardReduce&);

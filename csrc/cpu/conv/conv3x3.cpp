@@ -115,6 +115,7 @@ void merge_moments(const Conv3x3Forward& op, const double* means, const double* 
 void conv3x3_forward(const Conv3x3Forward& op) { kernels().forward(op); }
 void conv3x3_dgrad(const Conv3x3Dgrad& op) { kernels().dgrad(op); }
 void conv3x3_wgrad(const Conv3x3Wgrad& op) { kernels().wgrad(op); }
+void conv_wgrad(const ConvWgrad& op) { kernels().conv_wgrad(op); }
 int64_t conv3x3_filter_elements(int64_t inputs, int64_t outputs) {
   return kernels().filter_elements(inputs, outputs);
 }

@@ -61,6 +61,7 @@ struct Conv3x3Kernels {
   int64_t (*filter_elements)(int64_t inputs, int64_t outputs);
   void (*filters)(const Conv3x3Filters&);
   void (*inference)(const Conv3x3Inference&);
+  void (*conv_wgrad)(const ConvWgrad&);
 };
 
 Conv3x3Kernels conv3x3_baseline();

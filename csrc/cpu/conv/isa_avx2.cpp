@@ -15,8 +15,8 @@ constexpr int kLanes = 8, kRows = 6, kGradRows = 4;
 #include "kernels_of_isa.h"
 }  // namespace avx2
 Conv3x3Kernels conv3x3_avx2() {
-  return {avx2::winograd_forward, avx2::winograd_dgrad,   avx2::winograd_wgrad,
-          avx2::filter_elements,  avx2::winograd_filters, avx2::winograd_inference};
+  return {avx2::winograd_forward, avx2::winograd_dgrad,     avx2::winograd_wgrad, avx2::filter_elements,
+          avx2::winograd_filters, avx2::winograd_inference, avx2::implicit_wgrad};
 }
 }  // namespace resnet_fused::cpu
 #if defined(__clang__)

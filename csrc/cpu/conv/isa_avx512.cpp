@@ -16,7 +16,8 @@ constexpr int kLanes = 16, kRows = 14, kGradRows = 8;
 }  // namespace avx512
 Conv3x3Kernels conv3x3_avx512() {
   return {avx512::winograd_forward, avx512::winograd_dgrad,   avx512::winograd_wgrad,
-          avx512::filter_elements,  avx512::winograd_filters, avx512::winograd_inference};
+          avx512::filter_elements,  avx512::winograd_filters, avx512::winograd_inference,
+          avx512::implicit_wgrad};
 }
 }  // namespace resnet_fused::cpu
 #if defined(__clang__)

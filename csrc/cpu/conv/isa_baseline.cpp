@@ -12,6 +12,7 @@ constexpr int kLanes = 4, kRows = 6, kGradRows = 4;
 }  // namespace baseline
 Conv3x3Kernels conv3x3_baseline() {
   return {baseline::winograd_forward, baseline::winograd_dgrad,   baseline::winograd_wgrad,
-          baseline::filter_elements,  baseline::winograd_filters, baseline::winograd_inference};
+          baseline::filter_elements,  baseline::winograd_filters, baseline::winograd_inference,
+          baseline::implicit_wgrad};
 }
 }  // namespace resnet_fused::cpu

@@ -8,4 +8,5 @@
 #include "epilogues.h"
 #include "winograd.h"
 #include "winograd_wgrad.h"
+#include "implicit_wgrad.h"
 // clang-format on
