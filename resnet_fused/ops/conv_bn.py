@@ -20,6 +20,7 @@ from resnet_fused.ops.bn_add_relu import bn_add_relu_backward_dy
 from resnet_fused.ops.bn_relu import bn_relu_backward, bn_relu_backward_reduce, bn_relu_forward
 from resnet_fused.ops.bn_stats import batch_norm_stats
 from resnet_fused.ops.conv3x3 import SUPPORTED, conv3x3_bn_stats, conv3x3_dgrad, conv3x3_wgrad, runs_conv3x3
+from resnet_fused.ops.conv_wgrad import conv_wgrad, runs_conv_wgrad
 from resnet_fused.ops.dispatch import (
     MAX_KERNEL_SIZE,
     MAX_NUMEL,
@@ -354,7 +355,12 @@ def _conv_backward(
     gradients: list[Any]
     if runs_triton(a.x, geometry.groups) and dy.g.numel() < MAX_NUMEL:
         gradients = _fastest_gradients(dy, a, weight, geometry, rest, needs)
-    elif _is_pointwise(weight, geometry) and geometry.stride == input_stride == (1, 1) and all(needs):
+    elif (
+        _is_pointwise(weight, geometry)
+        and geometry.stride == input_stride == (1, 1)
+        and all(needs)
+        and not _runs_wgrad(dy, a, weight, geometry)
+    ):
         da, dweight = _vendor_conv1x1_backward(
             materialize_gradient(dy), materialize(a), weight, residual, residual_mask
         )
@@ -375,15 +381,20 @@ def _gradients(
     needs: list[bool],
 ) -> list[Any]:
     """The gradients that are needed, the weight's first: each by a native kernel or by the vendor."""
-    by_dgrad, by_wgrad = (
+    by_dgrad, by_winograd = (
         needed and rest[2] == (1, 1) and a.shift is None and runs_conv3x3(name, a.x, weight, geometry)
         for name, needed in zip(("dgrad", "wgrad"), needs, strict=True)
     )
-    if (by_dgrad, by_wgrad) != tuple(needs):
+    by_gemm = needs[1] and not by_winograd and _runs_wgrad(dy, a, weight, geometry)
+    if (by_dgrad, by_winograd or by_gemm) != tuple(needs):
         dy = Gradient(materialize_gradient(dy))
     gradients: list[Any] = []
-    if needs[1]:
-        gradients.append(conv3x3_wgrad(dy, a) if by_wgrad else _vendor_wgrad(dy.g, a, weight, geometry))
+    if by_winograd:
+        gradients.append(conv3x3_wgrad(dy, a))
+    elif by_gemm:
+        gradients.append(conv_wgrad(dy, a, weight.shape[2:], geometry)[0])
+    elif needs[1]:
+        gradients.append(_vendor_wgrad(dy.g, a, weight, geometry))
     if by_dgrad:
         da, *sums = conv3x3_dgrad(dy, weight, a, *rest[:2])
         gradients.append((da, *sums, _dy_coeffs(a, *sums) if sums[0].numel() else sums[0]))
@@ -391,6 +402,10 @@ def _gradients(
         da = _vendor_dgrad(dy.g, a.x, weight, geometry, *rest)
         gradients.append((da, *bn_sums(da, a)))
     return gradients
+
+
+def _runs_wgrad(dy: Gradient, a: Activation, weight: Tensor, geometry: ConvGeometry) -> bool:
+    return a.shift is None and runs_conv_wgrad(dy.g, weight.shape, geometry.groups)
 
 
 def _fastest_gradients(

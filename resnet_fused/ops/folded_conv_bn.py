@@ -25,6 +25,7 @@ from resnet_fused.ops.conv_bn import (
     materialize,
     new_vectors,
 )
+from resnet_fused.ops.conv_wgrad import POINTWISE, conv_wgrad, runs_conv_wgrad
 from resnet_fused.ops.dispatch import (
     MAX_NUMEL,
     are_given,
@@ -45,7 +46,7 @@ from resnet_fused.ops.vendor_gemm import (
     rows_per_chunk,
 )
 from resnet_fused.reference import folded_conv_bn as reference
-from resnet_fused.types import Activation, DgradFactors, Pair, pair
+from resnet_fused.types import Activation, DgradFactors, Gradient, Pair, pair
 
 
 def _operand(fields: Sequence[Tensor]) -> Activation | None:
@@ -60,7 +61,11 @@ def _input_covariance(a: Activation, input_stride: Pair) -> tuple[Tensor, Tensor
         c = materialize(a, input_stride)
         mean, var, _ = batch_norm_stats(c, 0.0)
         pixels = c.numel() // c.shape[1]
-        covariance = (chunked_mm_tn(c, c) / pixels).addr_(mean, mean, alpha=-1)
+        if runs_conv_wgrad(c, (*c.shape[1:2] * 2, 1, 1)):
+            products = conv_wgrad(Gradient(c), Activation(c), (1, 1), POINTWISE)[0].flatten(1)
+        else:
+            products = chunked_mm_tn(c, c)
+        covariance = (products / pixels).addr_(mean, mean, alpha=-1)
         # After a ReLU half of the pixels may have one value, whose square a GEMM sums with the same rounding error
         # each time. The variances of the outputs are mostly made of the diagonal.
         covariance.diagonal().copy_(var)
@@ -208,6 +213,14 @@ def _folded_wgrad(
         values = [materialize(a, input_stride)]
         values += [] if skip is None else [materialize(skip, skip_input_stride)]
         channels, dtype = grad.shape[1], statistics_dtype(grad.dtype)
+        if all(runs_conv_wgrad(grad, (channels, c.shape[1], 1, 1)) for c in values):
+            dz = Gradient(grad, mask)
+            native = [
+                conv_wgrad(dz, Activation(c), (1, 1), POINTWISE, i == 0) for i, c in enumerate(values)
+            ]
+            sum_dz = native[0][1]
+            qs = [q.flatten(1) for q, _ in native]
+            return qs[0], qs[1] if len(qs) > 1 else None, sum_dz
         sum_dz = grad.new_zeros(channels, dtype=torch.float64)
         qs = [grad.new_zeros(channels, c.shape[1], dtype=dtype) for c in values]
         rows = rows_per_chunk(grad, channels)

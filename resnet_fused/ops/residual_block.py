@@ -41,6 +41,7 @@ from resnet_fused.ops.block_backward import Backward
 from resnet_fused.ops.block_forward import BlockSpec, ConvSpec, Parameters
 from resnet_fused.ops.bn_stats import check_bn, in_statistics_dtype, running_stats, update_running_stats
 from resnet_fused.ops.conv3x3 import supports_conv3x3
+from resnet_fused.ops.conv_wgrad import supports_conv_wgrad
 from resnet_fused.ops.dispatch import runs_triton
 from resnet_fused.ops.inference import folded_block, forget, runs_folded
 from resnet_fused.types import BatchNorm, BatchStats, ConvBN, ConvGeometry, InputCovariance
@@ -206,6 +207,13 @@ def _spec(conv: ConvBN, dtype: torch.dtype, policy: str, is_shortcut: bool, lazy
     return ConvSpec(geometry, input_stride, conv.bn.eps, conv.bn.group, stats, *flags)
 
 
+def _is_lazy(x: Tensor, conv: ConvBN) -> bool:
+    """Whether there are native kernels that compute a convolution's operands in their prologues."""
+    return supports_conv3x3(x, conv.weight, conv[2:]) or supports_conv_wgrad(
+        x, conv.weight.shape, conv.groups
+    )
+
+
 def residual_block(x: Tensor, convs: Sequence[ConvBN], downsample: ConvBN | None) -> Tensor:
     """relu(bn(conv(...relu(bn(conv(x)))...)) + shortcut), for ``x`` (N, C, H, W), dense in channels_last.
 
@@ -246,13 +254,7 @@ def residual_block(x: Tensor, convs: Sequence[ConvBN], downsample: ConvBN | None
         policies += [output_policy(last, pixels, triton) if last.stride == (1, 1) else "saved"]
         policies += [output_policy(conv, pixels, triton) for conv in shortcut]
         specs = [
-            _spec(
-                conv,
-                vectors,
-                policy,
-                i > chain,
-                triton or (policy != "folded" and supports_conv3x3(x, conv.weight, conv[2:])),
-            )
+            _spec(conv, vectors, policy, i > chain, triton or (policy != "folded" and _is_lazy(x, conv)))
             for i, (conv, policy) in enumerate(zip(every_conv, policies, strict=True))
         ]
         flat: list[Tensor | None] = []

@@ -48,7 +48,8 @@ inline void pixels_under_tap(const ConvWgrad& op, int64_t tap, int64_t first, in
 }
 
 // Sizes, and how the work is cut: parts of the pixels, whose sums are added up in the end, times ranges of
-// the outputs. Parts depend on sizes alone, so that no sum depends on the number of threads.
+// the outputs, as many tasks for each thread. Parts depend on sizes alone, so that no sum depends on the
+// number of threads.
 struct WgradTasks {
   int64_t inputs, outputs, taps, panels, groups, row_size, sums_size, pixels, blocks, parts, ranges;
 
@@ -62,9 +63,10 @@ struct WgradTasks {
         sums_size(groups * kLanes * row_size),
         pixels(op.shape.batch * op.height * op.width),
         blocks((pixels + kBlockPixels - 1) / kBlockPixels) {
-    parts = std::clamp<int64_t>(kPartsBytes / (4 * sums_size), 1, std::min(blocks, kParts));
-    const int64_t most = (groups * kLanes + kTaskOutputs - 1) / kTaskOutputs;
-    ranges = std::clamp<int64_t>((num_threads() + parts - 1) / parts, 1, most);
+    parts = 1;
+    while (2 * parts <= std::min(blocks, kParts) && 2 * parts * sums_size * 4 <= kPartsBytes) parts *= 2;
+    const int64_t threads = num_threads(), most = (groups * kLanes + kTaskOutputs - 1) / kTaskOutputs;
+    ranges = parts % threads == 0 ? 1 : std::min(threads, most);
   }
   int64_t first_pixel(int64_t block) const { return pixels * block / blocks; }
 };
@@ -97,22 +99,24 @@ void implicit_wgrad(const ConvWgrad& op, const A& a, const Dy& dy) {
           for (int lane = 0; lane < kLanes; lane++) to[lane] += double(sum[lane]);
         }
       // GEMMs leave the memory idle: the next block finds its lines in the cache.
-      const int64_t next = block + 1 < last_block ? begin + count : at.pixels, slots = at.taps * at.panels;
+      const int64_t next = block + 1 < last_block ? begin + count : at.pixels,
+                    slots = at.taps * at.panels * range_groups;
       const int64_t ahead = block + 1 < last_block ? at.first_pixel(block + 2) - next : 0;
       for (int64_t tap = 0; tap < at.taps; tap++) {
         int64_t pixels[kBlockPixels];
         pixels_under_tap(op, tap, begin, count, pixels);
         for (int64_t i = 0; i < count; i++)
           pack_pixel<kPanel, kPanelStride>(a, pixels[i], 0, at.inputs, v + i * kPanel);
-        for (int64_t panel = 0; panel < at.panels; panel++) {
-          const int64_t slot = tap * at.panels + panel;
+        for (int64_t step = 0; step < at.panels * range_groups; step++) {
+          const int64_t panel = step / range_groups, group = step % range_groups;
+          const int64_t slot = tap * at.panels * range_groups + step;
           const int64_t from = next + ahead * slot / slots, to = next + ahead * (slot + 1) / slots;
           dy.prefetch(from, to);
           a.prefetch(from * input_pixels / at.pixels, to * input_pixels / at.pixels);
-          for (int64_t group = 0; group < range_groups; group++)
-            for (int64_t k = 0; k < kLanes; k += kGradRows)
-              gemm_tn(d + group * kGroupStride + k, v + panel * kPanelStride, count, block > first_block,
-                      part_sums + (group * kLanes + k) * at.row_size + slot * kPanel, at.row_size);
+          for (int64_t k = 0; k < kLanes; k += kGradRows)
+            gemm_tn(d + group * kGroupStride + k, v + panel * kPanelStride, count, block > first_block,
+                    part_sums + (group * kLanes + k) * at.row_size + (tap * at.panels + panel) * kPanel,
+                    at.row_size);
         }
       }
     }
