@@ -1,7 +1,7 @@
 """How many images a residual block needs to train faster fused than as PyTorch's operators; see cpu_rules.
 
-Below, the host time of a block's ops is longer than what fusion saves. From 16 images of 224x224 on they run fused
-whatever is measured: there the memory that they save counts.
+Below, the host time of a block's ops is longer than what fusion saves. From 16 images of 224x224 on (64 in bf16) they run
+fused whatever is measured: there the memory that they save counts.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from resnet_fused.measure import EAGER, OURS, Case, Comparison, Provider, quanti
 
 #: Channels within the block, and the height and width of its input: in ImageNet's stages and in those of 32x32 images.
 SHAPES = {64: (56, 8), 128: (56, 28, 8, 4), 256: (28, 14, 4, 2), 512: (14, 7, 2, 1)}
-BATCHES = (1, 2, 4, 8, 16, 64, 256)
-#: Batch size from which blocks run fused whatever is measured, by the size of the input.
-LARGEST = {56: 16, 28: 16, 14: 16, 7: 16, 8: 512, 4: 512, 2: 512, 1: 512}
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 256)
 KINDS = {
     "basic": (reference.BasicBlock, models.BasicBlock),
     "bottleneck": (reference.Bottleneck, models.Bottleneck),
@@ -35,6 +33,13 @@ NAMES = [
 ]
 
 
+def largest(size: int, precision: str) -> int:
+    """Batch size from which blocks run fused whatever is measured, by the size of the input."""
+    if size in (8, 4, 2, 1):
+        return 512
+    return 16 if precision == "fp32" else 64
+
+
 def cases() -> Iterator[tuple[str, bool, str, int, int, int]]:
     """(kind, whether it downsamples, precision, channels, size of the input, batch)."""
     for kind, downsample, precision in itertools.product(KINDS, (False, True), ("fp32", "bf16")):
@@ -43,7 +48,7 @@ def cases() -> Iterator[tuple[str, bool, str, int, int, int]]:
             larger = [size for size in sizes if size * 2 not in sizes or channels == 64]
             for size in larger if downsample else sizes:
                 for batch in BATCHES:
-                    if batch < LARGEST[size] and (batch > 1 or size > 2):
+                    if batch < largest(size, precision) and (batch > 1 or size > 2):
                         yield kind, downsample, precision, channels, size, batch
 
 
@@ -111,10 +116,12 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 
 
 def limited(rules: dict[str, dict[str, dict[str, int]]]) -> dict[str, dict[str, dict[str, int]]]:
-    """Rules with no batch size above LARGEST."""
+    """Rules with no batch size above ``largest``."""
     return {
         name: {
-            c: {size: min(batch, LARGEST[int(size)]) for size, batch in sizes.items()}
+            c: {
+                size: min(batch, largest(int(size), name.rpartition("_")[2])) for size, batch in sizes.items()
+            }
             for c, sizes in table.items()
         }
         for name, table in rules.items()

@@ -9,7 +9,8 @@
 
 The fourth pass is evaluation's, where weights are folded and packed beforehand: a convolution with bias and ReLU.
 
-Then residual blocks, forward and backward in training, fused and as PyTorch's operators (block_rules).
+Then the gradients of 1x1 and strided convolutions (wgrad_rules), and residual blocks, forward and backward in training,
+fused and as PyTorch's operators (block_rules).
 
 For each number of channels and image size the rule is the batch size from which ours are faster. ``--write`` puts it
 into resnet_fused/ops/cpu_rules.json, beside those of other machines: ours run where they are faster on all that have
@@ -36,7 +37,7 @@ import torch
 from torch import Tensor
 
 import resnet_fused
-from benchmarks import block_rules
+from benchmarks import block_rules, wgrad_rules
 from benchmarks.page import markdown
 from resnet_fused import native
 from resnet_fused.accuracy import relative_error
@@ -247,19 +248,23 @@ def main() -> int:
             if case[2] == 2 and case[1] <= LARGEST_CHECKED:
                 check(*case)
             rows += measure(*case, arguments.rounds)
-    frame, blocks = pd.DataFrame(rows), pd.DataFrame(block_rules.measure(arguments.rounds))
-    if arguments.table:
-        pd.concat([frame, blocks]).to_csv(arguments.table, index=False, float_format="%.4g")
-    print(markdown(frame.round(2)))
-    print(markdown(blocks.round(2)))
+        wgrads = pd.DataFrame(wgrad_rules.measure(arguments.rounds))
+    frame = pd.DataFrame(rows)
     how = f"{torch.get_num_threads()} threads, torch {torch.__version__}, {date.today()}"
     machine = {
         "isa": native.cpu_isa(),
         "machine": cpu_name(),
         "measured": how,
-        "convolutions": rule(frame, PASSES),
-        "blocks": block_rules.limited(rule(blocks, block_rules.NAMES)),
+        "convolutions": rule(frame, PASSES) | rule(wgrads, wgrad_rules.NAMES),
     }
+    if arguments.write:
+        write(machine)  # blocks run by it
+    blocks = pd.DataFrame(block_rules.measure(arguments.rounds))
+    machine["blocks"] = block_rules.limited(rule(blocks, block_rules.NAMES))
+    if arguments.table:
+        pd.concat([frame, wgrads, blocks]).to_csv(arguments.table, index=False, float_format="%.4g")
+    for measured in (frame, wgrads, blocks):
+        print(markdown(measured.round(2)))
     print(f"\n{json.dumps(machine)}")
     if arguments.write:
         write(machine)
@@ -286,6 +291,8 @@ def write(machine: dict[str, Any]) -> None:
         " [channels][height and width]: the batch size from which ours are faster"
     )
     cpu_rules.RULES.write_text(f'{{"about": "{about}",\n"machines": [\n{lines}\n]}}\n')
+    cpu_rules.tables.cache_clear()
+    cpu_rules._least_pixels.cache_clear()
 
 
 def _json_lines(machine: dict[str, Any]) -> str:

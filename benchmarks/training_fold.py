@@ -120,7 +120,7 @@ def folded_table(batch: int = 16, size: int = 224) -> str:
                 "N": n,
                 "pixels P": f"{pixels:,}",
                 "K^2 (2P + 3N) / PN": f"{k * k * (2 * pixels + 3 * n) / (pixels * n):.0f}",
-                "its output": output_policy(operand, pixels),
+                "its output": output_policy(operand, pixels, torch.float32),
             }
         )
     return markdown(pd.DataFrame(rows))

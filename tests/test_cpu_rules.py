@@ -17,12 +17,12 @@ def test_the_batch_from_which_ours_gain() -> None:
     ratios = {1: 0.5, 2: 0.9, 4: 1.3, 8: 0.99, 16: 1.2}  # 8 is noise beside its neighbours
     rows = [
         {"name": name, "channels": 64, "size": 56, "batch": batch, "vendor / ours": ratio * factor}
-        for name, factor in (("faster", 1.0), ("never", 0.5))
+        for name, factor in (("faster_fp32", 1.0), ("never_fp32", 0.5))
         for batch, ratio in ratios.items()
     ]
-    rules = cpu_rules.rule(pd.DataFrame(rows), ["faster", "never"])
-    assert rules == {"faster": {"64": {"56": 4}}, "never": {"64": {"56": cpu_rules.NEVER}}}
-    assert block_rules.limited(rules)["never"] == {"64": {"56": block_rules.LARGEST[56]}}
+    rules = cpu_rules.rule(pd.DataFrame(rows), ["faster_fp32", "never_fp32"])
+    assert rules == {"faster_fp32": {"64": {"56": 4}}, "never_fp32": {"64": {"56": cpu_rules.NEVER}}}
+    assert block_rules.limited(rules)["never_fp32"] == {"64": {"56": block_rules.largest(56, "fp32")}}
 
 
 def test_a_machine_replaces_what_was_measured_on_its_like(

@@ -61,7 +61,7 @@ def _input_covariance(a: Activation, input_stride: Pair) -> tuple[Tensor, Tensor
         c = materialize(a, input_stride)
         mean, var, _ = batch_norm_stats(c, 0.0)
         pixels = c.numel() // c.shape[1]
-        if runs_conv_wgrad(c, (*c.shape[1:2] * 2, 1, 1)):
+        if runs_conv_wgrad(c, (c.shape[1], c.shape[1], 1, 1)):
             products = conv_wgrad(Gradient(c), Activation(c), (1, 1), POINTWISE)[0].flatten(1)
         else:
             products = chunked_mm_tn(c, c)
@@ -201,6 +201,23 @@ def _dz_chunks(grad: Tensor, mask: Tensor, rows: int, sum_dz: Tensor | None = No
         yield dz
 
 
+def _vendor_folded_wgrad(grad: Tensor, mask: Tensor, values: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """dz^T c for each input c, and dz summed over the pixels."""
+    channels, dtype = grad.shape[1], statistics_dtype(grad.dtype)
+    if all(runs_conv_wgrad(grad, (channels, c.shape[1], 1, 1)) for c in values):
+        dz = Gradient(grad, mask)
+        results = [conv_wgrad(dz, Activation(c), (1, 1), POINTWISE, c is values[0]) for c in values]
+        return [q.flatten(1) for q, _ in results], results[0][1]
+    sum_dz = grad.new_zeros(channels, dtype=torch.float64)
+    qs = [grad.new_zeros(channels, c.shape[1], dtype=dtype) for c in values]
+    rows = rows_per_chunk(grad, channels)
+    c_chunks = zip(*(chunks(c, rows) for c in values), strict=True)
+    for dz_chunk, cs in zip(_dz_chunks(grad, mask, rows, sum_dz), c_chunks, strict=True):
+        for q, c in zip(qs, cs, strict=True):
+            q += mm_tn(dz_chunk, c)
+    return qs, sum_dz.to(dtype)
+
+
 def _folded_wgrad(
     grad: Tensor,
     mask: Tensor,
@@ -212,23 +229,8 @@ def _folded_wgrad(
     def vendor() -> tuple[Tensor | None, ...]:
         values = [materialize(a, input_stride)]
         values += [] if skip is None else [materialize(skip, skip_input_stride)]
-        channels, dtype = grad.shape[1], statistics_dtype(grad.dtype)
-        if all(runs_conv_wgrad(grad, (channels, c.shape[1], 1, 1)) for c in values):
-            dz = Gradient(grad, mask)
-            native = [
-                conv_wgrad(dz, Activation(c), (1, 1), POINTWISE, i == 0) for i, c in enumerate(values)
-            ]
-            sum_dz = native[0][1]
-            qs = [q.flatten(1) for q, _ in native]
-            return qs[0], qs[1] if len(qs) > 1 else None, sum_dz
-        sum_dz = grad.new_zeros(channels, dtype=torch.float64)
-        qs = [grad.new_zeros(channels, c.shape[1], dtype=dtype) for c in values]
-        rows = rows_per_chunk(grad, channels)
-        c_chunks = zip(*(chunks(c, rows) for c in values), strict=True)
-        for dz, cs in zip(_dz_chunks(grad, mask, rows, sum_dz), c_chunks, strict=True):
-            for q, c in zip(qs, cs, strict=True):
-                q += mm_tn(dz, c)
-        return qs[0], qs[1] if len(qs) > 1 else None, sum_dz.to(dtype)
+        qs, sum_dz = _vendor_folded_wgrad(grad, mask, values)
+        return qs[0], qs[1] if len(qs) > 1 else None, sum_dz
 
     largest = max(a.x.numel(), 0 if skip is None else skip.x.numel())
     if not runs_triton(grad) or largest >= MAX_NUMEL:

@@ -126,7 +126,7 @@ void implicit_wgrad(const ConvWgrad& op, const A& a, const Dy& dy) {
     for (int64_t tap = 0; tap < at.taps; tap++)
       for (int64_t c = 0; c < at.inputs; c += kLanes) {
         const float* from = sums.data() + k * at.row_size + tap * at.panels * kPanel + c;
-        Vec sum = load(from);
+        Vec sum = at.blocks == 0 ? Vec{} : load(from);
         for (int64_t part = 1; part < at.parts; part++) sum += load(from + part * at.sums_size);
         store(dweight + (k * at.taps + tap) * at.inputs + c, sum,
               int(std::min<int64_t>(kLanes, at.inputs - c)));
