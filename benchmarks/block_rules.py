@@ -1,7 +1,7 @@
 """How many images a residual block needs to train faster fused than as PyTorch's operators; see cpu_rules.
 
-Below, the host time of a block's ops is longer than what fusion saves. From 16 images of 224x224 on (64 in bf16) they run
-fused whatever is measured: there the memory that they save counts.
+Below, the host time of a block's ops is longer than what fusion saves. From 16 images of 224x224 on (64 in bf16) they
+run fused whatever is measured: there the memory that they save counts.
 """
 
 from __future__ import annotations
