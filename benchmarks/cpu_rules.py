@@ -55,7 +55,8 @@ from resnet_fused.measure import (
 )
 from resnet_fused.ops import conv3x3, cpu_rules
 from resnet_fused.ops.bn_relu import bn_relu_backward_reduce
-from resnet_fused.ops.conv_bn import conv_backward, conv_bn_stats, materialize, materialize_gradient
+from resnet_fused.ops.conv_bn import conv_backward, conv_bn_stats
+from resnet_fused.ops.vendor_conv import materialize, materialize_gradient
 from resnet_fused.types import Activation, Gradient
 
 CHANNELS = (64, 128, 256, 512)

@@ -10,9 +10,10 @@ from resnet_fused.ops.block_forward import BlockSpec, Parameters, after_bn, kern
 from resnet_fused.ops.bn_add_relu import bn_add_relu_backward_reduce
 from resnet_fused.ops.bn_relu import bn_relu_backward_reduce
 from resnet_fused.ops.bn_stats import shared_sums
-from resnet_fused.ops.conv_bn import conv_backward, conv_bn_stats, materialize, materialize_gradient
+from resnet_fused.ops.conv_bn import conv_backward, conv_bn_stats
 from resnet_fused.ops.fold_algebra import fold_gradients, fold_gradients_across
 from resnet_fused.ops.folded_conv_bn import folded_dgrad, folded_wgrad
+from resnet_fused.ops.vendor_conv import materialize, materialize_gradient
 from resnet_fused.types import Activation, BatchStats, DgradFactors, Gradient, InputCovariance, Pair
 
 

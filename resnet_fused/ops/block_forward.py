@@ -13,9 +13,10 @@ from resnet_fused.layout import statistics_dtype
 from resnet_fused.ops.bn_add_relu import bn_add_relu_forward
 from resnet_fused.ops.bn_bn_add_relu import bn_bn_add_relu_forward
 from resnet_fused.ops.bn_stats import FinalizedStats, check_pixels, finalize_stats, unbiased_stats
-from resnet_fused.ops.conv_bn import conv_bn_stats, materialize
+from resnet_fused.ops.conv_bn import conv_bn_stats
 from resnet_fused.ops.fold_algebra import fold_statistics, rectified_mean
 from resnet_fused.ops.folded_conv_bn import conv1x1_bn_add_relu, input_covariance
+from resnet_fused.ops.vendor_conv import materialize
 from resnet_fused.types import Activation, BatchStats, ConvGeometry, InputCovariance, Pair, make_bn_coeffs
 
 #: Pixels from which the mean of a folded shortcut's input is estimated.

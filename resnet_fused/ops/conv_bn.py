@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.layout import new_activation, statistics_dtype, subsample
+from resnet_fused.layout import new_activation, statistics_dtype
 from resnet_fused.ops import _checks
-from resnet_fused.ops.bn_add_relu import bn_add_relu_backward_dy
-from resnet_fused.ops.bn_relu import bn_relu_backward, bn_relu_backward_reduce, bn_relu_forward
+from resnet_fused.ops.bn_relu import bn_relu_backward_reduce
 from resnet_fused.ops.bn_stats import batch_norm_stats
 from resnet_fused.ops.conv3x3 import SUPPORTED, conv3x3_bn_stats, conv3x3_dgrad, conv3x3_wgrad, runs_conv3x3
 from resnet_fused.ops.conv_wgrad import conv_wgrad, runs_conv_wgrad
@@ -32,16 +31,15 @@ from resnet_fused.ops.dispatch import (
     runs_triton,
     tunable,
 )
-from resnet_fused.ops.masked_grad import fresh_like, masked_grad
+from resnet_fused.ops.padding_taps import taps_inside
 from resnet_fused.ops.registry import register_op
-from resnet_fused.ops.vendor_gemm import (
-    addmm_nt_,
-    chunked_mm_tn,
-    chunks,
-    conv1x1_backward,
-    mm_nt_out,
-    mm_tn,
-    rows_per_chunk,
+from resnet_fused.ops.vendor_conv import (
+    is_pointwise,
+    materialize,
+    materialize_gradient,
+    vendor_conv1x1_backward,
+    vendor_dgrad,
+    vendor_wgrad,
 )
 from resnet_fused.reference import conv_bn as reference
 from resnet_fused.types import (
@@ -55,30 +53,6 @@ from resnet_fused.types import (
 )
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
-
-
-def materialize(a: Activation, input_stride: Sequence[int] = (1, 1)) -> Tensor:
-    """The value of an activation at every input_stride-th pixel, in memory."""
-    x = subsample(a.x, input_stride)
-    if a.mean is not None:
-        value: Tensor = bn_relu_forward(x, a.mean, a.invstd, a.weight, a.bias, a.shift)
-        return value
-    return x if a.shift is None else x - a.shift.to(x.dtype).view(1, -1, 1, 1)
-
-
-def materialize_gradient(dy: Gradient) -> Tensor:
-    """The value of a gradient, in memory."""
-    value: Tensor
-    if dy.mean is None:
-        if dy.mask is None:
-            return dy.g
-        value = fresh_like(dy.g)
-        masked_grad(dy.g, dy.mask, value, False, None)
-    elif dy.mask is None:
-        value = bn_relu_backward(dy.g, *dy[2:9])
-    else:
-        value = bn_add_relu_backward_dy(dy.g, dy.mask, *dy[2:6], *dy[7:9])
-    return value
 
 
 def empty_vectors(like: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -137,40 +111,6 @@ def _bn_coeffs(y: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor | None, be
     return coeffs
 
 
-# Taps that see only padding
-#
-# At the end of a ResNet for small images, activations of 1x1 or 2x2 pixels meet kernels of 3x3: five or eight taps of
-# nine see only padding, and their gradient is zero. The vendor reads and writes them all the same.
-
-
-def _taps_inside(size: int, outputs: int, kernel: int, stride: int, padding: int, dilation: int) -> range:
-    """The taps of one dimension that see a pixel, if a convolution with them alone has as many outputs; else all."""
-    firsts = range(-padding, outputs * stride - padding, stride)
-    inside = [t for t in range(kernel) if any(0 <= first + t * dilation < size for first in firsts)]
-    if not inside or inside[0] * dilation > padding:
-        return range(kernel)
-    taps = range(inside[0], inside[-1] + 1)
-    extent = size + 2 * (padding - taps[0] * dilation) - dilation * (len(taps) - 1) - 1
-    return taps if extent // stride + 1 == outputs else range(kernel)
-
-
-def _crop(
-    x: Tensor, weight: Tensor, geometry: ConvGeometry
-) -> tuple[tuple[slice, slice], ConvGeometry] | None:
-    """Rows and columns of taps that see a pixel of ``x``, and the geometry for them; None where all do, or on a GPU."""
-    if x.device.type != "cpu" or max(x.shape[2:]) >= max(weight.shape[2:]) or runs_triton(x):
-        return None
-    per_dimension = zip(
-        x.shape[2:], geometry.out_size(x, weight), weight.shape[2:], *geometry[:3], strict=True
-    )
-    taps = [_taps_inside(*numbers) for numbers in per_dimension]
-    rows, cols = (slice(t.start, t.stop) for t in taps)
-    if [*map(len, taps)] == [*weight.shape[2:]]:
-        return None
-    padding = [p - t.start * d for p, t, d in zip(geometry.padding, taps, geometry.dilation, strict=True)]
-    return (rows, cols), geometry._replace(padding=pair(padding))
-
-
 # Forward
 
 
@@ -184,7 +124,7 @@ def _conv_bn_stats(
     beta: Tensor | None,
     coeffs: bool,
 ) -> tuple[Tensor, ...]:
-    if (crop := _crop(a.x, weight, geometry)) is not None:
+    if (crop := taps_inside(a.x, weight, geometry)) is not None:
         (rows, cols), geometry = crop
         weight = weight[:, :, rows, cols].contiguous(memory_format=torch.channels_last)
 
@@ -253,82 +193,6 @@ conv_bn_stats = register_op(
 # Backward
 
 
-def _is_pointwise(weight: Tensor, geometry: ConvGeometry) -> bool:
-    """A 1x1 convolution without padding and groups; of any stride."""
-    return weight.shape[2:] == (1, 1) and geometry.padding == (0, 0) and geometry.groups == 1
-
-
-def _as_conv_weight(q: Tensor) -> Tensor:
-    """(N, K) as (N, K, 1, 1), with the strides of a channels_last tensor."""
-    return q[:, None, None].permute(0, 3, 1, 2)
-
-
-def _add_residual(da: Tensor, residual: Tensor, mask: Tensor | None, input_stride: Pair) -> None:
-    if mask is not None and input_stride == (1, 1):
-        masked_grad(residual, mask, da, True, None)
-    else:
-        da[:, :, :: input_stride[0], :: input_stride[1]] += materialize_gradient(Gradient(residual, mask))
-
-
-def _vendor_dgrad(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    geometry: ConvGeometry,
-    residual: Tensor | None,
-    residual_mask: Tensor | None,
-    input_stride: Pair,
-) -> Tensor:
-    """The gradient w.r.t. the convolution's input ``x``, which is given for its shape."""
-    grad_input, _, _ = torch.ops.aten.convolution_backward.default(
-        dy, x, weight, None, *geometry[:3], False, [0, 0], geometry.groups, [True, False, False]
-    )
-    da: Tensor = grad_input.contiguous(memory_format=torch.channels_last)
-    if residual is not None:
-        _add_residual(da, residual, residual_mask, input_stride)
-    return da
-
-
-def _vendor_wgrad(dy: Tensor, a: Activation, weight: Tensor, geometry: ConvGeometry) -> Tensor:
-    if _is_pointwise(weight, geometry):
-        return _as_conv_weight(chunked_mm_tn(dy, materialize(a, geometry.stride)))
-    _, grad_weight, _ = torch.ops.aten.convolution_backward.default(
-        dy, materialize(a), weight, None, *geometry[:3], False, [0, 0], geometry.groups, [False, True, False]
-    )
-    return grad_weight.to(statistics_dtype(dy.dtype)).contiguous(memory_format=torch.channels_last)
-
-
-def _vendor_conv1x1_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, residual: Tensor | None, residual_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(da, dweight) of a 1x1 convolution of stride 1, chunk by chunk: both GEMMs read dy from the cache."""
-    rows = rows_per_chunk(x, max(x.shape[1], dy.shape[1]))
-    if rows * x.shape[1] >= x.numel():  # all of the batch is in the cache
-        da, dweight = conv1x1_backward(dy, x, weight)
-        da = da.contiguous(memory_format=torch.channels_last)
-        if residual is not None:
-            _add_residual(da, residual, residual_mask, (1, 1))
-        return da, _as_conv_weight(dweight.flatten(1).to(statistics_dtype(dy.dtype)))
-    da = fresh_like(x)
-    dweight = weight.new_zeros(weight.shape[:2], dtype=statistics_dtype(weight.dtype))
-    transposed = weight.transpose(0, 1).contiguous()
-    residuals = [None] * len(chunks(x, rows)) if residual is None else chunks(residual, rows)
-    masks = [None] * len(residuals) if residual_mask is None else residual_mask.split(rows)
-    for da_chunk, dy_chunk, x_chunk, added, mask in zip(
-        chunks(da, rows), chunks(dy, rows), chunks(x, rows), residuals, masks, strict=True
-    ):
-        if added is None:
-            mm_nt_out(da_chunk, dy_chunk, transposed)
-        else:
-            if mask is None:
-                da_chunk.copy_(added)
-            else:
-                masked_grad(added, mask, da_chunk, False, None)
-            addmm_nt_(da_chunk, dy_chunk, transposed)
-        dweight += mm_tn(dy_chunk, x_chunk)
-    return da, _as_conv_weight(dweight)
-
-
 def _conv_backward(
     dy: Gradient,
     a: Activation,
@@ -339,7 +203,7 @@ def _conv_backward(
     input_stride: Pair,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    if (crop := _crop(a.x, weight, geometry)) is not None:
+    if (crop := taps_inside(a.x, weight, geometry)) is not None:
         (rows, cols), geometry = crop
         inside = weight[:, :, rows, cols].contiguous(memory_format=torch.channels_last)
         *results, dinside = _conv_backward(
@@ -355,16 +219,6 @@ def _conv_backward(
     gradients: list[Any]
     if runs_triton(a.x, geometry.groups) and dy.g.numel() < MAX_NUMEL:
         gradients = _fastest_gradients(dy, a, weight, geometry, rest, needs)
-    elif (
-        _is_pointwise(weight, geometry)
-        and geometry.stride == input_stride == (1, 1)
-        and all(needs)
-        and not _runs_wgrad(dy, a, weight, geometry)
-    ):
-        da, dweight = _vendor_conv1x1_backward(
-            materialize_gradient(dy), materialize(a), weight, residual, residual_mask
-        )
-        gradients = [dweight, (da, *bn_sums(da, a))]
     else:
         gradients = _gradients(dy, a, weight, geometry, rest, needs)
     dweight = gradients[0] if needs_weight else empty_vectors(a.x, 1)[0]
@@ -388,20 +242,27 @@ def _gradients(
     by_gemm = needs[1] and not by_winograd and _runs_wgrad(dy, a, weight, geometry)
     if (by_dgrad, by_winograd or by_gemm) != tuple(needs):
         dy = Gradient(materialize_gradient(dy))
-    gradients: list[Any] = []
+    dweight, dinput = None, None
     if by_winograd:
-        gradients.append(conv3x3_wgrad(dy, a))
+        dweight = conv3x3_wgrad(dy, a)
     elif by_gemm:
-        gradients.append(conv_wgrad(dy, a, weight.shape[2:], geometry)[0])
-    elif needs[1]:
-        gradients.append(_vendor_wgrad(dy.g, a, weight, geometry))
+        dweight = conv_wgrad(dy, a, weight.shape[2:], geometry)[0]
+    is_chunked = needs[0] and is_pointwise(weight, geometry) and geometry.stride == rest[2] == (1, 1)
+    missing = needs[1] and dweight is None
+    if missing and not is_chunked:
+        dweight = vendor_wgrad(dy.g, a, weight, geometry)
     if by_dgrad:
         da, *sums = conv3x3_dgrad(dy, weight, a, *rest[:2])
-        gradients.append((da, *sums, _dy_coeffs(a, *sums) if sums[0].numel() else sums[0]))
+        dinput = (da, *sums, _dy_coeffs(a, *sums) if sums[0].numel() else sums[0])
+    elif is_chunked:
+        x = materialize(a) if missing else a.x
+        da, by_chunks = vendor_conv1x1_backward(dy.g, x, weight, *rest[:2], missing)
+        dweight = by_chunks if missing else dweight
+        dinput = (da, *bn_sums(da, a))
     elif needs[0]:
-        da = _vendor_dgrad(dy.g, a.x, weight, geometry, *rest)
-        gradients.append((da, *bn_sums(da, a)))
-    return gradients
+        da = vendor_dgrad(dy.g, a.x, weight, geometry, *rest)
+        dinput = (da, *bn_sums(da, a))
+    return [gradient for gradient in (dweight, dinput) if gradient is not None]
 
 
 def _runs_wgrad(dy: Gradient, a: Activation, weight: Tensor, geometry: ConvGeometry) -> bool:
@@ -425,12 +286,12 @@ def _fastest_gradients(
 
     value = functools.cache(materialize_dy)
 
-    def vendor_dgrad() -> tuple[Tensor, ...]:
-        da = _vendor_dgrad(value(), a.x, weight, geometry, *rest)
+    def run_dgrad() -> tuple[Tensor, ...]:
+        da = vendor_dgrad(value(), a.x, weight, geometry, *rest)
         return da, *bn_sums(da, a)
 
-    def vendor_wgrad() -> Tensor:
-        return _vendor_wgrad(value(), a, weight, geometry)
+    def run_wgrad() -> Tensor:
+        return vendor_wgrad(value(), a, weight, geometry)
 
     x, (residual, residual_mask, input_stride) = a.x, rest
     sizes = _sizes(x, weight, geometry)
@@ -438,13 +299,13 @@ def _fastest_gradients(
     if needs[1]:
         flags = operand_is_given(dy) + operand_is_given(a)
         arguments: tuple[Any, ...] = (dy, a, weight, geometry)
-        candidates.append(tunable("wgrad", x, (*sizes, *flags), arguments, vendor_wgrad, reference.wgrad))
+        candidates.append(tunable("wgrad", x, (*sizes, *flags), arguments, run_wgrad, reference.wgrad))
     if needs[0]:
         flags = operand_is_given(dy) + operand_is_given(a) + are_given((residual, residual_mask))
         has_kernel = max(weight.shape[2:]) <= MAX_KERNEL_SIZE
         has_kernel = has_kernel and (max(geometry.stride) == 1 or max(geometry.dilation) == 1)
         key, arguments = (*sizes, *input_stride, *flags), (dy, weight, geometry, a, *rest)
-        candidates.append(tunable("dgrad", x, key, arguments, vendor_dgrad, reference.dgrad, has_kernel))
+        candidates.append(tunable("dgrad", x, key, arguments, run_dgrad, reference.dgrad, has_kernel))
     flags = operand_is_given(dy)
     shared = tunable(
         "gradient", dy.g, (*dy.g.shape, *flags), (), materialize_dy, materialize_dy, has_kernel=False

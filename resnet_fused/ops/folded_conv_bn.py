@@ -22,7 +22,6 @@ from resnet_fused.ops.conv_bn import (
     bn_sums,
     empty_vectors,
     fake_bn_sums,
-    materialize,
     new_vectors,
 )
 from resnet_fused.ops.conv_wgrad import POINTWISE, conv_wgrad, runs_conv_wgrad
@@ -36,6 +35,7 @@ from resnet_fused.ops.dispatch import (
 )
 from resnet_fused.ops.masked_grad import fresh_like, masked_grad
 from resnet_fused.ops.registry import register_op
+from resnet_fused.ops.vendor_conv import materialize
 from resnet_fused.ops.vendor_gemm import (
     addmm_nt_,
     chunked_mm_tn,

@@ -102,10 +102,12 @@ def mm_tn(a: Tensor, b: Tensor) -> Tensor:
     return grad_weight.view(n, k)
 
 
-def conv1x1_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(dx, dweight) of a 1x1 convolution, by the vendor alone."""
+def conv1x1_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, needs_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(dx, dweight) of a 1x1 convolution, by the vendor alone; dweight is None where it isn't needed."""
     dx, dweight, _ = torch.ops.aten.convolution_backward.default(
-        dy, x, weight, None, *_GEOMETRY, [True, True, False]
+        dy, x, weight, None, *_GEOMETRY, [True, needs_weight, False]
     )
     return dx, dweight
 

@@ -221,7 +221,7 @@ def test_one_pixel() -> None:
 def test_taps_that_see_only_padding_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the geometry, results are those of all taps."""
     module, cropped = sys.modules["resnet_fused.ops.conv_bn"], []
-    crop = module._crop  # type: ignore[attr-defined]
+    crop = module.taps_inside  # type: ignore[attr-defined]
 
     def noting(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Any:
         result = crop(x, weight, geometry)
@@ -229,7 +229,7 @@ def test_taps_that_see_only_padding_are_left_out(monkeypatch: pytest.MonkeyPatch
             cropped.append((tuple(x.shape[2:]), tuple(weight.shape[2:]), geometry))
         return result
 
-    monkeypatch.setattr(module, "_crop", noting)
+    monkeypatch.setattr(module, "taps_inside", noting)
     sizes, kernels = [(1, 1), (2, 1), (2, 2), (3, 2)], [(3, 3), (1, 3), (7, 4)]
     steps = [(1, 1), (2, 1), (2, 2), (3, 3)]
     for size, kernel, stride, padding, dilation in itertools.product(
