@@ -76,7 +76,7 @@ def memory_counts() -> Counts:
     block = sys.modules["resnet_fused.ops.residual_block"]
     with (
         mock.patch.object(conv3x3, "is_faster", lambda *_: True),
-        mock.patch.object(block, "FOLD_ELEMENTS", 0),
+        mock.patch.multiple(block, FOLD_BYTES=0, RECOMPUTE_BYTES=0),
         # Fused, though so few small images train faster as PyTorch's operators.
         mock.patch("resnet_fused.models.why_faster_plain", lambda *_: None),
     ):

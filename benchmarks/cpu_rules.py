@@ -212,13 +212,17 @@ def measure(channels: int, size: int, batch: int, rounds: int) -> list[dict[str,
     return rows
 
 
-def rule(frame: pd.DataFrame, names: Iterable[str]) -> dict[str, dict[str, dict[str, int]]]:
-    """[name][channels][size]: the batch size from which on ours gain the most over all batches that were measured."""
+def rule(frame: pd.DataFrame, names: Iterable[str], tie: float = 1.0) -> dict[str, dict[str, dict[str, int]]]:
+    """[name][channels][size]: the batch size from which on ours gain the most over all batches that were measured.
+
+    Args:
+        tie: the ratio from which ours gain.
+    """
     result: dict[str, dict[str, dict[str, int]]] = {name: {} for name in names}
     for (name, channels, size), rows in frame.groupby(["name", "channels", "size"]):
         # By the logarithm of the ratio, so that one noisy figure decides nothing.
         gains = rows.sort_values("batch", ascending=False)
-        total = gains["vendor / ours"].map(math.log).cumsum()
+        total = (gains["vendor / ours"] / tie).map(math.log).cumsum()
         best = gains.batch[total.idxmax()] if total.max() > 0 else NEVER
         result[name].setdefault(str(channels), {})[str(size)] = int(best)
     return result
@@ -261,7 +265,7 @@ def main() -> int:
     if arguments.write:
         write(machine)  # blocks run by it
     blocks = pd.DataFrame(block_rules.measure(arguments.rounds))
-    machine["blocks"] = block_rules.limited(rule(blocks, block_rules.NAMES))
+    machine["blocks"] = block_rules.limited(rule(blocks, block_rules.NAMES, block_rules.TIE))
     if arguments.table:
         pd.concat([frame, wgrads, blocks]).to_csv(arguments.table, index=False, float_format="%.4g")
     for measured in (frame, wgrads, blocks):

@@ -91,7 +91,7 @@ def _poisoned_memory() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _folds_small_batches() -> Iterator[None]:
     """Folds convolutions of a few pixels too, as tests have them, for which folding doesn't pay."""
-    with mock.patch.object(RESIDUAL_BLOCK, "FOLD_ELEMENTS", 0):
+    with mock.patch.multiple(RESIDUAL_BLOCK, FOLD_BYTES=0, RECOMPUTE_BYTES=0):
         yield
 
 

@@ -142,12 +142,13 @@ def _differentiable(
 #: Multiplications per element of its output that folding a 1x1 convolution may cost beside those of the convolution:
 #: above, computing the output again in backward takes less time and saves the same memory. Measured on a CPU.
 FOLD_LIMIT = 50
-#: The same, above which the output is saved. In 16 bits it is saved instead of computed again: it takes half of the
-#: memory, and eager PyTorch is less slow.
+#: The same, above which the output is saved.
 RECOMPUTE_LIMIT = 300
-#: Elements of its output from which folding a 1x1 convolution pays on a CPU: below, the ops per channel that it adds
-#: take longer than the passes that it saves, and the memory that it saves is small.
-FOLD_ELEMENTS = 2 << 20
+#: Bytes of its output from which a 1x1 convolution is folded on a CPU: what is smaller stays in the cache, and the
+#: passes that folding saves take less time than the ops that it adds.
+FOLD_BYTES = 24 << 20
+#: The same for computing it again. In 16 bits it is saved: there this takes more time than fusion saves.
+RECOMPUTE_BYTES = 8 << 20
 #: With few pixels the terms of dy nearly cancel, and folding rounds them separately.
 FOLD_PIXELS = 32
 
@@ -167,10 +168,10 @@ def output_policy(conv: ConvBN, pixels: int, dtype: torch.dtype, lazy: bool = Fa
     if lazy:
         return "folded"
     cost, outputs = k * k * (2 * pixels + 3 * n), pixels * n
-    limit = RECOMPUTE_LIMIT if dtype.itemsize > 2 else FOLD_LIMIT
-    if not (_always(cost <= limit * outputs) and _always(outputs >= FOLD_ELEMENTS)):
-        return "saved"
-    return "folded" if _always(cost <= FOLD_LIMIT * outputs) else "recomputed"
+    if _always(cost <= FOLD_LIMIT * outputs):
+        return "folded" if _always(outputs * dtype.itemsize >= FOLD_BYTES) else "saved"
+    recomputes = dtype.itemsize > 2 and _always(outputs * dtype.itemsize >= RECOMPUTE_BYTES)
+    return "recomputed" if recomputes and _always(cost <= RECOMPUTE_LIMIT * outputs) else "saved"
 
 
 def _always(condition: bool) -> bool:
