@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import resnet_fused
 from resnet_fused import models, native, reference
 from resnet_fused.measure import saved_storages
-from resnet_fused.ops import conv3x3, vendor_gemm
+from resnet_fused.ops import conv3x3, conv_wgrad, vendor_gemm
 from tests.conftest import RESIDUAL_BLOCK
 
 IMPLEMENTATIONS: dict[str, Any] = {"fused": resnet_fused, "reference": reference}
@@ -53,13 +53,13 @@ def saved_bytes(model: nn.Module, x: Tensor, dtype: str) -> int:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_saved_bytes(dtype: str) -> None:
-    """Of a ResNet-18; test_memory_of_the_process has a ResNet-50's."""
+    """Of a ResNet-18 whose blocks all run fused; test_memory_of_the_process has a ResNet-50's."""
     x = images(BATCH, 224)
     fused, eager = (
         saved_bytes(library.resnet18().to(memory_format=torch.channels_last), x, dtype)
         for library in IMPLEMENTATIONS.values()
     )
-    assert fused <= 0.80 * eager, f"{fused / eager:.4f}: {fused} of {eager} bytes"
+    assert fused <= 0.65 * eager, f"{fused / eager:.4f}: {fused} of {eager} bytes"
 
 
 # The process's own memory.
@@ -136,8 +136,12 @@ on_linux = pytest.mark.skipif(
 )
 
 
+#: What is held, and the peak, as fractions of eager's. In bfloat16 no output is computed again in backward.
+LIMITS = {"fp32": (0.50, 0.60), "bf16": (0.65, 0.75)}
+
+
 @on_linux
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", LIMITS)
 def test_memory_of_the_process(measured: dict[str, dict[str, dict[str, int]]], dtype: str) -> None:
     """What a forward pass holds, and the peaks of the first step and of a later one, for which large buffers stand by.
 
@@ -145,7 +149,8 @@ def test_memory_of_the_process(measured: dict[str, dict[str, dict[str, int]]], d
     the same size have run before, so that kernels of that size are there.
     """
     ours, theirs = measured["fused"][dtype], measured["reference"][dtype]
-    for what, limit in (("held", 0.50), ("first step", 0.60), ("second step", 0.60)):
+    held, peak = LIMITS[dtype]
+    for what, limit in (("held", held), ("first step", peak), ("second step", peak)):
         message = f"{what}: {ours[what] / theirs[what]:.4f}, {ours[what]} of {theirs[what]} bytes"
         assert ours[what] <= limit * theirs[what], message
     for figures in (ours, theirs):
@@ -161,7 +166,7 @@ class Shape:
 
     ``forward``, ``backward``: allocations of at least the output's size. ``kept``: elements of each large saved tensor.
     ``small``: elements of all vectors and covariances together: statistics, biases behind a ReLU, covariances.
-    ``native``: forward and backward where 3x3 convolutions of stride 1 compute their operands in their prologues.
+    ``native``: forward and backward where native kernels compute operands in their prologues.
     """
 
     kind: str
@@ -196,13 +201,14 @@ BLOCKS = {
         kept=(8 * 64 * P, 8 * 64 * P, 8 * 64 * P),
         small=2 * (64 + 64 + 256 + 256) + (64 + 64) + 2 * (2 * 64 + 64 * 64),
     ),
-    # The 3x3 has the stride: y1 and a1 are as large as the output; backward: a1, da1, dy1 and dx.
+    # The 3x3 has the stride: y1 and a1 are as large as the output; backward: a1, da1, dy1 and dx. In a prologue: a1.
     "downsample_stride": Shape(
         *("Bottleneck", 256, 128, 2, 512, 8),
         forward=3,
         backward=4,
         kept=(8 * 256 * P, 8 * 128 * P, 8 * 128 * Q),
         small=2 * (128 + 128 + 512 + 512) + (128 + 128) + (2 * 128 + 128 * 128) + (2 * 256 + 256 * 256),
+        native=(3, 3),
     ),
     # Forward: y1, a1, y2, the output. Backward: dy2, a1, da1, dy1, dx. In prologues: a1, dy2 and dy1.
     "basic": Shape(
@@ -253,9 +259,8 @@ def allocations() -> Iterator[list[int]]:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_large_tensors_of_a_block(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large ones are made as often as they must be, and kept are input, outputs of the chain, and bits."""
-    monkeypatch.setattr(
-        conv3x3, "is_faster", lambda *_: True
-    )  # whatever was measured on this kind of machine
+    for module in (conv3x3, conv_wgrad):  # whatever was measured on this kind of machine
+        monkeypatch.setattr(module, "is_faster", lambda *_: True)
     monkeypatch.setattr(RESIDUAL_BLOCK, "FOLD_LIMIT", RESIDUAL_BLOCK.RECOMPUTE_LIMIT)
     chunk = 6 * MB
     monkeypatch.setattr(vendor_gemm, "CHUNK_BYTES", {"cpu": chunk})

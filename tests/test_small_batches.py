@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import resnet_fused
+from benchmarks import block_rules
 from resnet_fused import modules
 from resnet_fused.ops import cpu_rules
 from tests.model_pairs import nodes, pair
@@ -101,9 +102,11 @@ def test_measured_rules_are_complete() -> None:
     for name in kinds:
         (table,) = cpu_rules.tables("avx512", "blocks", name)
         assert table.keys() == {64, 128, 256, 512}
-        # From 16 images of 224x224 on memory counts.
+        precision = name.rpartition("_")[2]
         assert all(
-            0 < n <= 16 for sizes in table.values() for size, n in sizes.items() if size in (7, 14, 28, 56)
+            0 < n <= block_rules.largest(size, precision)
+            for sizes in table.values()
+            for size, n in sizes.items()
         )
 
 
