@@ -16,13 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused import native
 from resnet_fused.backend import choice, why_plain
 from resnet_fused.ops.cpu_rules import is_faster
 from resnet_fused.types import Activation, ConvGeometry, Gradient
 
-#: What the kernels compute, for `info`.
-SUPPORTED = f"native: 3x3 of stride 1 in float32, by {native.cpu_isa()} kernels where measured to be faster"
 _GEOMETRY = ConvGeometry(padding=(1, 1))
 
 

@@ -18,8 +18,9 @@ from resnet_fused.layout import new_activation, statistics_dtype
 from resnet_fused.ops import _checks
 from resnet_fused.ops.bn_relu import bn_relu_backward_reduce
 from resnet_fused.ops.bn_stats import batch_norm_stats
-from resnet_fused.ops.conv3x3 import SUPPORTED, conv3x3_bn_stats, conv3x3_dgrad, conv3x3_wgrad, runs_conv3x3
+from resnet_fused.ops.conv3x3 import conv3x3_bn_stats, conv3x3_dgrad, conv3x3_wgrad, runs_conv3x3
 from resnet_fused.ops.conv_wgrad import conv_wgrad, runs_conv_wgrad
+from resnet_fused.ops.cpu_rules import supported
 from resnet_fused.ops.dispatch import (
     MAX_KERNEL_SIZE,
     MAX_NUMEL,
@@ -186,7 +187,7 @@ conv_bn_stats = register_op(
     triton=True,
     check=_checks.conv_bn_stats,
     operands=_forward_operands,
-    on_cpu=SUPPORTED,
+    on_cpu=supported("3x3 of stride 1"),
 )
 
 
@@ -339,5 +340,5 @@ conv_backward = register_op(
     triton=True,
     check=_checks.conv_backward,
     operands=_backward_operands,
-    on_cpu=SUPPORTED,
+    on_cpu=supported("3x3 of stride 1 and weight gradients"),
 )

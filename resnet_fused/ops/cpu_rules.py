@@ -48,6 +48,11 @@ def _least_pixels(isa: str, kind: str, name: str, channels: int, size: int) -> f
     return max(least, default=math.inf)
 
 
+def supported(what: str) -> str:
+    """What an op computes in native kernels on a CPU, for `info`."""
+    return f"native: {what} in float32, by {native.cpu_isa()} kernels where measured to be faster"
+
+
 def is_measured(kind: str, name: str) -> bool:
     """Whether anything was measured with this machine's instruction set."""
     return bool(tables(native.cpu_isa(), kind, name))

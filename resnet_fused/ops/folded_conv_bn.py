@@ -25,6 +25,7 @@ from resnet_fused.ops.conv_bn import (
     new_vectors,
 )
 from resnet_fused.ops.conv_wgrad import POINTWISE, conv_wgrad, runs_conv_wgrad
+from resnet_fused.ops.cpu_rules import supported
 from resnet_fused.ops.dispatch import (
     MAX_NUMEL,
     are_given,
@@ -94,6 +95,7 @@ input_covariance = register_op(
     _input_covariance,
     triton=True,
     check=_checks.input_covariance,
+    on_cpu=supported("its GEMM"),
     operands=lambda a, input_stride: (Activation(*a), pair(input_stride)),
 )
 
@@ -201,7 +203,7 @@ def _dz_chunks(grad: Tensor, mask: Tensor, rows: int, sum_dz: Tensor | None = No
         yield dz
 
 
-def _vendor_folded_wgrad(grad: Tensor, mask: Tensor, values: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+def _sums_over_pixels(grad: Tensor, mask: Tensor, values: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """dz^T c for each input c, and dz summed over the pixels."""
     channels, dtype = grad.shape[1], statistics_dtype(grad.dtype)
     if all(runs_conv_wgrad(grad, (channels, c.shape[1], 1, 1)) for c in values):
@@ -229,7 +231,7 @@ def _folded_wgrad(
     def vendor() -> tuple[Tensor | None, ...]:
         values = [materialize(a, input_stride)]
         values += [] if skip is None else [materialize(skip, skip_input_stride)]
-        qs, sum_dz = _vendor_folded_wgrad(grad, mask, values)
+        qs, sum_dz = _sums_over_pixels(grad, mask, values)
         return qs[0], qs[1] if len(qs) > 1 else None, sum_dz
 
     largest = max(a.x.numel(), 0 if skip is None else skip.x.numel())
@@ -272,6 +274,7 @@ folded_wgrad = register_op(
     _folded_wgrad,
     triton=True,
     check=_checks.folded_wgrad,
+    on_cpu=supported("its GEMM"),
     operands=_wgrad_operands,
 )
 

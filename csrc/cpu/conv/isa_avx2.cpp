@@ -1,6 +1,6 @@
 // Kernels for processors with AVX2 (x86-64-v3). Standard headers come before the instruction set: what they
 // define is shared with other translation units.
-#include "conv3x3.h"
+#include "conv.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -14,7 +14,7 @@ namespace avx2 {
 constexpr int kLanes = 8, kRows = 6, kGradRows = 4;
 #include "kernels_of_isa.h"
 }  // namespace avx2
-Conv3x3Kernels conv3x3_avx2() {
+ConvKernels conv_avx2() {
   return {avx2::winograd_forward, avx2::winograd_dgrad,     avx2::winograd_wgrad, avx2::filter_elements,
           avx2::winograd_filters, avx2::winograd_inference, avx2::implicit_wgrad};
 }

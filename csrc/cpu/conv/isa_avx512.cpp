@@ -1,6 +1,6 @@
 // Kernels for processors with AVX-512 (x86-64-v4). Standard headers come before the instruction set: what
 // they define is shared with other translation units.
-#include "conv3x3.h"
+#include "conv.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -14,7 +14,7 @@ namespace avx512 {
 constexpr int kLanes = 16, kRows = 14, kGradRows = 8;
 #include "kernels_of_isa.h"
 }  // namespace avx512
-Conv3x3Kernels conv3x3_avx512() {
+ConvKernels conv_avx512() {
   return {avx512::winograd_forward, avx512::winograd_dgrad,   avx512::winograd_wgrad,
           avx512::filter_elements,  avx512::winograd_filters, avx512::winograd_inference,
           avx512::implicit_wgrad};

@@ -1,5 +1,5 @@
 // Kernels for every processor the compiler was asked for: SSE2 on x86-64, NEON on aarch64.
-#include "conv3x3.h"
+#include "conv.h"
 
 namespace resnet_fused::cpu {
 namespace baseline {
@@ -10,7 +10,7 @@ constexpr int kLanes = 4, kRows = 6, kGradRows = 4;
 #endif
 #include "kernels_of_isa.h"
 }  // namespace baseline
-Conv3x3Kernels conv3x3_baseline() {
+ConvKernels conv_baseline() {
   return {baseline::winograd_forward, baseline::winograd_dgrad,   baseline::winograd_wgrad,
           baseline::filter_elements,  baseline::winograd_filters, baseline::winograd_inference,
           baseline::implicit_wgrad};

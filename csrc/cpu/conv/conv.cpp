@@ -1,5 +1,5 @@
 // Chooses the kernels for the machine's instruction set, and what of them does not depend on it.
-#include "conv3x3.h"
+#include "conv.h"
 
 #include <unistd.h>
 
@@ -39,16 +39,16 @@ const char* choose_isa() {
   return "baseline";
 }
 
-Conv3x3Kernels choose() {
+ConvKernels choose() {
 #if defined(__x86_64__)
-  if (std::strcmp(cpu_isa(), "avx512") == 0) return conv3x3_avx512();
-  if (std::strcmp(cpu_isa(), "avx2") == 0) return conv3x3_avx2();
+  if (std::strcmp(cpu_isa(), "avx512") == 0) return conv_avx512();
+  if (std::strcmp(cpu_isa(), "avx2") == 0) return conv_avx2();
 #endif
-  return conv3x3_baseline();
+  return conv_baseline();
 }
 
-const Conv3x3Kernels& kernels() {
-  static const Conv3x3Kernels chosen = choose();
+const ConvKernels& kernels() {
+  static const ConvKernels chosen = choose();
   return chosen;
 }
 

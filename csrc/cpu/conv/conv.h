@@ -54,7 +54,7 @@ constexpr int64_t kSharedTiles = 256;
 void merge_moments(const Conv3x3Forward& op, const double* means, const double* squares,
                    const std::vector<int64_t>& counts);
 
-struct Conv3x3Kernels {
+struct ConvKernels {
   void (*forward)(const Conv3x3Forward&);
   void (*dgrad)(const Conv3x3Dgrad&);
   void (*wgrad)(const Conv3x3Wgrad&);
@@ -64,10 +64,10 @@ struct Conv3x3Kernels {
   void (*conv_wgrad)(const ConvWgrad&);
 };
 
-Conv3x3Kernels conv3x3_baseline();
+ConvKernels conv_baseline();
 #if defined(__x86_64__)
-Conv3x3Kernels conv3x3_avx2();
-Conv3x3Kernels conv3x3_avx512();
+ConvKernels conv_avx2();
+ConvKernels conv_avx512();
 #endif
 
 }  // namespace resnet_fused::cpu

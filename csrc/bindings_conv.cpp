@@ -1,5 +1,5 @@
-// The 3x3 convolutions as torch calls them; CPU, float32 and channels_last alone. ops/conv3x3.py says
-// when they run.
+// The convolutions as torch calls them; CPU, float32 and channels_last alone. ops/conv3x3.py and
+// ops/conv_wgrad.py say when they run.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -229,10 +229,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
       " Tensor? beta, Tensor? sum_dz, Tensor? sum_dz_xhat, Tensor x, Tensor? x_mean, Tensor? x_invstd,"
       " Tensor? x_gamma, Tensor? x_beta) -> Tensor");
   m.def(
-      "conv_wgrad(Tensor g, Tensor? mask, Tensor? y, Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? "
-      "beta,"
-      " Tensor? sum_dz, Tensor? sum_dz_xhat, Tensor x, Tensor? x_mean, Tensor? x_invstd, Tensor? x_gamma,"
-      " Tensor? x_beta, int[] kernel, int[] stride, int[] padding, int[] dilation, bool sum)"
+      "conv_wgrad(Tensor g, Tensor? mask, Tensor? y, Tensor? mean, Tensor? invstd, Tensor? gamma,"
+      " Tensor? beta, Tensor? sum_dz, Tensor? sum_dz_xhat, Tensor x, Tensor? x_mean, Tensor? x_invstd,"
+      " Tensor? x_gamma, Tensor? x_beta, int[] kernel, int[] stride, int[] padding, int[] dilation, bool sum)"
       " -> (Tensor dweight, Tensor sum_dy)");
   m.def("conv3x3_filters(Tensor weight) -> Tensor");
   m.def("conv3x3_inference(Tensor x, Tensor filters, Tensor bias, Tensor? residual) -> Tensor");
