@@ -147,18 +147,24 @@ RECOMPUTE_LIMIT = 300
 #: Bytes of its output from which a 1x1 convolution is folded on a CPU: what is smaller stays in the cache, and the
 #: passes that folding saves take less time than the ops that it adds.
 FOLD_BYTES = 24 << 20
-#: The same for computing it again. In 16 bits it is saved: there this takes more time than fusion saves.
+#: The same for computing it again. In 16 bits, and in blocks with groups, which have no native 3x3 convolution, it is
+#: saved: there this takes more time than fusion saves.
 RECOMPUTE_BYTES = 8 << 20
 #: With few pixels the terms of dy nearly cancel, and folding rounds them separately.
 FOLD_PIXELS = 32
 
 
-def output_policy(conv: ConvBN, pixels: int, dtype: torch.dtype, lazy: bool = False) -> str:
+def output_policy(
+    conv: ConvBN, pixels: int, dtype: torch.dtype, lazy: bool = False, grouped: bool = False
+) -> str:
     """What becomes of the output of a branch's convolution: it is "folded", "recomputed" in backward, or "saved".
 
     A 1x1 convolution that does not contract can be folded. It always pays where folding adds no pass over memory
     (``lazy``). Else, with K inputs, N outputs and P pixels, it takes P K^2 multiplications for the covariance and as
     many for its part of dc, and three times N K^2 for the variances, dW and W^T diag W.
+
+    Args:
+        grouped: whether a convolution of the block has groups.
     """
     n, k, *kernel = conv.weight.shape
     if kernel != [1, 1] or conv.groups != 1 or conv.padding != (0, 0) or k > n:
@@ -170,8 +176,9 @@ def output_policy(conv: ConvBN, pixels: int, dtype: torch.dtype, lazy: bool = Fa
     cost, outputs = k * k * (2 * pixels + 3 * n), pixels * n
     if _always(cost <= FOLD_LIMIT * outputs):
         return "folded" if _always(outputs * dtype.itemsize >= FOLD_BYTES) else "saved"
-    recomputes = dtype.itemsize > 2 and _always(outputs * dtype.itemsize >= RECOMPUTE_BYTES)
-    return "recomputed" if recomputes and _always(cost <= RECOMPUTE_LIMIT * outputs) else "saved"
+    if dtype.itemsize == 2 or grouped or not _always(outputs * dtype.itemsize >= RECOMPUTE_BYTES):
+        return "saved"
+    return "recomputed" if _always(cost <= RECOMPUTE_LIMIT * outputs) else "saved"
 
 
 def _always(condition: bool) -> bool:
@@ -254,8 +261,9 @@ def residual_block(x: Tensor, convs: Sequence[ConvBN], downsample: ConvBN | None
         chain, last = len(convs) - 1, convs[-1]
         policies = ["saved"] * chain
         # The main path's input is not subsampled first.
-        policies += [output_policy(last, pixels, dtype, triton) if last.stride == (1, 1) else "saved"]
-        policies += [output_policy(conv, pixels, dtype, triton) for conv in shortcut]
+        rest = pixels, dtype, triton, any(conv.groups > 1 for conv in every_conv)
+        policies += [output_policy(last, *rest) if last.stride == (1, 1) else "saved"]
+        policies += [output_policy(conv, *rest) for conv in shortcut]
         specs = [
             _spec(conv, vectors, policy, i > chain, triton or (policy != "folded" and _is_lazy(x, conv)))
             for i, (conv, policy) in enumerate(zip(every_conv, policies, strict=True))
