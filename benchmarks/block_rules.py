@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -20,7 +20,8 @@ from resnet_fused import models, modules, reference
 from resnet_fused.cli.precision import PRECISIONS
 from resnet_fused.measure import EAGER, OURS, Case, Comparison, Provider, quantiles
 
-#: Channels within the block, and the height and width of its input: in ImageNet's stages and in those of 32x32 images.
+#: Channels within a block (without groups), and the height and width of its input: in ImageNet's stages and in those of
+#: 32x32 images.
 SHAPES = {64: (56, 8), 128: (56, 28, 8, 4), 256: (28, 14, 4, 2), 512: (14, 7, 2, 1)}
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 256)
 #: The ratio of eager's time to ours from which blocks run fused: it takes less memory.
@@ -28,7 +29,10 @@ TIE = 0.98
 KINDS = {
     "basic": (reference.BasicBlock, models.BasicBlock),
     "bottleneck": (reference.Bottleneck, models.Bottleneck),
+    "grouped": (reference.Bottleneck, models.Bottleneck),
 }
+#: Of a grouped bottleneck, as in ResNeXt.
+GROUPS: dict[str, Any] = {"groups": 32, "base_width": 4}
 NAMES = [
     modules.kind_of_block(kind, downsample, precision)
     for kind, downsample, precision in itertools.product(KINDS, (False, True), ("fp32", "bf16"))
@@ -56,7 +60,8 @@ def cases() -> Iterator[tuple[str, bool, str, int, int, int]]:
 
 def _blocks(kind: str, downsample: bool, channels: int) -> tuple[int, list[nn.Module]]:
     """Channels of the input, and the block as PyTorch's operators and fused, in training."""
-    expansion = 4 if kind == "bottleneck" else 1
+    expansion = 1 if kind == "basic" else 4
+    groups = GROUPS if kind == "grouped" else {}
     outputs, stride = channels * expansion, 1
     inputs = outputs
     if downsample:
@@ -69,21 +74,23 @@ def _blocks(kind: str, downsample: bool, channels: int) -> tuple[int, list[nn.Mo
             shortcut = nn.Sequential(
                 nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
             )
-        block: Any = cls(inputs, channels, stride, shortcut)
+        block: Any = cls(inputs, channels, stride, shortcut, **groups)
         blocks.append(block.to(memory_format=torch.channels_last))
     blocks[1].load_state_dict(blocks[0].state_dict())
     return inputs, blocks
 
 
-def measure(rounds: int) -> list[dict[str, Any]]:
-    """One row for each case: milliseconds, and the ratio of eager's to ours."""
-    rows, todo = [], [*cases()]
+def measure(rounds: int, kinds: Sequence[str] = tuple(KINDS)) -> list[dict[str, Any]]:
+    """One row for each case of ``kinds``: milliseconds, and the ratio of eager's to ours."""
+    rows, todo = [], [case for case in cases() if case[0] in kinds]
     for i, (kind, downsample, precision, channels, size, batch) in enumerate(todo, 1):
         name = modules.kind_of_block(kind, downsample, precision)
         print(
             f"{i} of {len(todo)}: {name}, {channels} channels, {size}x{size}, batch {batch}", file=sys.stderr
         )
         inputs, blocks = _blocks(kind, downsample, channels)
+        first: Any = blocks[0].conv1
+        inner = first.out_channels
         dtype, autocast = PRECISIONS[precision].dtype, PRECISIONS[precision].autocast
         x = (
             torch.randn(batch, inputs, size, size)
@@ -109,7 +116,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
         ours, eager = comparison.ours, comparison[EAGER]
         rows.append(
             {
-                "name": name, "channels": channels, "size": size, "batch": batch,
+                "name": name, "channels": inner, "size": size, "batch": batch,
                 "ours_ms": statistics.median(ours.times), "vendor_ms": statistics.median(eager.times),
                 "vendor / ours": quantiles(comparison.ratios(ours, eager))["median"],
             }

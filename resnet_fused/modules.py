@@ -98,7 +98,7 @@ def why_no_pool(pool: nn.Module) -> str | None:
 
 
 def kind_of_block(kind: str, downsample: bool, precision: str) -> str:
-    """The name under which ops.cpu_rules has a block: of kind basic or bottleneck, in fp32 or bf16."""
+    """The name under which ops.cpu_rules has a block: of kind basic, bottleneck or grouped, in fp32 or bf16."""
     return f"{kind}_downsample_{precision}" if downsample else f"{kind}_{precision}"
 
 
@@ -123,6 +123,8 @@ def why_faster_plain(x: Any, block: Any, convs: Names, bns: Names) -> str | None
     if precision is None:
         return None
     kind = "basic" if len(convs) == 2 else "bottleneck"
+    if getattr(block.conv2, "groups", 1) > 1:
+        kind = "grouped"
     name = kind_of_block(kind, block.downsample is not None, precision)
     if not is_measured("blocks", name) or is_faster("blocks", name, x.shape, conv.out_channels):
         return None
