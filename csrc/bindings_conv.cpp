@@ -160,8 +160,8 @@ std::tuple<Tensor, Tensor> conv_wgrad(const Tensor& g_, const OptionalTensor& ma
   for (int i = 0; i < 2; i++) {
     STD_TORCH_CHECK(kernel[i] > 0 && stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0, op,
                     ": kernel, stride and dilation must be positive, padding not negative");
-    const int64_t room = x.size(2 + i) + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1;
-    expected[2 + i] = room < 0 ? 0 : room / stride[i] + 1;
+    const int64_t last = x.size(2 + i) + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1;
+    expected[2 + i] = last < 0 ? 0 : last / stride[i] + 1;
   }
   check_sizes(op, "g", g, expected);
   const OptionalTensor y = optional_like(op, "y", y_, g);

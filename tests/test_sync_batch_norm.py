@@ -42,7 +42,7 @@ def gradients_and_buffers(trained: nn.Module, images: Tensor, labels: Tensor) ->
 def work(rank: int, folder: str) -> None:
     """One step's forward and backward on this process's images, of all models and layouts."""
     torch.set_num_threads(1)
-    vars(RESIDUAL_BLOCK)["FOLD_BYTES"] = 0
+    vars(RESIDUAL_BLOCK).update(FOLD_BYTES=0, RECOMPUTE_BYTES=0)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(SHARES))
     mine = slice(sum(SHARES[:rank]), sum(SHARES[: rank + 1]))
     try:

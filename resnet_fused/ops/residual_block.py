@@ -9,7 +9,7 @@ For backward it saves its input, the outputs of the chain's convolutions (and of
 recomputed), one mask bit per element of its output, and per-channel vectors; relu(bn(y)) is recomputed where it is
 needed.
 
-Operands are *lazy* where Triton kernels or native 3x3 convolutions can run: their prologues compute relu(bn(y)) and dy
+Operands are *lazy* where Triton kernels or native convolutions can run: their prologues compute relu(bn(y)) and dy
 while they load. Elsewhere each is materialized once, and shared by the ops that read it.
 """
 

@@ -115,7 +115,9 @@ def vendor_conv1x1_backward(
             return da, None
         return da, as_conv_weight(dweight.flatten(1).to(statistics_dtype(dy.dtype)))
     da = fresh_like(x)
-    dweight = weight.new_zeros(weight.shape[:2], dtype=statistics_dtype(weight.dtype))
+    dweight = None
+    if needs_weight:
+        dweight = weight.new_zeros(weight.shape[:2], dtype=statistics_dtype(weight.dtype))
     transposed = weight.transpose(0, 1).contiguous()
     residuals = [None] * len(chunks(x, rows)) if residual is None else chunks(residual, rows)
     masks = [None] * len(residuals) if residual_mask is None else residual_mask.split(rows)
@@ -130,6 +132,6 @@ def vendor_conv1x1_backward(
             else:
                 masked_grad(added, mask, da_chunk, False, None)
             addmm_nt_(da_chunk, dy_chunk, transposed)
-        if needs_weight:
+        if dweight is not None:
             dweight += mm_tn(dy_chunk, x_chunk)
-    return da, as_conv_weight(dweight) if needs_weight else None
+    return da, None if dweight is None else as_conv_weight(dweight)

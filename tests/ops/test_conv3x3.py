@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,19 +16,25 @@ from torch import Tensor
 
 import resnet_fused
 from resnet_fused import native
-from resnet_fused.layout import pack_mask
 from resnet_fused.ops import conv3x3, cpu_rules
 from resnet_fused.ops.conv_bn import conv_backward, conv_bn_stats
 from resnet_fused.reference import conv_bn as reference
 from resnet_fused.types import Activation, ConvGeometry, Gradient
 from tests.accuracy import Results, assert_accurate
+from tests.ops.convolutions import (
+    GRADIENTS,
+    assert_independent_of_threads,
+    random_activation,
+    random_bn,
+    random_gradient,
+    random_mask,
+    run_with,
+)
 
 pytestmark = pytest.mark.skipif(not native.is_loaded, reason="needs the extension")
 
 GEOMETRY = ConvGeometry(padding=(1, 1))
 OPS = torch.ops.resnet_fused
-#: Of the gradient w.r.t. the convolution's output: what it is computed from.
-GRADIENTS = ("plain", "masked", "bn", "bn_running", "masked_bn", "masked_bn_running")
 RESIDUALS = ("none", "plain", "masked")
 
 
@@ -65,19 +71,11 @@ class Convolution:
         weight_format: torch.memory_format = torch.channels_last,
     ) -> None:
         batch, inputs, height, width = sizes
-        self.a = Activation(_activation(sizes), *(_bn(inputs) if normed else ()))
+        self.a = Activation(random_activation(sizes), *(random_bn(inputs) if normed else ()))
         self.weight = (torch.randn(outputs, inputs, 3, 3) / 3).contiguous(memory_format=weight_format)
-        g, y = (_activation((batch, outputs, height, width)) for _ in range(2))
-        dy = Gradient(g)
-        if "masked" in gradient:
-            dy = dy._replace(mask=_mask(g))
-        if "bn" in gradient:
-            dy = Gradient(g, dy.mask, y, *_bn(outputs))
-            if "running" not in gradient:
-                dy = dy._replace(sum_dz=torch.randn(outputs), sum_dz_xhat=torch.randn(outputs))
-        self.dy = dy
-        self.residual = None if residual == "none" else _activation(sizes)
-        self.mask = None if residual != "masked" or self.residual is None else _mask(self.residual)
+        self.dy = random_gradient((batch, outputs, height, width), gradient)
+        self.residual = None if residual == "none" else random_activation(sizes)
+        self.mask = None if residual != "masked" or self.residual is None else random_mask(self.residual)
 
     def fused(self) -> dict[str, Tensor]:
         geometry = GEOMETRY
@@ -103,19 +101,6 @@ class Convolution:
 def named(forward: tuple[Tensor, ...], backward: tuple[Tensor, ...]) -> dict[str, Tensor]:
     names = ("y", "mean", "var", "invstd", "bn_coeffs", "da", "sum_dz", "sum_dz_xhat", "dy_coeffs", "dweight")
     return {name: x for name, x in zip(names, (*forward, *backward), strict=True) if x.numel()}
-
-
-def _activation(sizes: tuple[int, ...]) -> Tensor:
-    x = torch.randn(sizes) + torch.randn(sizes[1], 1, 1)
-    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
-
-
-def _bn(channels: int) -> list[Tensor]:
-    return [torch.randn(channels), torch.rand(channels) + 0.5, torch.randn(channels), torch.randn(channels)]
-
-
-def _mask(like: Tensor) -> Tensor:
-    return pack_mask(torch.rand(like.shape) < 0.6, like)
 
 
 SIDES = range(1, 21)
@@ -188,14 +173,6 @@ def test_nan_goes_through_as_in_eager() -> None:
     assert not y[..., :2].isnan().any() and not y[..., 8:].isnan().any()
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(
     ("sizes", "outputs"),
     [((2, 64, 28, 28), 64), ((3, 32, 14, 13), 96), ((4, 300, 7, 7), 520), ((1, 16, 2, 2), 16)],
@@ -203,37 +180,12 @@ def threads() -> Iterator[None]:
 )
 def test_results_do_not_depend_on_the_threads(sizes: tuple[int, int, int, int], outputs: int) -> None:
     convolution = Convolution(sizes, outputs, residual="masked")
-    torch.set_num_threads(1)
-    expected = convolution.fused()
-    for count in (2, 3, 4):
-        torch.set_num_threads(count)
-        for name, result in convolution.fused().items():
-            assert torch.equal(result, expected[name]), (count, name)
+    assert_independent_of_threads(lambda: [*convolution.fused().values()])
 
 
-@pytest.mark.skipif("RESNET_FUSED_CPU_ISA" in os.environ, reason="runs in processes of this test")
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_other_instruction_sets(isa: str) -> None:
-    """In a process of their own: the choice is made once."""
-    if isa == "avx2" and native.cpu_isa() == "baseline":
-        pytest.skip("the processor has no AVX2")
-    tests = "test_strategies or test_operands or (test_every_size and (7 or 14))"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:xdist",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        tests,
-    ]
-    environment = os.environ | {"RESNET_FUSED_CPU_ISA": isa}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout
+    run_with(isa, __file__)
 
 
 def test_instruction_set_can_be_limited() -> None:
@@ -309,7 +261,7 @@ def test_passes_are_chosen_one_by_one(
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:
-    x, g, weight = _activation((2, 8, 4, 4)), _activation((2, 6, 4, 4)), torch.randn(6, 8, 3, 3)
+    x, g, weight = random_activation((2, 8, 4, 4)), random_activation((2, 6, 4, 4)), torch.randn(6, 8, 3, 3)
     none = [None] * 4
     for message, call in (
         ("x must be a 4-D float32", lambda: OPS.conv3x3_forward(x.double(), *none, weight, 0.0, True)),
@@ -323,7 +275,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         ),
         (
             "needs its input y",
-            lambda: OPS.conv3x3_wgrad(g, None, None, *_bn(6), None, None, x, *none),
+            lambda: OPS.conv3x3_wgrad(g, None, None, *random_bn(6), None, None, x, *none),
         ),
         (
             "residual must have the shape",

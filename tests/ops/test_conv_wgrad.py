@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +12,6 @@ from torch import Tensor
 
 import resnet_fused
 from resnet_fused import native
-from resnet_fused.layout import pack_mask
 from resnet_fused.ops import conv_wgrad, cpu_rules
 from resnet_fused.ops.conv_bn import conv_backward
 from resnet_fused.ops.folded_conv_bn import folded_wgrad, input_covariance
@@ -23,7 +19,15 @@ from resnet_fused.reference import conv_bn as reference
 from resnet_fused.reference import folded_conv_bn
 from resnet_fused.types import Activation, ConvGeometry, Gradient
 from tests.accuracy import Results, assert_accurate
-from tests.ops.test_conv3x3 import GRADIENTS
+from tests.ops.convolutions import (
+    GRADIENTS,
+    assert_independent_of_threads,
+    random_activation,
+    random_bn,
+    random_gradient,
+    random_mask,
+    run_with,
+)
 
 pytestmark = pytest.mark.skipif(not native.is_loaded, reason="needs the extension")
 
@@ -58,19 +62,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return called
 
 
-def _activation(*sizes: int) -> Tensor:
-    x = torch.randn(sizes) + torch.randn(sizes[1], 1, 1)
-    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
-
-
-def _bn(channels: int) -> list[Tensor]:
-    return [torch.randn(channels), torch.rand(channels) + 0.5, torch.randn(channels), torch.randn(channels)]
-
-
-def _mask(like: Tensor) -> Tensor:
-    return pack_mask(torch.rand(like.shape) < 0.6, like)
-
-
 def _cast(dtype: torch.dtype) -> Callable[[Tensor | None], Tensor | None]:
     return lambda x: x.to(dtype) if x is not None and x.is_floating_point() else x
 
@@ -84,14 +75,9 @@ def gradients(
 ) -> tuple[Results, Results, Results]:
     """All that ``conv_backward`` computes of random operands, of those that the names ask for."""
     size, geometry = CONVOLUTIONS[convolution]
-    a = Activation(_activation(*sizes), *(_bn(sizes[1]) if normed else ()))
+    a = Activation(random_activation(sizes), *(random_bn(sizes[1]) if normed else ()))
     weight = (torch.randn(outputs, sizes[1], size, size) / size).contiguous(memory_format=torch.channels_last)
-    g, y = (_activation(sizes[0], outputs, *geometry.out_size(a.x, weight)) for _ in range(2))
-    dy = Gradient(g, _mask(g) if "masked" in gradient else None)
-    if "bn" in gradient:
-        dy = Gradient(g, dy.mask, y, *_bn(outputs))
-        if "running" not in gradient:
-            dy = dy._replace(sum_dz=torch.randn(outputs), sum_dz_xhat=torch.randn(outputs))
+    dy = random_gradient((sizes[0], outputs, *geometry.out_size(a.x, weight)), gradient)
     rest = None, None, (1, 1), [True, True]
 
     def named(results: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -145,8 +131,8 @@ def test_strategies(sizes: tuple[int, int, int, int], outputs: int, convolution:
 @pytest.mark.parametrize("skip", [False, True], ids=["one", "two"])
 def test_folded_wgrad(skip: bool, calls: list[int]) -> None:
     def draw() -> tuple[Results, Results, Results]:
-        grad = _activation(3, 40, 9, 7)
-        mask, a, other = _mask(grad), _activation(3, 24, 9, 7), _activation(3, 19, 9, 7)
+        grad = random_activation((3, 40, 9, 7))
+        mask, a, other = random_mask(grad), random_activation((3, 24, 9, 7)), random_activation((3, 19, 9, 7))
 
         def named(results: tuple[Tensor, ...]) -> dict[str, Tensor]:
             return {n: x for n, x in zip(("q", "skip_q", "sum_dz"), results, strict=True) if x.numel()}
@@ -169,7 +155,7 @@ def test_folded_wgrad(skip: bool, calls: list[int]) -> None:
 
 def test_input_covariance(calls: list[int]) -> None:
     def draw() -> tuple[Results, Results, Results]:
-        x = _activation(3, 40, 9, 7)
+        x = random_activation((3, 40, 9, 7))
         x -= x.mean((0, 2, 3), keepdim=True).round(decimals=1)  # the op is for centered inputs
 
         def by_reference(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -183,44 +169,21 @@ def test_input_covariance(calls: list[int]) -> None:
     assert calls
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(
     ("sizes", "outputs"),
     [((4, 64, 28, 28), 256), ((3, 32, 14, 13), 96), ((4, 300, 7, 7), 1040), ((1, 16, 2, 2), 16)],
     ids=str,
 )
 def test_results_do_not_depend_on_the_threads(sizes: tuple[int, int, int, int], outputs: int) -> None:
-    x = _activation(*sizes)
-    g = _activation(sizes[0], outputs, *sizes[2:])
-    operands = Gradient(g, _mask(g)), Activation(x, *_bn(sizes[1])), (1, 1), ConvGeometry(), True
-    torch.set_num_threads(1)
-    expected = conv_wgrad.conv_wgrad(*operands)
-    for count in (2, 3, 4):
-        torch.set_num_threads(count)
-        for result, one in zip(conv_wgrad.conv_wgrad(*operands), expected, strict=True):
-            assert torch.equal(result, one), count
+    x = random_activation(sizes)
+    g = random_activation((sizes[0], outputs, *sizes[2:]))
+    operands = Gradient(g, random_mask(g)), Activation(x, *random_bn(sizes[1])), (1, 1), ConvGeometry(), True
+    assert_independent_of_threads(lambda: conv_wgrad.conv_wgrad(*operands))
 
 
-@pytest.mark.skipif("RESNET_FUSED_CPU_ISA" in os.environ, reason="runs in processes of this test")
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_other_instruction_sets(isa: str) -> None:
-    """In a process of their own: the choice is made once."""
-    if isa == "avx2" and native.cpu_isa() == "baseline":
-        pytest.skip("the processor has no AVX2")
-    tests = "test_strategies or test_operands or (test_every_size and (7 or 14))"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"RESNET_FUSED_CPU_ISA": isa}
-    done = subprocess.run(
-        [*command, "-k", tests], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stdout
+    run_with(isa, __file__)
 
 
 def test_no_pixels() -> None:
@@ -249,7 +212,7 @@ def test_measured_rules_are_complete() -> None:
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:
-    x, g, none = _activation(2, 8, 4, 4), _activation(2, 6, 4, 4), [None] * 4
+    x, g, none = random_activation((2, 8, 4, 4)), random_activation((2, 6, 4, 4)), [None] * 4
 
     def run(g: Tensor, x: Tensor, *geometry: list[int]) -> None:
         OPS.conv_wgrad(g, *none, *none, x, *none, *geometry, False)

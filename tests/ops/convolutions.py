@@ -1,0 +1,71 @@
+"""What the tests of the CPU's native convolutions share: random operands, numbers of threads, instruction sets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from resnet_fused import native
+from resnet_fused.layout import pack_mask
+from resnet_fused.types import Gradient
+
+#: Of the gradient w.r.t. the convolution's output: what it is computed from.
+GRADIENTS = ("plain", "masked", "bn", "bn_running", "masked_bn", "masked_bn_running")
+
+
+def random_activation(sizes: Sequence[int]) -> Tensor:
+    x = torch.randn(*sizes) + torch.randn(sizes[1], 1, 1)
+    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
+
+
+def random_bn(channels: int) -> list[Tensor]:
+    return [torch.randn(channels), torch.rand(channels) + 0.5, torch.randn(channels), torch.randn(channels)]
+
+
+def random_mask(like: Tensor) -> Tensor:
+    return pack_mask(torch.rand(like.shape) < 0.6, like)
+
+
+def random_gradient(sizes: Sequence[int], gradient: str) -> Gradient:
+    """One of GRADIENTS."""
+    channels = sizes[1]
+    g, y = random_activation(sizes), random_activation(sizes)
+    dy = Gradient(g, random_mask(g) if "masked" in gradient else None)
+    if "bn" in gradient:
+        dy = Gradient(g, dy.mask, y, *random_bn(channels))
+        if "running" not in gradient:
+            dy = dy._replace(sum_dz=torch.randn(channels), sum_dz_xhat=torch.randn(channels))
+    return dy
+
+
+def assert_independent_of_threads(run: Callable[[], Sequence[Tensor]]) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = run()
+        for count in (2, 3, 4):
+            torch.set_num_threads(count)
+            for i, (result, one) in enumerate(zip(run(), expected, strict=True)):
+                assert torch.equal(result, one), (count, i)
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_with(isa: str, tests: str) -> None:
+    """Some of the tests of a file with another instruction set, in a process of their own: the choice is made once."""
+    if "RESNET_FUSED_CPU_ISA" in os.environ:
+        pytest.skip("runs in processes of this test")
+    if isa == "avx2" and native.cpu_isa() == "baseline":
+        pytest.skip("the processor has no AVX2")
+    chosen = "test_strategies or test_operands or (test_every_size and (7 or 14))"
+    options = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, tests, "-k", chosen]
+    environment = os.environ | {"RESNET_FUSED_CPU_ISA": isa}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout
