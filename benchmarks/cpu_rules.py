@@ -26,7 +26,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -39,18 +39,16 @@ from torch import Tensor
 import resnet_fused
 from benchmarks import block_rules, wgrad_rules
 from benchmarks.page import markdown
+from benchmarks.wgrad_rules import VENDOR, Run
 from resnet_fused import native
-from resnet_fused.accuracy import relative_error
 from resnet_fused.backend import choice
 from resnet_fused.measure import (
     EAGER,
     OURS,
-    SEEDS,
     Case,
     Comparison,
     Provider,
     device_name,
-    inaccuracy,
     quantiles,
 )
 from resnet_fused.ops import conv3x3, cpu_rules
@@ -69,13 +67,10 @@ MOST_ELEMENTS = 64 * 28 * 28 * 64
 LARGEST_CHECKED = 14
 #: What a pair of sizes counts as for which no batch is large enough.
 NEVER = 1 << 30
-EPS = torch.finfo(torch.float32).eps
-VENDOR, CONV = "vendor", "conv"
+CONV = "conv"
 _ATEN, _MKLDNN = torch.ops.aten, torch.ops.mkldnn
 _GEOMETRY = [1, 1], [1, 1], [1, 1], 1
 _CONV = [1, 1], [1, 1], [1, 1], False, [0, 0], 1
-
-Run = Callable[[], Any]
 
 
 def passes(
@@ -172,25 +167,13 @@ def passes(
 
 
 def check(channels: int, size: int, batch: int) -> None:
-    """Raises AssertionError where ours break the accuracy rule, with the vendor's for eager's results."""
-    errors: dict[str, list[list[float]]] = {OURS: [], VENDOR: []}
-    for seed in SEEDS:
-        results = {}
-        for dtype in (torch.float64, torch.float32):
-            torch.manual_seed(seed)
-            runs = passes(channels, size, batch, dtype)
-            for who in errors:
-                results[dtype, who] = [t for name in PASSES for t in _tensors(runs[name][who]())]
-        exact = results[torch.float64, VENDOR]
-        for who in errors:
-            ours = results[torch.float32, who]
-            errors[who].append([relative_error(x, truth) for x, truth in zip(ours, exact, strict=True)])
-    problem = inaccuracy(errors[OURS], errors[VENDOR], EPS)
-    assert not problem, f"{channels} channels, {size}x{size}, batch {batch}: {problem}"
+    """Raises AssertionError where ours break the accuracy rule in one of the passes."""
 
+    def runs_in(dtype: torch.dtype) -> dict[str, list[Run]]:
+        runs = passes(channels, size, batch, dtype)
+        return {who: [runs[name][who] for name in PASSES] for who in (OURS, VENDOR)}
 
-def _tensors(results: Any) -> list[Tensor]:
-    return [t for t in results if isinstance(t, Tensor) and t.numel()]
+    wgrad_rules.check(f"{channels} channels, {size}x{size}, batch {batch}", runs_in)
 
 
 def measure(channels: int, size: int, batch: int, rounds: int) -> list[dict[str, Any]]:

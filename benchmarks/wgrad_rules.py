@@ -6,6 +6,7 @@ computes them chunk by chunk where that is faster, and that w.r.t. the input is 
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -98,22 +99,34 @@ def providers(case: Convolution, dtype: torch.dtype = torch.float32) -> dict[str
     return {OURS: by("auto"), VENDOR: by("vendor"), EAGER: eager}
 
 
-def check(case: Convolution) -> None:
-    """Raises AssertionError where ours break the accuracy rule, with the vendor's for eager's results."""
+def check(what: str, runs_in: Callable[[torch.dtype], dict[str, list[Run]]]) -> None:
+    """Raises AssertionError where ours break the accuracy rule, with the vendor's for eager's results.
+
+    Args:
+        runs_in: what each provider runs, by its name, on random operands of a dtype.
+    """
     errors: dict[str, list[list[float]]] = {OURS: [], VENDOR: []}
     for seed in SEEDS:
         results = {}
         for dtype in (torch.float64, torch.float32):
             torch.manual_seed(seed)
-            runs = providers(case, dtype)
+            runs = runs_in(dtype)
             for who in errors:
-                results[dtype, who] = [t for t in runs[who]() if t.numel()]
+                results[dtype, who] = [t for run in runs[who] for t in _tensors(run())]
         exact = results[torch.float64, VENDOR]
         for who in errors:
             pairs = zip(results[torch.float32, who], exact, strict=True)
             errors[who].append([relative_error(x, truth) for x, truth in pairs])
     problem = inaccuracy(errors[OURS], errors[VENDOR], torch.finfo(torch.float32).eps)
-    assert not problem, f"{case}: {problem}"
+    assert not problem, f"{what}: {problem}"
+
+
+def _runs_in(case: Convolution, dtype: torch.dtype) -> dict[str, list[Run]]:
+    return {who: [run] for who, run in providers(case, dtype).items()}
+
+
+def _tensors(results: Any) -> list[Tensor]:
+    return [t for t in results if isinstance(t, Tensor) and t.numel()]
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
@@ -122,7 +135,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     for i, case in enumerate(todo, 1):
         print(f"{i} of {len(todo)}: {case}", file=sys.stderr)
         if case.batch == 2 and case.size <= 14:
-            check(case)
+            check(str(case), functools.partial(_runs_in, case))
         shape = f"{case.batch}x{case.inputs}x{case.size}x{case.size}"
         comparison = Comparison(
             Case("op", case.name, "train", "fp32", case.batch, shape),
