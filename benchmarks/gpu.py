@@ -45,7 +45,8 @@ _TESTS = f'RESNET_FUSED_BACKEND=triton {_PYTEST} -m gpu -n 12 --maxfail=50 --jun
 #: The clocks stay as they are: they are the machine's, not ours.
 _NCU = (
     'ncu --profile-from-start off --clock-control none --force-overwrite --export "$OUT/profile"'
-    " --section SpeedOfLight --section WarpStateStats --section MemoryWorkloadAnalysis"
+    " --section SpeedOfLight --section WarpStateStats --section MemoryWorkloadAnalysis --section Occupancy"
+    " --section SourceCounters --section LaunchStats"
 )
 _MEMCHECK = (
     "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --print-limit 20 --error-exitcode 1"
@@ -73,7 +74,11 @@ STAGES = {
     "tune": (115, f'{_LAUNCHES} --tune "$OUT/tuned.json"'),
     "models": (120, _models("models")),
     "kernels": (75, f"{_LAUNCHES} --backend auto && {_LAUNCHES} --backend triton"),
-    "profile": (55, f'{_NCU} {_LAUNCHES} --profile && ncu --import "$OUT/profile.ncu-rep" --page details'),
+    "profile": (
+        80,
+        f'{_NCU} {_LAUNCHES} --profile && ncu --import "$OUT/profile.ncu-rep" --page source --csv | gzip'
+        ' > "$OUT/profile.csv.gz"; ncu --import "$OUT/profile.ncu-rep" --page details',
+    ),
     "tests": (95, f"{_TESTS} tests/kernels tests/ops/test_accuracy.py tests/ops/test_residual_block.py"),
     "compiled": (200, _models("compiled", "eager_channels_last,compile_default")),
     "capture": (90, f"{_PYTEST} -m gpu -k 'captured or graphed' tests/kernels tests/test_captured_steps.py"),

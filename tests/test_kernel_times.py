@@ -66,22 +66,27 @@ def test_what_the_profiler_saw_is_split() -> None:
 
 
 def test_the_launches_that_are_profiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each kernel over activations the one with most operations."""
+    """Of each group over activations one, those with the largest limit in sum."""
     ran: list[tuple[str, int, bool]] = []
     profiling = [False]
+    launches = [
+        ("conv_bn_stats", 1, 4), ("sum", 1, 99), ("dgrad", 1, 5), ("conv_bn_stats", 1, 4), ("wgrad", 1, 1),
+        ("conv_bn_stats", 2, 7), ("wgrad", 1, 1),
+    ]  # fmt: skip
 
     def step() -> None:
-        for name, flops in (("conv_bn_stats", 1), ("sum", 9), ("conv_bn_stats", 2), ("dgrad", 3)):
+        for name, programs, flops in launches:
             kernel = SimpleNamespace(__name__=f"{name}_kernel")
-            Launch(kernel, (1,), {"x": x}, {}, Config(), flops=flops).start()
+            Launch(kernel, (programs,), {"x": x}, {}, Config(), flops=flops * 10**12).start()
 
     x = torch.empty(1, device="meta")
-    monkeypatch.setattr(Launch, "run", lambda self: ran.append((self.name, self.flops, profiling[-1])))
+    monkeypatch.setattr(kernel_times, "PROFILED", 3)
+    monkeypatch.setattr(Launch, "run", lambda self: ran.append((self.name, *self.grid, profiling[-1])))
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
     monkeypatch.setattr("torch.cuda.profiler.start", lambda: profiling.append(True))
     monkeypatch.setattr("torch.cuda.profiler.stop", lambda: profiling.append(False))
     kernel_times.profile_largest(step)
-    assert ran == [("conv_bn_stats", 2, True), ("dgrad", 3, True)]
+    assert ran == [("conv_bn_stats", 1, True), ("dgrad", 1, True), ("conv_bn_stats", 2, True)]
 
 
 def test_an_interrupted_search_leaves_its_table(

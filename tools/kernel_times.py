@@ -12,6 +12,7 @@ import itertools
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks.roofline import Ceilings, ceilings_of, limit
+from benchmarks.roofline import H100, Ceilings, ceilings_of, limit
 from benchmarks.roofline_model import Kernel
 from resnet_fused import backend
 from resnet_fused.cli.precision import PRECISIONS
@@ -36,6 +37,8 @@ REPETITIONS = 15
 HEAD_START = 2_000_000
 #: Steps between two events, so that the CPU runs ahead as it does in training.
 STEPS = 5
+#: Launches that Nsight Compute looks at: it runs each a dozen times.
+PROFILED = 10
 
 
 @dataclass(frozen=True)
@@ -158,23 +161,33 @@ def tune(step: Callable[[], object], table_file: Path) -> None:
 
 
 def profile_largest(step: Callable[[], object]) -> None:
-    """Of each kernel over activations, runs the launch of a step with most operations with the profiler on."""
+    """Runs ``PROFILED`` launches of a step with the profiler on: one of each group with the largest limit in sum."""
     step()
     step()  # gradients are there
-    operations: list[tuple[str, int]] = []
-    with observe_launches(lambda launch: operations.append((launch.name, launch.flops))):
+    groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    limits: dict[tuple[Any, ...], float] = defaultdict(float)
+    indices = itertools.count()
+
+    def note(launch: Launch) -> None:
+        index = next(indices)
+        if launch.name in PASSES:
+            group = launch.name, launch.config, launch.grid, launch.bytes
+            groups[group].append(index)
+            limits[group] += limit([Kernel(launch.name, "", "", launch.bytes, launch.flops)], H100)
+
+    with observe_launches(note):
         step()
-    largest = {
-        operations.index(max(entry for entry in operations if entry[0] == name))
-        for name, _ in operations
-        if name in PASSES
-    }
+    largest = sorted(groups, key=lambda group: -limits[group])[:PROFILED]
+    counts = {groups[group][0]: len(groups[group]) for group in largest}
     indices = itertools.count()
 
     def run_if_largest(launch: Launch) -> None:
-        if next(indices) in largest:
+        if (index := next(indices)) in counts:
             torch.cuda.synchronize()
-            print(f"{launch.name} {launch.config} grid {launch.grid} {launch.bytes / 1e6:.1f} MB", flush=True)
+            operands = (
+                f"{launch.bytes / 1e6:.1f} MB {launch.flops / 1e9:.1f} GFLOP, {counts[index]} in a step"
+            )
+            print(f"{launch.name} {launch.config} grid {launch.grid} {operands}", flush=True)
             torch.cuda.profiler.start()
             launch.run()
             torch.cuda.synchronize()
