@@ -1,21 +1,23 @@
 """Drop-in ResNets for PyTorch whose conv-BN-ReLU-add blocks train fused.
 
     model = resnet_fused.resnet50()            # where torchvision.models.resnet50() stood
+    model = resnet_fused.fuse(model)           # or converts a model of torchvision or timm
 
-Ten constructors with torchvision's names and arguments, ``explain`` (what does not run fused, and why),
-``functional`` (the fused ops), ``reference`` (the same in plain PyTorch), ``backend`` (which implementation runs) and
-``GraphedStep`` (a training step as one CUDA graph).
+Ten constructors with torchvision's names and arguments, ``fuse`` and ``unfuse``, ``explain`` (what does not run fused,
+and why), ``functional`` (the fused ops), ``reference`` (the same in plain PyTorch), ``backend`` (which implementation
+runs) and ``GraphedStep`` (a training step as one CUDA graph).
 """
 
 from resnet_fused import functional, reference
 from resnet_fused._version import __version__
 from resnet_fused.backend import backend, warn_unless_native
 from resnet_fused.cuda_graph import GraphedStep
+from resnet_fused.explain import explain
+from resnet_fused.fuse import fuse, unfuse
 from resnet_fused.models import (
     BasicBlock,
     Bottleneck,
     ResNet,
-    explain,
     resnet18,
     resnet34,
     resnet50,
@@ -40,6 +42,7 @@ __all__ = [
     "backend",
     "explain",
     "functional",
+    "fuse",
     "reference",
     "resnet18",
     "resnet34",
@@ -49,6 +52,7 @@ __all__ = [
     "resnext50_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "unfuse",
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]

@@ -6,7 +6,8 @@ convolutions. Every forward asks: an answer takes a few microseconds.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,21 +17,40 @@ from resnet_fused import ops
 from resnet_fused.backend import choice, why_not_fused
 from resnet_fused.layout import dense, is_channels_last
 from resnet_fused.ops.cpu_rules import is_faster, is_measured
-from resnet_fused.ops.transforms import METHODS, why_not_here
+from resnet_fused.ops.transforms import CALL, METHODS, why_not_here
 from resnet_fused.types import BatchNorm, ConvBN
 
 _FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-#: Names of a block's convolutions or batch norms, in the order in which they run; not the shortcut's.
-Names = tuple[str, ...]
+
+
+class Parts(NamedTuple):
+    """Names of the modules of a block or stem, in the order in which they run; not the shortcut's.
+
+    relus: after each batch norm, a block's last one after the sum. identities: must be None or nn.Identity.
+    """
+
+    convs: tuple[str, ...]
+    bns: tuple[str, ...]
+    relus: tuple[str, ...]
+    identities: tuple[str, ...] = ()
+
+
+def is_frozen_norm(bn: nn.Module) -> bool:
+    """Whether a norm is torchvision.ops.FrozenBatchNorm2d: running statistics, and no parameters."""
+    kind = type(bn)
+    return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__ == "torchvision.ops.misc"
 
 
 def _changed(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str | None:
     """What about a module keeps an op from standing in for it; None when it is as it was made."""
     kind = type(module)
-    if kind not in kinds:
-        return f"is a {kind.__name__}"
-    for name in METHODS[kind]:
+    return f"is a {kind.__name__}" if kind not in kinds else _overridden(module, METHODS[kind])
+
+
+def _overridden(module: nn.Module, methods: tuple[str, ...]) -> str | None:
+    """Which of the methods that run when a module is called it has itself; or that it has hooks."""
+    for name in methods:
         if name in module.__dict__:
             return f"has a {name} of its own"
     hooks = (
@@ -44,6 +64,8 @@ def _changed(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str | Non
 
 def _changed_bn(bn: nn.Module) -> str | None:
     """What about a batch norm requires unfused PyTorch."""
+    if is_frozen_norm(bn):
+        return _overridden(bn, CALL)
     if problem := _changed(bn, _NORMS):
         return problem
     assert isinstance(bn, _NORMS)
@@ -51,26 +73,43 @@ def _changed_bn(bn: nn.Module) -> str | None:
     return f"has eps {bn.eps}" if bn.eps <= 0 else None
 
 
-def _why_changed(owner: nn.Module, bns: Names) -> str | None:
+def _why_changed(owner: nn.Module, parts: Parts) -> str | None:
     """Why a block or stem runs unfused PyTorch, as far as its modules tell."""
-    for name in bns:
+    for name in parts.bns:
         if problem := _changed_bn(owner.get_submodule(name)):
             return f"{name} {problem}"
-    if problem := _changed(owner.get_submodule("relu"), (nn.ReLU,)):
-        return f"relu {problem}"
+    for name in dict.fromkeys(parts.relus):
+        if problem := _changed(owner.get_submodule(name), (nn.ReLU,)):
+            return f"{name} {problem}"
+    for name in parts.identities:
+        module = getattr(owner, name)
+        if module is not None and (problem := _changed(module, (nn.Identity,))):
+            return f"{name} {problem}"
     downsample = getattr(owner, "downsample", None)
     if downsample is None:
         return None
     if problem := _changed(downsample, (nn.Sequential,)):
         return f"downsample {problem}"
-    if len(downsample) != 2:
+    if len(downsample) < 2:
         return f"downsample has {len(downsample)} modules, not a conv and a norm"
-    if problem := _changed_bn(downsample[1]):
-        return f"downsample.1 {problem}"
+    if problem := _changed_bn(downsample[-1]):
+        return f"downsample.{len(downsample) - 1} {problem}"
     return None
 
 
-def why_plain(x: Any, owner: nn.Module, bns: Names) -> str | None:
+def is_bn_relu(modules: Sequence[nn.Module]) -> bool:
+    """Whether these are a batch norm and a ReLU that an op can stand in for."""
+    if len(modules) != 2:
+        return False
+    bn, relu = modules
+    return _changed_bn(bn) is None and _changed(relu, (nn.ReLU,)) is None
+
+
+def is_plain_sequential(module: nn.Module) -> bool:
+    return _changed(module, (nn.Sequential,)) is None
+
+
+def why_plain(x: Any, owner: nn.Module, parts: Parts) -> str | None:
     """Why a block or stem runs unfused PyTorch on ``x``; None when it runs fused."""
     if not isinstance(x, Tensor):
         return f"the input is a {type(x).__name__}"  # a torch.fx.Proxy
@@ -78,12 +117,12 @@ def why_plain(x: Any, owner: nn.Module, bns: Names) -> str | None:
         return f"the input is {x.dtype}"
     if x.dim() != 4 or x.numel() == 0:
         return f"the input has the shape {tuple(x.shape)}"
-    return why_module_plain(owner, bns, x.device.type)
+    return why_module_plain(owner, parts, x.device.type)
 
 
-def why_module_plain(owner: nn.Module, bns: Names, device_type: str) -> str | None:
+def why_module_plain(owner: nn.Module, parts: Parts, device_type: str) -> str | None:
     """Why a block or stem runs unfused PyTorch, whatever its input."""
-    return why_not_fused(device_type) or why_not_here() or _why_changed(owner, bns)
+    return why_not_fused(device_type) or why_not_here() or _why_changed(owner, parts)
 
 
 def why_no_pool(pool: nn.Module) -> str | None:
@@ -105,15 +144,15 @@ def kind_of_block(kind: str, downsample: bool, precision: str) -> str:
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
-def why_faster_plain(x: Any, block: Any, convs: Names, bns: Names) -> str | None:
+def why_faster_plain(x: Any, block: Any, parts: Parts) -> str | None:
     """Why a block trains faster as PyTorch's operators: few images on a CPU (ops.cpu_rules); None if it doesn't."""
     if torch.compiler.is_compiling() or choice() != "auto":
         return None
     if type(x) is not Tensor or x.device.type != "cpu" or x.dim() != 4:
         return None
-    conv = getattr(block, convs[0])
+    conv = getattr(block, parts.convs[0])
     # nn.SyncBatchNorm alone refuses a CPU.
-    if type(conv) is not nn.Conv2d or any(type(getattr(block, bn)) is not nn.BatchNorm2d for bn in bns):
+    if type(conv) is not nn.Conv2d or any(type(getattr(block, bn)) is not nn.BatchNorm2d for bn in parts.bns):
         return None
     if not (
         block.bn1.training or (torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad))
@@ -122,7 +161,7 @@ def why_faster_plain(x: Any, block: Any, convs: Names, bns: Names) -> str | None
     precision = _PRECISIONS.get(ops.autocast_dtype("cpu") or x.dtype)
     if precision is None:
         return None
-    kind = "basic" if len(convs) == 2 else "bottleneck"
+    kind = "basic" if len(parts.convs) == 2 else "bottleneck"
     if getattr(block.conv2, "groups", 1) > 1:
         kind = "grouped"
     name = kind_of_block(kind, block.downsample is not None, precision)
@@ -134,16 +173,22 @@ def why_faster_plain(x: Any, block: Any, convs: Names, bns: Names) -> str | None
 def runs_by_images(x: Tensor, conv: nn.Module, bn: nn.Module) -> bool:
     """Whether a convolution and what follows it may run on a few images of ``x`` at a time: nothing sees the batch."""
     return (
-        not (torch.compiler.is_compiling() or torch.is_grad_enabled() or bn.training)
+        not (torch.compiler.is_compiling() or torch.is_grad_enabled() or _uses_batch(bn))
         and type(x) is Tensor
         and x.device.type == "cpu"
         and _changed(conv, (nn.Conv2d,)) is None
     )
 
 
-def batch_norm_of(bn: nn.Module) -> BatchNorm:
+def _uses_batch(bn: nn.Module) -> bool:
+    """Whether a norm normalizes with the statistics of the batch."""
+    return bn.training and not is_frozen_norm(bn)
+
+
+def batch_norm_of(bn: Any) -> BatchNorm:
     """The operands and the mode of a batch norm module."""
-    assert isinstance(bn, _NORMS)
+    if is_frozen_norm(bn):
+        return BatchNorm(bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
     momentum = 0.0 if bn.momentum is None else bn.momentum
     batches = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
     if batches is not None and bn.momentum is None:
@@ -194,19 +239,32 @@ def _conv_bn(conv: nn.Module, bn: nn.Module) -> ConvBN:
     return ConvBN(conv.weight, batch_norm_of(bn), *geometry, conv.groups)
 
 
-def _conv_bns(block: nn.Module, convs: Names, bns: Names) -> list[tuple[str, Any, str, Any]]:
+def _conv_bns(block: nn.Module, parts: Parts) -> list[tuple[str, Any, str, Any]]:
     """Names and modules of the convolutions and their batch norms, the shortcut's last."""
-    conv_bns = [(c, getattr(block, c), n, getattr(block, n)) for c, n in zip(convs, bns, strict=True)]
+    conv_bns = [
+        (c, getattr(block, c), n, getattr(block, n)) for c, n in zip(parts.convs, parts.bns, strict=True)
+    ]
     downsample = getattr(block, "downsample", None)
     if downsample is not None:
-        conv_bns.append(("downsample.0", downsample[0], "downsample.1", downsample[1]))
+        count = len(downsample)
+        conv, bn = f"downsample.{count - 2}", f"downsample.{count - 1}"
+        conv_bns.append((conv, downsample[-2], bn, downsample[-1]))
     return conv_bns
 
 
-def why_not_one_op(block: nn.Module, convs: Names, bns: Names) -> str | None:
+def shortcut_input(block: nn.Module, x: Tensor) -> Tensor:
+    """The input of the shortcut's convolution: ``x``, or what the modules before it make of ``x``."""
+    downsample = getattr(block, "downsample", None)
+    if downsample is not None:
+        for module in [*downsample][:-2]:
+            x = module(x)
+    return x
+
+
+def why_not_one_op(block: nn.Module, parts: Parts) -> str | None:
     """Why a block runs as several fused ops, as far as its modules tell; None when it is one op."""
     owners: dict[int, str] = {}
-    for name, conv, bn_name, bn in _conv_bns(block, convs, bns):
+    for name, conv, bn_name, bn in _conv_bns(block, parts):
         if problem := _changed_conv(conv):
             return f"{name} {problem}"
         # torch.compile has one input for what is shared, and would write to it once where eager does so twice.
@@ -217,22 +275,34 @@ def why_not_one_op(block: nn.Module, convs: Names, bns: Names) -> str | None:
     return None
 
 
-def one_op(x: Tensor, block: nn.Module, convs: Names, bns: Names) -> tuple[list[ConvBN], ConvBN | None] | str:
-    """The operands of ops.residual_block beside ``x``, or why a block runs as several fused ops on it."""
-    if problem := why_not_one_op(block, convs, bns):
+class BlockOperands(NamedTuple):
+    """The operands of ops.residual_block beside the input."""
+
+    convs: list[ConvBN]
+    downsample: ConvBN | None
+    skip: Tensor | None
+
+
+def one_op(x: Tensor, skip: Tensor, block: nn.Module, parts: Parts) -> BlockOperands | str:
+    """The operands of ops.residual_block, or why a block runs as several fused ops on ``x``.
+
+    Args:
+        skip: ``shortcut_input``.
+    """
+    if problem := why_not_one_op(block, parts):
         return problem
-    if not is_channels_last(dense(x)):
+    if not (is_channels_last(dense(x)) and is_channels_last(dense(skip))):
         return "the input is contiguous: use x.to(memory_format=torch.channels_last)"
-    conv_bns = [_conv_bn(conv, bn) for _, conv, _, bn in _conv_bns(block, convs, bns)]
+    convs = [_conv_bn(conv, bn) for _, conv, _, bn in _conv_bns(block, parts)]
     mixed = ops.autocast_dtype(x.device.type) is not None
-    if not mixed and any(conv.weight.dtype != x.dtype for conv in conv_bns):
+    if not mixed and any(t.dtype != x.dtype for t in (skip, *(conv.weight for conv in convs))):
         return f"the input is {x.dtype} and a convolution's weight is not"
-    if min(x.shape[1], *(conv.weight.shape[0] for conv in conv_bns)) == 1:
+    if min(x.shape[1], *(conv.weight.shape[0] for conv in convs)) == 1:
         return "an activation has one channel"  # it lies in memory as a contiguous one
-    if not all(_is_convolution(conv) for conv in conv_bns):
+    if not all(_is_convolution(conv) for conv in convs):
         return "a convolution has a stride, padding or dilation that is refused"
-    downsample = conv_bns.pop() if len(conv_bns) > len(convs) else None
-    shape = ops.convolved_shape(x.shape, conv_bns)
-    if shape is None or shape != ops.convolved_shape(x.shape, [] if downsample is None else [downsample]):
+    downsample = convs.pop() if len(convs) > len(parts.convs) else None
+    shape = ops.convolved_shape(x.shape, convs)
+    if shape is None or shape != ops.convolved_shape(skip.shape, [] if downsample is None else [downsample]):
         return f"the convolutions do not fit each other or an input of shape {tuple(x.shape)}"
-    return conv_bns, downsample
+    return BlockOperands(convs, downsample, None if skip is x else skip)

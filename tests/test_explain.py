@@ -23,10 +23,17 @@ def test_models_of_others() -> None:
         "": "Linear has no residual blocks of resnet_fused: plain PyTorch runs"
     }
     explained = resnet_fused.explain(reference.resnet18())
-    assert len(explained) == 8
+    assert len(explained) == 9
     assert explained["layer1.0"] == (
-        "is a resnet_fused.reference.resnet.BasicBlock, not a resnet_fused.BasicBlock"
+        "is a resnet_fused.reference.resnet.BasicBlock: resnet_fused.fuse(model) makes it fused"
     )
+
+    class Bottleneck(nn.Identity):
+        pass
+
+    assert resnet_fused.explain(Bottleneck()) == {
+        "": "is a tests.test_explain.Bottleneck, which resnet_fused.fuse doesn't know"
+    }
     mixed = nn.Sequential(resnet_fused.BasicBlock(3, 3), reference.BasicBlock(3, 3))
     assert list(resnet_fused.explain(mixed)) == ["1"]
 

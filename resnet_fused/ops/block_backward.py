@@ -21,6 +21,7 @@ class Backward:
     """One backward pass of a block. Gradients w.r.t. parameters are collected in ``grads``, one tuple for each conv.
 
     Args:
+        skip: the shortcut's input; None: ``x``.
         needs: whether the gradient w.r.t. the block's input is needed, and w.r.t. each weight.
     """
 
@@ -29,6 +30,7 @@ class Backward:
         block: BlockSpec,
         needs: tuple[bool, list[bool]],
         x: Tensor,
+        skip: Tensor | None,
         mask: Tensor,
         parameters: list[Parameters],
         ys: list[Tensor],
@@ -38,13 +40,13 @@ class Backward:
     ) -> None:
         self.block, self.specs = block, block.convs
         self.needs_input, self.needs_weight = needs
-        self.x, self.mask, self.parameters = x, mask, parameters
+        self.x, self.skip, self.mask, self.parameters = x, skip, mask, parameters
         self.ys, self.stats, self.folds, self.branch_ys = ys, stats, folds, branch_ys
         self.weights = kernel_weights(parameters, x.dtype, block.triton)
         self.grads: list[tuple[Tensor | None, ...]] = [(None, None, None)] * len(parameters)
 
-    def run(self, grad: Tensor) -> Tensor | None:
-        """The gradient w.r.t. the block's input, from that w.r.t. its output."""
+    def run(self, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients w.r.t. the block's input and ``skip``, from that w.r.t. its output."""
         grad = grad.contiguous(memory_format=torch.channels_last)
         (da, *sums), dskip = self.branches(grad)
         for i in reversed(range(1, self.block.chain)):
@@ -55,11 +57,13 @@ class Backward:
             del dy, a
         dy = self.bn_relu_backward(0, da, sums)
         del da
-        shortcut: tuple[Tensor, Tensor | None, Pair] = (grad, self.mask, (1, 1))
-        if dskip is not None:
+        shortcut: tuple[Tensor | None, Tensor | None, Pair] = (grad, self.mask, (1, 1))
+        if self.skip is not None:
+            shortcut = (None, None, (1, 1))
+        elif dskip is not None:
             shortcut = (dskip, None, self.specs[-1].input_stride)
         dx, *_ = self.conv_backward(0, dy, Activation(self.x), *shortcut, needs_input=self.needs_input)
-        return dx if self.needs_input else None
+        return dx if self.needs_input else None, None if self.skip is None else dskip
 
     # From the block's output to the chain
 
@@ -96,9 +100,10 @@ class Backward:
         spec, shift = self.specs[i], self.folds[k].shift
         if k == 0:
             return after_bn(self.ys[-1], self.stats[i - 1], self.parameters[i - 1], shift, spec.lazy)
+        source = self.x if self.skip is None else self.skip
         if spec.lazy and spec.folded:
-            return Activation(self.x, shift=shift)
-        a = Activation(subsample(self.x, spec.input_stride), shift=shift)
+            return Activation(source, shift=shift)
+        a = Activation(subsample(source, spec.input_stride), shift=shift)
         return a if spec.lazy else Activation(materialize(a))
 
     def fold_gradients(self, k: int, sum_dz: Tensor, q: Tensor) -> DgradFactors:

@@ -111,11 +111,12 @@ class _Branch(NamedTuple):
         return [self.finalized.stats.mean, self.finalized.stats.invstd, self.p.gamma, self.p.beta]
 
 
-def forward(x: Tensor, block: BlockSpec, parameters: list[Parameters]) -> Forwarded:
+def forward(x: Tensor, skip: Tensor | None, block: BlockSpec, parameters: list[Parameters]) -> Forwarded:
     """The block's output, its mask, and what backward needs.
 
     Args:
         x: (N, C, H, W), channels_last.
+        skip: the shortcut's input, channels_last; None: ``x``.
         parameters: one for each of block.convs.
     """
     chain, triton = block.chain, block.triton
@@ -131,20 +132,20 @@ def forward(x: Tensor, block: BlockSpec, parameters: list[Parameters]) -> Forwar
             shift = _relu_mean(p, stats_of_y.stats)
         a = after_bn(y, stats_of_y.stats, p, shift, block.convs[i + 1].lazy)
     branches = [_branch(a, shift, weights[chain].to(x.dtype), parameters[chain], block.convs[chain], triton)]
+    source = x if skip is None else skip
     if len(block.convs) > chain + 1:
         spec = block.convs[-1]
-        shift = _sample_mean(x) if _is_centered(spec) else None
-        branches.append(
-            _branch(Activation(x, shift=shift), shift, weights[-1].to(x.dtype), parameters[-1], spec, triton)
-        )
-    main, skip = branches[0], branches[1] if len(branches) > 1 else _Branch(Activation(x))
-    if main.weight is not None or skip.weight is not None:
-        shortcut = skip.a.x, skip.a.shift, skip.weight, skip.bn, skip.input_stride
+        shift = _sample_mean(source) if _is_centered(spec) else None
+        a = Activation(source, shift=shift)
+        branches.append(_branch(a, shift, weights[-1].to(x.dtype), parameters[-1], spec, triton))
+    main, other = branches[0], branches[1] if len(branches) > 1 else _Branch(Activation(source))
+    if main.weight is not None or other.weight is not None:
+        shortcut = other.a.x, other.a.shift, other.weight, other.bn, other.input_stride
         out, mask = conv1x1_bn_add_relu([*main.a], main.weight, main.bn, *shortcut)
-    elif skip.finalized is None:
-        out, mask = bn_add_relu_forward(main.a.x, *main.bn, x)
+    elif other.finalized is None:
+        out, mask = bn_add_relu_forward(main.a.x, *main.bn, source)
     else:
-        out, mask = bn_bn_add_relu_forward(main.a.x, *main.bn, skip.a.x, *skip.bn)
+        out, mask = bn_bn_add_relu_forward(main.a.x, *main.bn, other.a.x, *other.bn)
     finalized += [branch.finalized for branch in branches if branch.finalized is not None]
     branch_ys = [
         None if spec.folded or spec.recomputed else branch.a.x

@@ -144,32 +144,35 @@ def _conv_bias(x: Tensor, conv: ConvBN, relu: bool, residual: Tensor | None = No
     return y.contiguous(memory_format=torch.channels_last)
 
 
-def _block(x: Tensor, convs: Sequence[ConvBN], downsample: ConvBN | None) -> Tensor:
+def _block(x: Tensor, skip: Tensor, convs: Sequence[ConvBN], downsample: ConvBN | None) -> Tensor:
     a = x
     for conv in convs[:-1]:
         a = _conv_bias(a, conv, relu=True)
-    skip = x if downsample is None else _conv_bias(x, downsample, relu=False)
+    skip = skip if downsample is None else _conv_bias(skip, downsample, relu=False)
     return _conv_bias(a, convs[-1], relu=True, residual=skip)
 
 
-def folded_block(x: Tensor, convs: Sequence[ConvBN], downsample: ConvBN | None, outputs: int) -> Tensor:
+def folded_block(
+    x: Tensor, skip: Tensor, convs: Sequence[ConvBN], downsample: ConvBN | None, outputs: int
+) -> Tensor:
     """ops.residual_block for operands that ``runs_folded`` accepts. ``outputs``: elements of the result."""
-    return by_images(lambda chunk: _block(chunk, convs, downsample), x, max(x.numel(), outputs))
+    largest = max(x.numel(), skip.numel(), outputs)
+    return by_images(lambda x, skip: _block(x, skip, convs, downsample), (x, skip), largest)
 
 
-def by_images(run: Callable[[Tensor], Tensor], x: Tensor, elements: int) -> Tensor:
-    """``run(x)``, a few images at a time: what one kernel writes is in the cache when the next reads it.
+def by_images(run: Callable[..., Tensor], inputs: Sequence[Tensor], elements: int) -> Tensor:
+    """``run(*inputs)``, a few images at a time: what one kernel writes is in the cache when the next reads it.
 
     Args:
-        elements: of the largest tensor that ``run`` makes of ``x``.
+        elements: of the largest tensor that ``run`` reads or makes.
     """
-    images = len(x)
-    chunks = -(-images // max(1, CHUNK_BYTES["cpu"] * images // (elements * x.element_size())))
+    images, itemsize = len(inputs[0]), inputs[0].element_size()
+    chunks = -(-images // max(1, CHUNK_BYTES["cpu"] * images // (elements * itemsize)))
     if chunks == 1:
-        return run(x)
+        return run(*inputs)
     out, at_once = None, -(-images // chunks)
     for first in range(0, images, at_once):
-        part = run(x[first : first + at_once])
+        part = run(*(x[first : first + at_once] for x in inputs))
         if out is None:
             out = fresh_like(part, images)
         out[first : first + at_once].copy_(part)

@@ -50,11 +50,16 @@ from resnet_fused.types import BatchNorm, BatchStats, ConvBN, ConvGeometry, Inpu
 class _ResidualBlock(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, spec: tuple[BlockSpec, list[BatchNorm] | None], *flat: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        skip: Tensor | None,
+        spec: tuple[BlockSpec, list[BatchNorm] | None],
+        *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """The output; if ``bns`` is None, also means and unbiased variances for the running statistics."""
         block, bns = spec
-        out, mask, ys, stats, folds, branch_ys, running = block_forward.forward(x, block, _grouped(flat))
+        results = block_forward.forward(x, skip, block, _grouped(flat))
+        out, mask, ys, stats, folds, branch_ys, running = results
         if bns is not None:
             # Here, since checkpointing stops a recomputed forward as soon as all is saved.
             update_running_stats(bns, running)
@@ -68,7 +73,7 @@ class _ResidualBlock(torch.autograd.Function):
         # Outputs whose batch norm's backward reads the bias; Triton kernels do so in branches too.
         outputs = [*ys, *(branch_ys if block.triton else [])]
         copies = [_copied(*each) for each in zip_longest(biases, stats, outputs)]
-        save(ctx, [x, *ys, *branch_ys], [mask, *flat[0::3], *flat[1::3], *copies, *rest])
+        save(ctx, [x, skip, *ys, *branch_ys], [mask, *flat[0::3], *flat[1::3], *copies, *rest])
         ctx.mark_non_differentiable(*running)
         ctx.set_materialize_grads(False)
         return out, *running
@@ -76,10 +81,11 @@ class _ResidualBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * (2 + ctx.counts[0])
+            return (None,) * (3 + ctx.counts[0])
         flats, count, branches = ctx.counts
         activations, others = saved(ctx)
-        x, ys, branch_ys = activations[0], activations[1:-branches], activations[-branches:]
+        x, skip, *ys = activations[:-branches]
+        branch_ys = activations[-branches:]
         mask, values = others[0], iter(others[1:])
         take = lambda count: [next(values) for _ in range(count)]  # noqa: E731
         parameters = [Parameters(*p) for p in zip(*(take(flats // 3) for _ in range(3)), strict=True)]
@@ -91,11 +97,11 @@ class _ResidualBlock(torch.autograd.Function):
         needs = ctx.needs_input_grad
         with without_autocast(grad.device.type):
             if needs_plain_backward(grad):
-                return _differentiable(ctx, x, parameters, stats, grad)
-            needed = needs[0], list(needs[2::3])
-            backward = Backward(ctx.block, needed, x, mask, parameters, ys, stats, folds, branch_ys)
-            dx = backward.run(grad)
-        grads = (dx, None, *(g for conv in backward.grads for g in conv))
+                return _differentiable(ctx, x, skip, parameters, stats, grad)
+            needed = needs[0], list(needs[3::3])
+            backward = Backward(ctx.block, needed, x, skip, mask, parameters, ys, stats, folds, branch_ys)
+            inputs = backward.run(grad)
+        grads = (*inputs, None, *(g for conv in backward.grads for g in conv))
         return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
@@ -111,7 +117,12 @@ def _copied(bias: Tensor | None, stats: BatchStats, output: Tensor | None) -> Te
 
 
 def _differentiable(
-    ctx: Any, x: Tensor, parameters: list[Parameters], stats: list[BatchStats], grad: Tensor
+    ctx: Any,
+    x: Tensor,
+    skip: Tensor | None,
+    parameters: list[Parameters],
+    stats: list[BatchStats],
+    grad: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """Gradients by plain PyTorch, that can be differentiated again."""
     block: BlockSpec = ctx.block
@@ -124,19 +135,21 @@ def _differentiable(
         y = F.conv2d(a[:, :, ::down, ::right], p.weight.to(a.dtype), None, *spec.geometry)
         return normalized(y, p.gamma, p.beta, mean, invstd, spec.running_stats is None)
 
-    def forward(x: Tensor, *flat: Tensor | None) -> Tensor:
+    def forward(x: Tensor, skip: Tensor | None, *flat: Tensor | None) -> Tensor:
         parameters, last = _grouped(flat), block.chain
         a = x
         for i in range(last):
             a = F.relu(conv_bn(a, parameters[i], i)).to(x.dtype)
         z = conv_bn(a, parameters[last], last)
-        skip = x if len(parameters) == last + 1 else conv_bn(x, parameters[-1], last + 1)
-        return F.relu(z + skip).to(x.dtype)
+        shortcut = x if skip is None else skip
+        if len(parameters) > last + 1:
+            shortcut = conv_bn(shortcut, parameters[-1], last + 1)
+        return F.relu(z + shortcut).to(x.dtype)
 
-    needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
+    needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[3:])
     group = next((spec.group for spec in block.convs if spec.group is not None), None)
-    dx, *grads = differentiable_backward(forward, (x, *flat), needs, grad, group)
-    return dx, None, *grads
+    dx, dskip, *grads = differentiable_backward(forward, (x, skip, *flat), needs, grad, group)
+    return dx, dskip, None, *grads
 
 
 #: Multiplications per element of its output that folding a 1x1 convolution may cost beside those of the convolution:
@@ -207,9 +220,10 @@ def convolved_shape(shape: Sequence[int], convs: Sequence[ConvBN]) -> tuple[int,
     return n, channels, *size
 
 
-def _spec(conv: ConvBN, dtype: torch.dtype, policy: str, is_shortcut: bool, lazy: bool) -> ConvSpec:
+def _spec(conv: ConvBN, dtype: torch.dtype, policy: str, subsamples: bool, lazy: bool) -> ConvSpec:
+    """subsamples: whether a stride is one of the input."""
     input_stride, stride = (1, 1), conv.stride
-    if is_shortcut and conv.weight.shape[2:] == (1, 1) and conv.padding == (0, 0):
+    if subsamples and conv.weight.shape[2:] == (1, 1) and conv.padding == (0, 0):
         input_stride, stride = conv.stride, (1, 1)
     geometry = ConvGeometry(stride, conv.padding, conv.dilation, conv.groups)
     stats = None if conv.bn.training else running_stats(conv.bn, dtype)
@@ -224,14 +238,17 @@ def _is_lazy(x: Tensor, conv: ConvBN) -> bool:
     )
 
 
-def residual_block(x: Tensor, convs: Sequence[ConvBN], downsample: ConvBN | None) -> Tensor:
+def residual_block(
+    x: Tensor, convs: Sequence[ConvBN], downsample: ConvBN | None, skip: Tensor | None = None
+) -> Tensor:
     """relu(bn(conv(...relu(bn(conv(x)))...)) + shortcut), for ``x`` (N, C, H, W), dense in channels_last.
 
     Running statistics are updated in place where the batch's are used. Under autocast everything runs in its dtype.
 
     Args:
         convs: the convolutions of the main path with their batch norms; all but the last with a ReLU after them.
-        downsample: that of the shortcut; None: the shortcut is ``x``.
+        downsample: that of the shortcut; None: the shortcut is its input.
+        skip: the shortcut's input, (N, C', H', W'), channels_last; None: ``x``.
 
     Raises:
         ValueError: ``x`` is contiguous, the convolutions do not fit each other, or a batch has one value per channel.
@@ -245,9 +262,10 @@ def residual_block(x: Tensor, convs: Sequence[ConvBN], downsample: ConvBN | None
     x = dense(x.to(dtype))
     if not is_channels_last(x):
         raise ValueError("a block as one op takes channels_last: use x.to(memory_format=torch.channels_last)")
+    source = x if skip is None else dense(skip.to(dtype))
     shortcut = [] if downsample is None else [downsample]
     shape = convolved_shape(x.shape, convs)
-    if shape is None or shape != convolved_shape(x.shape, shortcut):
+    if shape is None or shape != convolved_shape(source.shape, shortcut):
         raise ValueError(f"the convolutions do not fit each other or an input of shape {tuple(x.shape)}")
     pixels, vectors = shape[0] * shape[2] * shape[3], statistics_dtype(dtype)
     every_conv, triton = [*convs, *shortcut], runs_triton(x)
@@ -255,18 +273,21 @@ def residual_block(x: Tensor, convs: Sequence[ConvBN], downsample: ConvBN | None
         check_bn(conv.bn, len(conv.weight))
     if runs_folded(x, every_conv):
         with without_autocast(device):
-            return folded_block(x, convs, downsample, math.prod(shape))
+            return folded_block(x, source, convs, downsample, math.prod(shape))
     forget(every_conv)
     with without_autocast(device):
-        chain, last = len(convs) - 1, convs[-1]
+        chain = len(convs) - 1
         policies = ["saved"] * chain
-        # The main path's input is not subsampled first.
+        # Not where the gradient w.r.t. all pixels of an input is needed that has no other one.
+        subsamples = [False] * len(convs) + [skip is None] * len(shortcut)
         rest = pixels, dtype, triton, any(conv.groups > 1 for conv in every_conv)
-        policies += [output_policy(last, *rest) if last.stride == (1, 1) else "saved"]
-        policies += [output_policy(conv, *rest) for conv in shortcut]
+        policies += [
+            output_policy(conv, *rest) if subsampled or conv.stride == (1, 1) else "saved"
+            for conv, subsampled in zip(every_conv[chain:], subsamples[chain:], strict=True)
+        ]
         specs = [
-            _spec(conv, vectors, policy, i > chain, triton or (policy != "folded" and _is_lazy(x, conv)))
-            for i, (conv, policy) in enumerate(zip(every_conv, policies, strict=True))
+            _spec(conv, vectors, policy, subsampled, triton or (policy != "folded" and _is_lazy(x, conv)))
+            for conv, policy, subsampled in zip(every_conv, policies, subsamples, strict=True)
         ]
         flat: list[Tensor | None] = []
         for conv in every_conv:
@@ -276,7 +297,8 @@ def residual_block(x: Tensor, convs: Sequence[ConvBN], downsample: ConvBN | None
         training = [conv.bn for conv in every_conv if conv.bn.training]
         # torch.compile takes no buffers that an autograd.Function changes.
         bns = None if torch.compiler.is_compiling() else training
-        out, *running = _ResidualBlock.apply(x, (BlockSpec(tuple(specs), chain, triton), bns), *flat)
+        spec = BlockSpec(tuple(specs), chain, triton), bns
+        out, *running = _ResidualBlock.apply(x, None if skip is None else source, spec, *flat)
     if bns is None:
         update_running_stats(training, running)
     return out

@@ -10,15 +10,17 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
-_CALL = ("_wrapped_call_impl", "_call_impl", "forward")
-#: The methods that run when a module is called, by its type.
+#: The methods that run when a module is called.
+CALL = ("_wrapped_call_impl", "_call_impl", "forward")
+#: The same, by its type, with those that its forward calls.
 METHODS: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Conv2d: (*_CALL, "_conv_forward"),
-    nn.BatchNorm2d: (*_CALL, "_check_input_dim"),
-    nn.SyncBatchNorm: (*_CALL, "_check_input_dim", "_check_non_zero_input_channels"),
-    nn.ReLU: _CALL,
-    nn.MaxPool2d: _CALL,
-    nn.Sequential: _CALL,
+    nn.Conv2d: (*CALL, "_conv_forward"),
+    nn.BatchNorm2d: (*CALL, "_check_input_dim"),
+    nn.SyncBatchNorm: (*CALL, "_check_input_dim", "_check_non_zero_input_channels"),
+    nn.ReLU: CALL,
+    nn.MaxPool2d: CALL,
+    nn.Sequential: CALL,
+    nn.Identity: CALL,
 }
 #: What plain modules call, as it was when this module was imported: {(owner, name): function}.
 _ORIGINALS: dict[tuple[Any, str], Any] = {
