@@ -2,9 +2,9 @@
 
     model = resnet_fused.resnet50()            # where torchvision.models.resnet50() stood
 
-Ten constructors with torchvision's names and arguments, ``explain`` (what does not run fused, and why),
-``functional`` (the fused ops), ``reference`` (the same in plain PyTorch), ``backend`` (which implementation runs) and
-``GraphedStep`` (a training step as one CUDA graph).
+Ten constructors with torchvision's names, arguments and pretrained weights; ``list_models`` and ``get_model`` for their
+names; ``explain`` (what does not run fused, and why), ``functional`` (the fused ops), ``reference`` (the same in plain
+PyTorch), ``backend`` (which implementation runs) and ``GraphedStep`` (a training step as one CUDA graph).
 """
 
 from resnet_fused import functional, reference
@@ -16,6 +16,8 @@ from resnet_fused.models import (
     Bottleneck,
     ResNet,
     explain,
+    get_model,
+    list_models,
     resnet18,
     resnet34,
     resnet50,
@@ -40,6 +42,8 @@ __all__ = [
     "backend",
     "explain",
     "functional",
+    "get_model",
+    "list_models",
     "reference",
     "resnet18",
     "resnet34",
