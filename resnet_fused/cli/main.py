@@ -11,11 +11,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from resnet_fused._version import __version__
 from resnet_fused.cli.distributed import from_environment
 from resnet_fused.cli.errors import UserError
 from resnet_fused.cli.settings import BY_DATA, IMPLEMENTATIONS, PRECISION_CHOICES, Invocation, Settings
 from resnet_fused.cli.signals import Stopped
 from resnet_fused.reference.resnet import ARCHITECTURES
+
+SCRIPT = "resnet-fused"  # see [project.scripts] in pyproject.toml
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,9 +81,15 @@ _not_negative = _number(float, lambda value: 0 <= value < float("inf"), "a numbe
 _fraction = _number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
+def program() -> str:
+    """How the command line was started, as far as usage and messages name it."""
+    return SCRIPT if Path(sys.argv[0]).stem == SCRIPT else "python -m resnet_fused"
+
+
 def make_parser() -> Parser:
     """The parser of all commands; each sets `command` to the function that runs it."""
-    parser = Parser(prog="python -m resnet_fused", description="ResNets that train fused.")
+    parser = Parser(prog=program(), description="ResNets that train fused.")
+    parser.add_argument("--version", action="version", version=f"resnet_fused {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(
