@@ -172,7 +172,7 @@ def _read_file(path: str) -> dict[str, Tensor]:
         state = next(
             (state[key] for key in ("state_dict", "model") if isinstance(state.get(key), dict)), state
         )
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise ValueError(f"{path} holds no state_dict but a {type(state).__name__}")
     # Each of the two may wrap the other.
     for prefix in ("module.", "_orig_mod.", "module."):

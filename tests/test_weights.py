@@ -264,9 +264,10 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     torch.save(state, path)
     with pytest.raises(RuntimeError, match=r"Missing key.*bn1\.num_batches_tracked"):
         resnet_fused.resnet18(weights=path)
-    torch.save([1, 2], path)
-    with pytest.raises(ValueError, match="holds no state_dict but a list"):
-        resnet_fused.resnet18(weights=path)
+    for content in ([1, 2], {1: 2}):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=f"holds no state_dict but a {type(content).__name__}"):
+            resnet_fused.resnet18(weights=path)
     with pytest.raises(ValueError, match=r"safetensors\.torch\.load_file"):
         resnet_fused.resnet18(weights=path.rename(tmp_path / "file.safetensors"))
 

@@ -160,6 +160,17 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--cuda-graph", action=switch, help=help_graph)
 
+    add = parser.add_argument_group("from what").add_argument
+    help_weights = (
+        "pretrained weights: DEFAULT, IMAGENET1K_V1 or IMAGENET1K_V2, which are downloaded once; or a file of "
+        "torch.save, such as a best.pt (random weights). Images of a folder are normalized as for ImageNet"
+    )
+    add("--weights", metavar="NAME|PATH", help=help_weights)
+    help_finetune = "start with a new head where --weights have another number of classes than the data"
+    add("--finetune", action="store_true", help=help_finetune)
+    help_freeze = "train the head alone: the rest of the weights and the running statistics stay as they are"
+    add("--freeze-backbone", action="store_true", help=help_freeze)
+
     add = parser.add_argument_group("how").add_argument
     add("--epochs", type=_count, metavar="N", help=f"({default['epochs']})")
     add("--batch-size", type=_count, metavar="N", help=f"images per step and process ({Settings.batch_size})")
