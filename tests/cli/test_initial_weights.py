@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import resnet_fused
 from resnet_fused import reference, weights
+from resnet_fused.cli.compare import memory
+from resnet_fused.cli.data import open_source
+from resnet_fused.cli.distributed import World
 from resnet_fused.cli.learner import Learner
+from resnet_fused.cli.settings import make_settings
 from tests.cli.conftest import Cli, assert_same_run, load
 from tests.cli.test_bad_input import assert_refused
 from tests.cli.test_train import torchrun
@@ -244,3 +248,20 @@ def test_mistakes(
     result = train(*options, "--overwrite")
     assert_refused(result, *words)
     assert len(result.err) < 500 and begun.is_file()
+
+
+def test_memory_of_a_frozen_backbone_is_measured_frozen() -> None:
+    """In evaluation mode, as it trains: batch norms in training mode use other memory."""
+    settings = make_settings({"weights": "any.pt", "freeze_backbone": True, "batch_size": 4}, {})
+    source = open_source("digits", 32, 0)
+    learner = Learner("fused", settings, source, 10, torch.device("cpu"), World())
+    modes = {}
+    for name, module in learner.model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_pre_hook(
+                lambda module, args, name=name: modes.update({name: module.training})
+            )
+    measure = torch.zeros(4, 32, 32, 3, dtype=torch.uint8), torch.arange(4)
+    saved, _ = memory(learner, *learner.prepare(measure))
+    assert modes.pop("fc") is True and len(modes) == 20 and not any(modes.values())
+    assert saved < 4 * 1024 * 4  # the input of the head and its results, nothing of the backbone's
