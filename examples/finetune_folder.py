@@ -1,4 +1,4 @@
-"""Fine-tunes a ResNet on a folder of images: ``python examples/finetune_folder.py FOLDER --weights resnet18.pth``.
+"""Fine-tunes a ResNet on a folder of images: ``python examples/finetune_folder.py FOLDER --weights DEFAULT``.
 
 FOLDER holds train/ and val/, each with one folder of JPEG or PNG images per class. Without FOLDER the script draws a
 small data set of its own, so it runs anywhere. It needs pillow. ``python -m resnet_fused train`` is the complete
@@ -23,6 +23,8 @@ import resnet_fused
 
 ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 SUFFIXES = (".jpg", ".jpeg", ".png")
+# Of ImageNet: what pretrained weights were trained with.
+MEAN, STD = torch.tensor([[[[0.485]], [[0.456]], [[0.406]]], [[[0.229]], [[0.224]], [[0.225]]]])
 
 
 class ImageFolder(Dataset[tuple[Tensor, int]]):
@@ -57,7 +59,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         x = pixels.view(self.size, self.size, 3).permute(2, 0, 1).float() / 255
         if self.augment and random.random() < 0.5:
             x = x.flip(-1)
-        return (x - 0.5) / 0.25, label
+        return (x - MEAN) / STD, label
 
 
 def draw_images(root: Path, train: int = 24, val: int = 8, size: int = 64) -> None:
@@ -75,16 +77,6 @@ def draw_images(root: Path, train: int = 24, val: int = 8, size: int = 64) -> No
                 pixels = (255 * noisy.clamp(0, 1)).to(torch.uint8).permute(1, 2, 0).contiguous()
                 data = bytes(pixels.flatten().tolist())
                 Image.frombytes("RGB", (size, size), data).save(folder / f"{index}.png")
-
-
-def load_pretrained(model: nn.Module, path: Path) -> None:
-    """Loads a torchvision state_dict; a classifier of another number of classes is left as initialised."""
-    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    own = model.state_dict()
-    other_classes = "fc.weight" in state and state["fc.weight"].shape != own["fc.weight"].shape
-    if other_classes:
-        state |= {name: own[name] for name in ("fc.weight", "fc.bias")}
-    model.load_state_dict(state)
 
 
 def evaluate(model: nn.Module, loader: DataLoader[tuple[Tensor, int]], device: torch.device) -> float:
@@ -123,9 +115,8 @@ def finetune(arguments: argparse.Namespace, folder: Path) -> nn.Module:
             f"{len(train_set)} training images are fewer than one batch of {arguments.batch_size}"
         )
 
-    model: nn.Module = getattr(resnet_fused, arguments.arch)(num_classes=len(classes))
-    if arguments.weights is not None:
-        load_pretrained(model, arguments.weights)
+    model = resnet_fused.get_model(arguments.arch, weights=arguments.weights)
+    model.fc = nn.Linear(model.fc.in_features, len(classes))
     # Blocks run as one fused op on channels_last input; on contiguous input they take a slower path.
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = next(iter(val_loader))[0].to(device, memory_format=torch.channels_last)
@@ -156,7 +147,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--arch", choices=ARCHS, default="resnet18")
     parser.add_argument(
-        "--weights", type=Path, help="a state_dict of torchvision's model, saved by torch.save"
+        "--weights",
+        help="pretrained on ImageNet: DEFAULT, or the path of a state_dict (default: random ones)",
     )
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=12)
@@ -167,8 +159,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="save the trained state_dict to this file")
     arguments = parser.parse_args(argv)
-    if arguments.weights is not None and not arguments.weights.is_file():
-        parser.error(f"--weights {arguments.weights} is not a file")
 
     if arguments.folder is not None:
         model = finetune(arguments, arguments.folder)

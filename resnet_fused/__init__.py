@@ -3,9 +3,10 @@
     model = resnet_fused.resnet50()            # where torchvision.models.resnet50() stood
     model = resnet_fused.fuse(model)           # or converts a model of torchvision or timm
 
-Ten constructors with torchvision's names and arguments, ``fuse`` and ``unfuse``, ``explain`` (what does not run fused,
-and why), ``functional`` (the fused ops), ``reference`` (the same in plain PyTorch), ``backend`` (which implementation
-runs) and ``GraphedStep`` (a training step as one CUDA graph).
+Ten constructors with torchvision's names, arguments and pretrained weights; ``list_models`` and ``get_model`` for their
+names; ``fuse`` and ``unfuse``; ``explain`` (what does not run fused, and why), ``functional`` (the fused ops),
+``reference`` (the same in plain PyTorch), ``backend`` (which implementation runs) and ``GraphedStep`` (a training step
+as one CUDA graph).
 """
 
 from resnet_fused import functional, reference
@@ -18,6 +19,8 @@ from resnet_fused.models import (
     BasicBlock,
     Bottleneck,
     ResNet,
+    get_model,
+    list_models,
     resnet18,
     resnet34,
     resnet50,
@@ -43,6 +46,8 @@ __all__ = [
     "explain",
     "functional",
     "fuse",
+    "get_model",
+    "list_models",
     "reference",
     "resnet18",
     "resnet34",

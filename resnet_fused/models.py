@@ -8,6 +8,8 @@ PyTorch. ``explain(model, x)`` says which and why.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from resnet_fused import reference
@@ -42,8 +44,28 @@ BLOCKS: dict[BlockKind, type[reference.BasicBlock | reference.Bottleneck]] = {
     "bottleneck": Bottleneck,
 }
 
-
+_CONSTRUCTORS = constructors(ResNet, BLOCKS, __name__)
 (
     resnet18, resnet34, resnet50, resnet101, resnet152, resnext50_32x4d, resnext101_32x8d, resnext101_64x4d,
     wide_resnet50_2, wide_resnet101_2,
-) = constructors(ResNet, BLOCKS, __name__)  # fmt: skip
+) = _CONSTRUCTORS.values()  # fmt: skip
+
+
+def list_models() -> list[str]:
+    """The names of the ten constructors, sorted."""
+    return sorted(_CONSTRUCTORS)
+
+
+def get_model(name: str, **kwargs: Any) -> ResNet:
+    """The model that the constructor of a name makes.
+
+    Args:
+        name: one of ``list_models()``.
+        kwargs: arguments of the constructor: weights, progress, num_classes and so on.
+
+    Raises:
+        ValueError: there is no constructor of that name; and what the constructor raises.
+    """
+    if name not in _CONSTRUCTORS:
+        raise ValueError(f"Unknown model {name!r}: choose one of {', '.join(list_models())}")
+    return _CONSTRUCTORS[name](**kwargs)

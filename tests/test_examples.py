@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from resnet_fused import reference
+from tests import torchvision_ops  # noqa: F401  # an example takes torchvision where it is installed
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

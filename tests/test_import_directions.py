@@ -20,7 +20,8 @@ LAYERS = {
     "accuracy": set(),
     "native": {"_C"},
     "backend": {"native"},
-    "reference": {"layout", "types"},
+    "weights": set(),
+    "reference": {"layout", "types", "weights"},
     "kernels": {"accuracy", "backend", "layout", "types"},
     "ops": {"backend", "kernels", "layout", "native", "reference", "types"},
     "functional": {"ops", "types"},
@@ -33,7 +34,7 @@ LAYERS = {
     "measure": {"accuracy"},
     "cuda_graph": set(),
     "": {"backend", "cuda_graph", "explain", "functional", "fuse", "models", "native", "ops", "reference"},
-    "cli": {"", "accuracy", "backend", "measure", "models", "native", "ops", "plan", "reference"},
+    "cli": {"", "accuracy", "backend", "measure", "models", "native", "ops", "plan", "reference", "weights"},
     "__main__": {"cli"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -27,10 +27,8 @@ def test_legacy_arguments(library: Any) -> None:
         library.resnet18(None)
     with pytest.warns(UserWarning, match="give 'progress' by name"):
         library.resnet18(False, True)
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="holds no pretrained weights"):
-        library.resnet18(pretrained=True)
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="holds no pretrained weights"):
-        library.resnet18(True)
+    with pytest.raises(TypeError, match="'weights' or 'pretrained', got both"):
+        library.resnet18(weights=None, pretrained=False)
     with pytest.raises(TypeError, match="at most 2 positional arguments"):
         library.resnet18(None, True, 10)
     with pytest.raises(TypeError, match="multiple values for argument 'weights'"):

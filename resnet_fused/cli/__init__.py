@@ -1,1 +1,1 @@
-"""The command line: `python -m resnet_fused train | bench | info`. Nothing here is imported by the library itself."""
+"""The command line: `resnet-fused`, or `python -m resnet_fused`. Nothing here is imported by the library itself."""

@@ -26,6 +26,16 @@ KEYS = {
     "steps_per_epoch",
 }
 
+#: What torch.load raises for a file that is damaged, or something else; beside OSError.
+UNREADABLE = (
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    KeyError,
+)
+
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes a checkpoint atomically.
@@ -56,14 +66,7 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
-    except (
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-    ) as error:
+    except UNREADABLE as error:
         reason = (str(error).splitlines() or [""])[0].rstrip(".")
         raise UserError(
             f"{path} is no checkpoint, or a damaged one ({reason}): use another, such as best.pt"

@@ -16,7 +16,7 @@ from torch import Tensor
 from resnet_fused.backend import why_plain
 from resnet_fused.cli.data import Batches
 from resnet_fused.cli.files import write_text
-from resnet_fused.cli.learner import Learner, cross_entropy
+from resnet_fused.cli.learner import Learner, cross_entropy, set_training
 from resnet_fused.cli.text import shown, table
 from resnet_fused.measure import Memory, milliseconds, quantiles, saved_storages
 
@@ -41,7 +41,8 @@ def memory(learner: Learner, images: Tensor, labels: Tensor) -> tuple[int, int |
 
     Measured on a copy, so that the model's running statistics stay as they are.
     """
-    model = copy.deepcopy(learner.model).train()
+    model = copy.deepcopy(learner.model)
+    set_training(model, learner.settings)
     on_gpu = learner.device.type == "cuda"
     peak = Memory(learner.device) if on_gpu else None
     if peak is not None:

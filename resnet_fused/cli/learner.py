@@ -21,6 +21,7 @@ from resnet_fused.cli import checkpoint
 from resnet_fused.cli.data import Batch, Source
 from resnet_fused.cli.distributed import World
 from resnet_fused.cli.errors import UserError
+from resnet_fused.cli.initial_weights import InitialWeights
 from resnet_fused.cli.metrics import Progress
 from resnet_fused.cli.precision import PRECISIONS
 from resnet_fused.cli.settings import Settings
@@ -44,8 +45,9 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def make_optimizer(model: nn.Module, settings: Settings, fused: bool | None) -> torch.optim.SGD:
     """SGD without weight decay for norms and biases."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim > 1]
+    vectors = [p for p in trained if p.ndim <= 1]
     groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -64,6 +66,15 @@ def make_schedule(optimizer: torch.optim.Optimizer, settings: Settings, steps: i
     return SequentialLR(optimizer, [linear, cosine], milestones=[warm])
 
 
+def set_training(model: nn.Module, settings: Settings) -> None:
+    """Training mode; a frozen backbone stays in evaluation mode, so that its running statistics stay too."""
+    model.train()
+    if settings.freeze_backbone:
+        bare = model.module if isinstance(model, DistributedDataParallel) else model
+        for name, child in bare.named_children():
+            child.train(name == "fc")
+
+
 class Learner:
     """A model in training.
 
@@ -76,7 +87,14 @@ class Learner:
     """
 
     def __init__(
-        self, name: str, settings: Settings, source: Source, steps: int, device: torch.device, world: World
+        self,
+        name: str,
+        settings: Settings,
+        source: Source,
+        steps: int,
+        device: torch.device,
+        world: World,
+        initial: InitialWeights | None = None,
     ) -> None:
         self.name = name
         self.label = "unfused" if name == "fused" and why_plain(device.type) is not None else name
@@ -89,6 +107,10 @@ class Learner:
         torch.manual_seed(settings.seed)
         self.memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
         model: nn.Module = getattr(LIBRARIES[name], settings.arch)(num_classes=len(source.classes))
+        if initial is not None:
+            initial.load_into(model)
+        if settings.freeze_backbone:
+            model.requires_grad_(False).get_submodule("fc").requires_grad_(True)
         self.model = model.to(device=device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self._parallel: nn.Module = self.model
         if world.size > 1:
@@ -132,7 +154,7 @@ class Learner:
         """One step of SGD. Its loss is read by the next `count_steps`."""
         if self.steps_done:
             self._advance_schedule(1)
-        self._parallel.train()
+        set_training(self._parallel, self.settings)
         if self._graphed is not None:
             loss, logits = self._graphed(images, labels)
         else:

@@ -11,11 +11,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from resnet_fused._version import __version__
 from resnet_fused.cli.distributed import from_environment
 from resnet_fused.cli.errors import UserError
 from resnet_fused.cli.settings import BY_DATA, IMPLEMENTATIONS, PRECISION_CHOICES, Invocation, Settings
 from resnet_fused.cli.signals import Stopped
 from resnet_fused.reference.resnet import ARCHITECTURES
+
+SCRIPT = "resnet-fused"  # see [project.scripts] in pyproject.toml
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,9 +81,15 @@ _not_negative = _number(float, lambda value: 0 <= value < float("inf"), "a numbe
 _fraction = _number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
+def program() -> str:
+    """How the command line was started, as far as usage and messages name it."""
+    return SCRIPT if Path(sys.argv[0]).stem == SCRIPT else "python -m resnet_fused"
+
+
 def make_parser() -> Parser:
     """The parser of all commands; each sets `command` to the function that runs it."""
-    parser = Parser(prog="python -m resnet_fused", description="ResNets that train fused.")
+    parser = Parser(prog=program(), description="ResNets that train fused.")
+    parser.add_argument("--version", action="version", version=f"resnet_fused {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(
@@ -150,6 +159,17 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
         "replay steps as a CUDA graph, on one GPU: for batches that take longer to launch than to run (no)"
     )
     add("--cuda-graph", action=switch, help=help_graph)
+
+    add = parser.add_argument_group("from what").add_argument
+    help_weights = (
+        "pretrained weights: DEFAULT, IMAGENET1K_V1 or IMAGENET1K_V2, which are downloaded once; or a file of "
+        "torch.save, such as a best.pt (random weights). Images of a folder are normalized as for ImageNet"
+    )
+    add("--weights", metavar="NAME|PATH", help=help_weights)
+    help_finetune = "start with a new head where --weights have another number of classes than the data"
+    add("--finetune", action="store_true", help=help_finetune)
+    help_freeze = "train the head alone: the rest of the weights and the running statistics stay as they are"
+    add("--freeze-backbone", action="store_true", help=help_freeze)
 
     add = parser.add_argument_group("how").add_argument
     add("--epochs", type=_count, metavar="N", help=f"({default['epochs']})")

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from resnet_fused.cli.distributed import World
 from resnet_fused.cli.errors import UserError
+from resnet_fused.weights import find
 
 IMPLEMENTATIONS = ("fused", "reference", "compare")
 PRECISION_CHOICES = ("fp32", "bf16", "fp16")
@@ -21,6 +22,9 @@ BY_DATA: dict[str, tuple[Any, Any]] = {
     "image_size": (32, 224),
     "workers": (0, min(4, os.cpu_count() or 1)),
 }
+
+# Options that say how a run starts: a run that is resumed has them already.
+AT_THE_START = ("weights", "finetune", "freeze_backbone")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,9 @@ class Settings:
     device: str = "auto"
     channels_last: bool = True
     cuda_graph: bool = False
+    weights: str | None = None
+    finetune: bool = False
+    freeze_backbone: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,16 @@ def make_settings(given: dict[str, Any], saved: dict[str, Any]) -> Settings:
     Raises:
         UserError: options that cannot be, alone or together.
     """
+    arch = given.get("arch", saved.get("arch", Settings.arch))
+    if "weights" in given:
+        given = {**given, "weights": _from_anywhere(arch, given["weights"])}
+    for name in AT_THE_START if saved else ():
+        was = saved.get(name, getattr(Settings, name))
+        if given.get(name, was) != was:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{option} says how a run starts: leave it out with --resume, or start another run"
+            )
     known = {field.name for field in fields(Settings)}
     chosen = {name: value for name, value in (saved | given).items() if name in known}
     data = chosen.get("data", Settings.data)
@@ -80,7 +97,19 @@ def make_settings(given: dict[str, Any], saved: dict[str, Any]) -> Settings:
         raise UserError(f"--batch-size {settings.batch_size}: batch norm needs at least 2 images")
     if settings.image_size < SMALLEST_IMAGE:
         raise UserError(f"--image-size {settings.image_size} is too small: use at least {SMALLEST_IMAGE}")
+    for name in AT_THE_START:
+        if getattr(settings, name) and settings.weights is None:
+            raise UserError(f"--{name.replace('_', '-')} needs --weights to start from")
     return settings
+
+
+def _from_anywhere(arch: str, weights: str) -> str:
+    """A name of weights as it is, and a path as an absolute one: the run may be resumed from another folder."""
+    try:
+        path = find(arch, weights).path
+    except ValueError as error:
+        raise UserError(f"--weights: {error}") from error
+    return weights if path is None else os.path.abspath(path)
 
 
 def command_to_resume(out: Path, world: World) -> str:

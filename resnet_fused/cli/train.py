@@ -20,6 +20,7 @@ from resnet_fused.cli.data import Batch, Batches, open_source
 from resnet_fused.cli.distributed import World, from_environment, pick_device, process_group
 from resnet_fused.cli.errors import UserError, require
 from resnet_fused.cli.files import make_folder, write_atomically, write_text
+from resnet_fused.cli.initial_weights import read_initial_weights
 from resnet_fused.cli.learner import Learner, why_no_cuda_graph
 from resnet_fused.cli.metrics import describe
 from resnet_fused.cli.plots import plot_curves
@@ -56,8 +57,14 @@ def train(given: dict[str, Any], invocation: Invocation) -> None:
         source = open_source(settings.data, settings.image_size, settings.seed)
         on_gpu = device.type == "cuda"
         batches = Batches(source, settings.batch_size, settings.seed, settings.workers, world, pin=on_gpu)
+        initial = None
+        if not states:  # now: what cannot be loaded must not cost the run that --overwrite replaces
+            on_terminal = world.main and sys.stderr.isatty()
+            initial = read_initial_weights(settings, len(source.classes), progress=on_terminal)
         if world.main:
             prepare_out(invocation, settings, world)
+            if initial is not None:
+                print(f"weights: {initial.description}", flush=True)
             reason = why_no_cuda_graph(device, world) if settings.cuda_graph else None
             if reason is not None:
                 print(f"resnet_fused: trains without --cuda-graph: {reason}", file=sys.stderr, flush=True)
@@ -65,7 +72,9 @@ def train(given: dict[str, Any], invocation: Invocation) -> None:
             torch.backends.cudnn.benchmark = True
         with process_group(world, device):
             names = LEARNERS[settings.impl]
-            learners = [Learner(name, settings, source, batches.steps, device, world) for name in names]
+            learners = [
+                Learner(name, settings, source, batches.steps, device, world, initial) for name in names
+            ]
             try:
                 for learner in learners:
                     if learner.name in states:
@@ -315,6 +324,8 @@ class Run:
         parts = [
             s.arch,
             s.impl if self.comparing else self.learners[0].label,
+            *([f"from {Path(s.weights).name}"] if s.weights is not None else []),
+            *(["backbone frozen"] if s.freeze_backbone else []),
             f"{s.data} at {s.image_size}x{s.image_size}",
             f"batch {s.batch_size}" + (f" x {self.world.size} processes" if self.world.size > 1 else ""),
             s.precision,

@@ -6,14 +6,16 @@ made from the same table with ``build``.
 
 from __future__ import annotations
 
-import functools
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from resnet_fused import weights
+from resnet_fused.reference.constructor import Constructor, document, torchvision_arguments
+from resnet_fused.weights import Weights
 
 NormLayer = Callable[..., nn.Module]
 
@@ -284,50 +286,15 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 ResNetT = TypeVar("ResNetT", bound=ResNet)
-Constructor = TypeVar("Constructor", bound=Callable[..., ResNet])
-
-
-def torchvision_arguments(constructor: Constructor) -> Constructor:
-    """Takes what torchvision's constructors still take, with a warning: positions, and ``pretrained``.
-
-    Raises:
-        ValueError: pretrained is true.
-        TypeError: more than two arguments by position, or one given twice.
-    """
-
-    @functools.wraps(constructor)
-    def call(*args: Any, **kwargs: Any) -> ResNet:
-        name = constructor.__name__
-        if len(args) > 2:
-            raise TypeError(
-                f"{name}() takes at most 2 positional arguments, weights and progress, got {len(args)}"
-            )
-        for key, value in zip(("weights", "progress"), args, strict=False):
-            if key in kwargs:
-                raise TypeError(f"{name}() got multiple values for argument '{key}'")
-            warnings.warn(f"{name}(): give '{key}' by name, not by position", UserWarning, stacklevel=2)
-            kwargs[key] = value
-        if "pretrained" in kwargs:
-            warnings.warn(
-                f"{name}(): the parameter 'pretrained' is deprecated, use 'weights'",
-                UserWarning,
-                stacklevel=2,
-            )
-            if kwargs.pop("pretrained"):
-                kwargs["weights"] = "pretrained=True"
-        if isinstance(kwargs.get("weights"), bool):  # pretrained by position, of old
-            kwargs["weights"] = "pretrained=True" if kwargs["weights"] else None
-        return constructor(**kwargs)
-
-    return call  # type: ignore[return-value]
 
 
 def build(
     name: str,
     model: type[ResNetT],
     blocks: Mapping[BlockKind, type[BasicBlock | Bottleneck]],
-    weights: object,
+    given: Weights | None,
     kwargs: dict[str, Any],
+    progress: bool = True,
 ) -> ResNetT:
     """The architecture ``name``, made of a model class and its blocks.
 
@@ -335,51 +302,47 @@ def build(
         name: a key of ARCHITECTURES.
         model: ResNet or a subclass.
         blocks: the class for each kind of block.
-        weights: None; see Raises.
+        given: the weights to load, as ``weights.find`` takes them; None leaves the initialisation.
         kwargs: arguments of ResNet after ``layers``.
+        progress: shows the progress of a download.
 
     Raises:
-        ValueError: weights is not None, or kwargs disagrees with an argument that belongs to the name.
+        ValueError: kwargs disagrees with an argument that belongs to the name or to the weights.
+        Exception: what ``weights.find``, ``weights.read`` and ``load_state_dict`` raise.
     """
-    if weights is not None:
-        raise ValueError(
-            f"{name}() holds no pretrained weights, got weights={weights!r}; make it without and load a "
-            "checkpoint with model.load_state_dict(torch.load(path, weights_only=True))"
-        )
     architecture = ARCHITECTURES[name]
-    for argument, value in architecture.fixed.items():
+    source = None if given is None else weights.find(name, given)
+    classes = {} if source is None or source.url is None else {"num_classes": weights.CLASSES}
+    fixed = {**architecture.fixed, **classes}
+    for argument, value in fixed.items():
         if kwargs.get(argument, value) != value:
             raise ValueError(
                 f"The parameter '{argument}' expected value {value} but got {kwargs[argument]} instead."
             )
-    return model(blocks[architecture.block], architecture.layers, **{**kwargs, **architecture.fixed})
-
-
-def constructor(
-    name: str, model: type[ResNetT], blocks: Mapping[BlockKind, type[BasicBlock | Bottleneck]], module: str
-) -> Callable[..., ResNetT]:
-    """torchvision's function for ARCHITECTURES[name], as if defined in ``module``."""
-
-    def make(*, weights: None = None, progress: bool = True, **kwargs: Any) -> ResNetT:
-        return build(name, model, blocks, weights, kwargs)
-
-    title, _, _, fixed = ARCHITECTURES[name]
-    without = f", without {' and '.join(fixed)}" if fixed else ""
-    arguments = f"those of ResNet after ``layers``{without}; weights must be None, progress is ignored"
-    make.__doc__ = f"{title}. Arguments: {arguments}."
-    make.__name__ = make.__qualname__ = name
-    make.__module__ = module
-    return torchvision_arguments(make)
+    made = model(blocks[architecture.block], architecture.layers, **{**kwargs, **fixed})
+    if source is not None:
+        made.load_state_dict(weights.read(source, progress))
+    return made
 
 
 def constructors(
     model: type[ResNetT], blocks: Mapping[BlockKind, type[BasicBlock | Bottleneck]], module: str
-) -> Iterator[Callable[..., ResNetT]]:
-    """All of them, in the order of ARCHITECTURES."""
-    return (constructor(name, model, blocks, module) for name in ARCHITECTURES)
+) -> dict[str, Constructor[ResNetT]]:
+    """torchvision's function for each of ARCHITECTURES, in their order, as if defined in ``module``."""
+
+    def constructor(name: str) -> Constructor[ResNetT]:
+        def make(*, weights: Weights | None = None, progress: bool = True, **kwargs: Any) -> ResNetT:
+            return build(name, model, blocks, weights, kwargs, progress)
+
+        make.__name__ = make.__qualname__ = name
+        make.__module__ = module
+        document(make, ARCHITECTURES[name].title, ARCHITECTURES[name].fixed, model)
+        return torchvision_arguments(make)
+
+    return {name: constructor(name) for name in ARCHITECTURES}
 
 
 (
     resnet18, resnet34, resnet50, resnet101, resnet152, resnext50_32x4d, resnext101_32x8d, resnext101_64x4d,
     wide_resnet50_2, wide_resnet101_2,
-) = constructors(ResNet, BLOCKS, __name__)  # fmt: skip
+) = constructors(ResNet, BLOCKS, __name__).values()  # fmt: skip

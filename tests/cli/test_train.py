@@ -97,7 +97,7 @@ def test_settings_come_from_the_command_then_the_checkpoint_then_the_defaults() 
     assert make_settings({"data": "elsewhere"}, {}).image_size == BY_DATA["image_size"][1]
 
 
-def _torchrun(*arguments: object) -> str:
+def torchrun(*arguments: object) -> str:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launcher, "-m", "resnet_fused", "train", "--device", "cpu", *map(str, arguments)],
@@ -113,7 +113,7 @@ def _torchrun(*arguments: object) -> str:
 def test_two_processes(images: Path, tmp_path: Path) -> None:
     """Equal weights on both; the nine held-out images are counted once; resuming in mid-epoch changes nothing."""
     small = ("--data", images, "--image-size", 16, "--batch-size", 4, "--epochs", 2, "--workers", 0)
-    printed = _torchrun(*small, "--out", tmp_path / "whole")
+    printed = torchrun(*small, "--out", tmp_path / "whole")
     digests = re.findall(r"rank \d ([0-9a-f]{16})", printed)
     assert len(digests) == 2 and digests[0] == digests[1]
     assert printed.count("epoch 1/2") == 1
@@ -122,7 +122,7 @@ def test_two_processes(images: Path, tmp_path: Path) -> None:
     for record in records:
         assert record["val_accuracy"] * 9 == pytest.approx(round(record["val_accuracy"] * 9), abs=1e-9)
         assert record["train_accuracy"] * 16 == pytest.approx(round(record["train_accuracy"] * 16), abs=1e-9)
-    stopped = _torchrun(*small, "--out", tmp_path / "out", "--max-steps", 3)
+    stopped = torchrun(*small, "--out", tmp_path / "out", "--max-steps", 3)
     assert f"torchrun --nproc-per-node 2 -m resnet_fused train --out {tmp_path / 'out'} --resume" in stopped
-    assert digests[0] in _torchrun("--out", tmp_path / "out", "--resume")
+    assert digests[0] in torchrun("--out", tmp_path / "out", "--resume")
     assert_same_run(tmp_path / "whole" / "last.pt", tmp_path / "out" / "last.pt")

@@ -38,10 +38,17 @@ def test_the_table_and_the_constructors_are_the_same_ten(library: Any) -> None:
     assert list(reference.ARCHITECTURES) == list(TORCHVISION)
     for name in TORCHVISION:
         constructor = getattr(library, name)
-        assert constructor.__name__ == name and constructor.__doc__
-        parameters = inspect.signature(constructor).parameters
+        assert constructor.__name__ == name
+        signature = inspect.signature(constructor)
+        parameters = signature.parameters
+        assert (
+            "weights: None for random" in constructor.__doc__
+            and signature.return_annotation is library.ResNet
+        )
+        of_model = {*list(inspect.signature(library.ResNet).parameters)[2:]}
+        assert {*parameters} == {"weights", "progress"} | of_model - {*reference.ARCHITECTURES[name].fixed}
         assert {n: p.default for n, p in list(parameters.items())[:2]} == {"weights": None, "progress": True}
-        assert {p.kind for p in list(parameters.values())[:2]} == {inspect.Parameter.KEYWORD_ONLY}
+        assert {p.kind for p in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
 
 
 def test_positional_order_of_the_arguments(library: Any) -> None:
@@ -179,7 +186,12 @@ DILATED = [False, True, True]
             "'width_per_group' expected value 128 but got 64",
         ),
         ("resnet50", {"classes": 10}, TypeError, "unexpected keyword argument 'classes'"),
-        ("resnet50", {"weights": "IMAGENET1K_V1"}, ValueError, r"resnet50\(\) holds no .*load_state_dict"),
+        (
+            "resnet50",
+            {"weights": "IMAGENET1K_V3"},
+            ValueError,
+            "no weights 'IMAGENET1K_V3': use DEFAULT, IMAGENET1K_V1",
+        ),
     ],
 )
 def test_bad_arguments(
