@@ -400,3 +400,22 @@ def test_script_trace_and_symbolic_trace() -> None:
     ):
         assert_equal({"output": program(x).detach()}, expected)
     assert isinstance(fused.layer1[0], FusedBlock)
+
+
+def test_models_registered_with_timm() -> None:
+    """Under names of their own, with timm's arguments and pretrained weights."""
+    import resnet_fused.timm
+
+    names = resnet_fused.timm.NAMES
+    assert {"resnet18_fused", "resnet50d_fused", "resnext50_32x4d_fused", "wide_resnet50_2_fused"} <= {*names}
+    assert {*timm.list_models("*_fused")} == {*names}
+    tagged = timm.list_models("resnet50_fused*", pretrained=True)
+    plain = timm.list_models("resnet50.*", pretrained=True)
+    assert tagged == [name.replace("resnet50", "resnet50_fused") for name in plain] and len(plain) > 5
+    model = timm.create_model("resnet50_fused.a1_in1k", num_classes=7, layers=LAYERS)
+    assert isinstance(model, timm.models.ResNet) and model.num_classes == 7
+    assert model.pretrained_cfg["url"] == timm.get_pretrained_cfg("resnet50.a1_in1k").url
+    model = model.to(memory_format=torch.channels_last)
+    assert resnet_fused.explain(model, images().float()) == {}
+    with torch.device("meta"):
+        assert all(resnet_fused.explain(timm.create_model(name)) == {} for name in names)

@@ -29,6 +29,7 @@ LAYERS = {
     "blocks": {"modules", "ops"},
     "models": {"blocks", "reference"},
     "fuse": {"blocks", "models", "modules"},
+    "timm": {"fuse"},
     "explain": {"backend", "blocks", "fuse", "modules"},
     "plan": {"backend", "kernels", "models", "ops", "reference"},
     "measure": {"accuracy"},
