@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.py')
 NATIVE := csrc tests/emulated_cuda
 
-.PHONY: demo examples test test-interpreter test-oldest-triton soak soak-operands soak-accuracy bench report docs \
+.PHONY: demo examples test test-interpreter test-oldest-triton soak soak-operands soak-accuracy bench report compatibility docs \
 	docs-check lint format build gpu-bundle clean
 
 # Threads that wait for each other don't spin: beside other jobs on the same cores a step takes an eighth of the time.
@@ -67,6 +67,11 @@ bench: build
 
 report: build
 	$(BIN)/python -m benchmarks.report --write
+
+# Runs tests/compat and writes docs/compatibility.md, which shows what passed.
+compatibility: build
+	$(PYTEST) tests/compat --compat-results docs/compatibility.json
+	$(BIN)/python -m benchmarks.compatibility --write
 
 # Whether generated tables and charts of README, docs/ and benchmarks/RESULTS.md show their data; writes nothing.
 docs-check: build

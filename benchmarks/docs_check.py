@@ -8,13 +8,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from benchmarks import launch_plan, report, scaling_page, training_fold
+from benchmarks import compatibility, launch_plan, report, scaling_page, training_fold
 from benchmarks.page import ROOT
 from benchmarks.roofline_model import step
 from resnet_fused.plan import plan
 from tools import kernel_instructions
 
-PAGES = (*report.PAGES, launch_plan.PAGE, training_fold.PAGE, scaling_page.PAGE, kernel_instructions.PAGE)
+PAGES = (
+    *report.PAGES,
+    compatibility.PAGE,
+    launch_plan.PAGE,
+    training_fold.PAGE,
+    scaling_page.PAGE,
+    kernel_instructions.PAGE,
+)
 
 
 def readme_sentences() -> list[str]:

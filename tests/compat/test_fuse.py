@@ -1,4 +1,4 @@
-"""fuse and unfuse: ResNets of torchvision and timm, alone and in detection and segmentation models."""
+"""Models of torchvision and timm, by fuse"""
 
 from __future__ import annotations
 
@@ -112,6 +112,7 @@ def assert_same_outputs(fused: nn.Module, plain: nn.Module, x: Any) -> None:
 
 @pytest.mark.parametrize("arch", TORCHVISION)
 def test_torchvision(arch: str) -> None:
+    """torchvision's ten ResNets: outputs, gradients, statistics, evaluation"""
     fused, plain = fused_and_plain(make_torchvision(arch, num_classes=7))
     assert_same_results(fused, plain, images())
     assert resnet_fused.explain(fused, images()) == {}
@@ -120,6 +121,7 @@ def test_torchvision(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", TIMM)
 def test_timm(arch: str) -> None:
+    """timm's ResNets: deep stems, average-pool downsample, groups"""
     fused, plain = fused_and_plain(make_timm(arch))
     assert_same_results(fused, plain, images())
     assert resnet_fused.explain(fused, images()) == {}
@@ -142,7 +144,7 @@ PLAIN: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 
 @pytest.mark.parametrize("arch", PLAIN)
 def test_blocks_that_stay_plain(arch: str) -> None:
-    """They and the fused ones beside them compute what they did."""
+    """timm's blocks that stay plain, beside fused ones: SE, ECA, anti-aliasing, GroupNorm, SiLU, DropPath, DropBlock"""
     options, expected = PLAIN[arch]
     fused, plain = fused_and_plain(make_timm(arch, **options))
     x, found = images(), []
@@ -166,7 +168,7 @@ def losses_and_gradients(model: nn.Module, x: list[Tensor]) -> dict[str, Tensor]
 
 
 def test_detection() -> None:
-    """With frozen norms, whose eps is 0 in torchvision's checkpoints, and frozen first stages."""
+    """Detection: a backbone with FrozenBatchNorm2d and frozen stages in Faster R-CNN"""
     from torchvision.models.detection import FasterRCNN
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
@@ -195,7 +197,7 @@ def test_detection() -> None:
 
 @pytest.mark.parametrize("arch", ["fcn_resnet50", "deeplabv3_resnet50"])
 def test_segmentation(arch: str) -> None:
-    """Dilated stages, and a backbone in a getter of intermediate layers, stem included."""
+    """Segmentation: FCN and DeepLabV3, with dilated stages"""
     model = make_torchvision(arch, weights_backbone=None, num_classes=5, aux_loss=True)
     fused, plain = fused_and_plain(model)
     x, found = images(2), []
@@ -211,6 +213,7 @@ def test_segmentation(arch: str) -> None:
 
 @pytest.mark.parametrize("layer", ["relu", "maxpool"])
 def test_layers_of_the_stem_that_are_returned(layer: str) -> None:
+    """torchvision's IntermediateLayerGetter, also of layers within the stem"""
     from torchvision.models._utils import IntermediateLayerGetter
 
     model = IntermediateLayerGetter(torchvision.models.resnet18(), {layer: "stem", "layer1": "first"})
@@ -224,7 +227,7 @@ def test_layers_of_the_stem_that_are_returned(layer: str) -> None:
 
 
 def test_features_of_timm() -> None:
-    """features_only and forward_intermediates return what is computed within the stem."""
+    """timm's features_only and forward_intermediates"""
     x = images()
     fused, plain = fused_and_plain(timm.create_model("resnet18", features_only=True))
     assert_same_outputs(fused, plain, x)
@@ -238,6 +241,7 @@ def test_features_of_timm() -> None:
 
 
 def test_checkpointing_of_timm() -> None:
+    """timm's set_grad_checkpointing"""
     fused, plain = fused_and_plain(make_timm("resnet26d"))
     for model in (fused, plain):
         model.set_grad_checkpointing()
@@ -251,6 +255,7 @@ def small(library: Any = torchvision.models.resnet, block: str = "BasicBlock") -
 
 
 def test_an_optimizer_and_hooks_made_before() -> None:
+    """An optimizer and hooks made before fuse"""
     model = prepared(small())
     plain = copy.deepcopy(model)
     calls: list[str] = []
@@ -270,6 +275,7 @@ def test_an_optimizer_and_hooks_made_before() -> None:
 
 
 def test_fusing_again_and_unfusing() -> None:
+    """Fusing again, unfuse"""
     model = small()
     plain = [type(module) for module in model.modules()]
     classes = [type(module) for module in resnet_fused.fuse(model).modules()]
@@ -281,7 +287,7 @@ def test_fusing_again_and_unfusing() -> None:
 
 
 def test_models_of_this_package() -> None:
-    """Plain is resnet_fused.reference."""
+    """fuse and unfuse of models of this package"""
     model = resnet_fused.unfuse(resnet_fused.resnet18())
     assert type(model) is reference.ResNet and type(model.layer1[0]) is reference.BasicBlock
     assert type(resnet_fused.fuse(model)) is resnet_fused.ResNet
@@ -300,6 +306,7 @@ BOTH = pytest.mark.parametrize(
     ids=["deepcopy", "copy", "pickle"],
 )
 def test_copies_are_fused(library: Any, copied: Callable[[nn.Module], nn.Module]) -> None:
+    """copy, deepcopy and pickle of a fused model"""
     model = resnet_fused.fuse(prepared(small(library))).eval()
     other, x = copied(model), images()
     assert type(other) is type(model) and type(other.layer1[0]) is type(model.layer1[0])
@@ -318,7 +325,7 @@ class OwnInit(torchvision.models.resnet.BasicBlock):  # type: ignore[misc,name-d
 
 
 def test_subclasses() -> None:
-    """Fused where they have torchvision's forward."""
+    """Subclasses of torchvision's blocks, with a forward of their own or without"""
     models = []
     for block in (OwnForward, OwnInit):
         fused, plain = fused_and_plain(torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=7))
@@ -331,6 +338,7 @@ def test_subclasses() -> None:
 
 
 def test_a_forward_of_a_block_is_kept() -> None:
+    """A forward assigned to a block"""
     model = small()
     model.layer1[0].forward = lambda x: x
     resnet_fused.fuse(model)
@@ -340,6 +348,7 @@ def test_a_forward_of_a_block_is_kept() -> None:
 
 
 def test_other_versions_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version of a library whose forward differs"""
     known = [k._replace(names=k.names | {"layer_scale"}) if k.name == "BasicBlock" else k for k in _KNOWN]
     monkeypatch.setattr(sys.modules["resnet_fused.fuse"], "_KNOWN", known)
     explained = resnet_fused.explain(resnet_fused.fuse(small()))
@@ -348,6 +357,7 @@ def test_other_versions_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_errors() -> None:
+    """Errors of fuse and unfuse"""
     with pytest.raises(ValueError, match="VGG has no residual block that fuse can convert"):
         resnet_fused.fuse(torchvision.models.vgg11(init_weights=False))
     for function in (resnet_fused.fuse, resnet_fused.unfuse):
@@ -362,6 +372,7 @@ def test_errors() -> None:
 
 @pytest.mark.parametrize("block", ["BasicBlock", "Bottleneck"])
 def test_frozen_norms_of_this_package(block: str) -> None:
+    """FrozenBatchNorm2d as norm_layer"""
     frozen = torchvision.ops.FrozenBatchNorm2d
     found, x = [], images()
     for library in (resnet_fused, reference):
@@ -379,7 +390,7 @@ def test_frozen_norms_of_this_package(block: str) -> None:
     ids=["torchvision-train", "timm-eval"],
 )
 def test_compile(library: Any, training: bool) -> None:
-    """As one graph."""
+    """torch.compile(fullgraph=True) of a fused model"""
     fused, plain = fused_and_plain(small(library, "Bottleneck"))
     x = images()
     compiled = torch.compile(fused.train(training), fullgraph=True, backend="aot_eager")
@@ -388,7 +399,7 @@ def test_compile(library: Any, training: bool) -> None:
 
 
 def test_script_trace_and_symbolic_trace() -> None:
-    """They get the plain composition."""
+    """torch.jit.script and trace, torch.fx, torch.export of a fused model"""
     fused, plain = fused_and_plain(small())
     x = images()
     expected = {"output": plain.eval()(x).detach()}
@@ -403,7 +414,7 @@ def test_script_trace_and_symbolic_trace() -> None:
 
 
 def test_models_registered_with_timm() -> None:
-    """Under names of their own, with timm's arguments and pretrained weights."""
+    """timm.create_model by the names that resnet_fused.timm registers"""
     import resnet_fused.timm
 
     names = resnet_fused.timm.NAMES
