@@ -1,0 +1,231 @@
+"""Training on two processes: data parallel, sharded, and with statistics of the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import resnet_fused
+from resnet_fused import reference
+from tests.compat.small_models import every_kind, small_model
+from tests.conftest import RESIDUAL_BLOCK
+from tests.model_pairs import KINDS, assert_equal
+
+PROCESSES = 2
+#: Of each process.
+IMAGES = 3
+Found = dict[str, Tensor]
+
+
+def model(library: Any, kind: str) -> nn.Module:
+    """The same on every process, from either library. Its weights are contiguous: FSDP2 refuses others."""
+    torch.manual_seed(0)
+    return small_model(library, kind).double()
+
+
+def batch(rank: int | None) -> tuple[Tensor, Tensor]:
+    """The images and labels of one process; None: those of all of them."""
+    torch.manual_seed(1)
+    images = torch.randn(PROCESSES * IMAGES, 3, 32, 32, dtype=torch.float64)
+    mine = slice(None) if rank is None else slice(rank * IMAGES, (rank + 1) * IMAGES)
+    return images.to(memory_format=torch.channels_last)[mine], torch.arange(len(images))[mine]
+
+
+def results(trained: nn.Module) -> Found:
+    """Gradients and buffers, whole where they are sharded."""
+    found = {f"{name} gradient": p.grad for name, p in trained.named_parameters() if p.grad is not None}
+    found |= {name: b for name, b in trained.named_buffers() if b.is_floating_point()}
+    return {
+        name.removeprefix("module."): t.full_tensor() if isinstance(t, DTensor) else t
+        for name, t in found.items()
+    }
+
+
+def one_loss(trained: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(trained(images), labels)
+
+
+def two_losses(trained: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(trained(images), labels) + trained(images.flip(0)).square().mean()
+
+
+def slopes(trained: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """The squared norm of the gradient w.r.t. the images, of a loss that is a sum over all images."""
+    images = images.detach().requires_grad_()
+    loss = F.cross_entropy(trained(images), labels, reduction="sum")
+    return torch.autograd.grad(loss, images, create_graph=True)[0].square().sum()
+
+
+def data_parallel(made: nn.Module, **options: Any) -> nn.Module:
+    # Else the second forward would take the first process's buffers.
+    return DistributedDataParallel(made, forward_sync_buffers=False, **options)
+
+
+def sharded(made: nn.Module) -> nn.Module:
+    for stage in (made.layer1, made.layer2):
+        for block in stage:
+            fully_shard(block)
+    return fully_shard(made)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = checkpoint(self.block, x, use_reentrant=False)
+        return out
+
+
+def checkpointed(made: nn.Module) -> nn.Module:
+    for stage in (made.layer1, made.layer2):
+        stage[0] = Checkpointed(stage[0])
+    return made
+
+
+def plain(made: nn.Module) -> nn.Module:
+    return made
+
+
+class Way(NamedTuple):
+    """How a model is changed, also the one it is compared with, how it is wrapped, and its loss."""
+
+    change: Callable[[nn.Module], nn.Module]
+    wrap: Callable[[nn.Module], nn.Module]
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+#: Gradients are means over the processes.
+AVERAGED = {
+    "ddp": Way(plain, data_parallel, one_loss),
+    "ddp_static_graph": Way(plain, lambda m: data_parallel(m, static_graph=True), one_loss),
+    "ddp_bucket_view": Way(plain, lambda m: data_parallel(m, gradient_as_bucket_view=True), one_loss),
+    "ddp_two_forwards": Way(plain, data_parallel, two_losses),
+    "fsdp": Way(plain, sharded, one_loss),
+    "fsdp_checkpointed": Way(checkpointed, sharded, one_loss),
+}
+#: With SyncBatchNorm. A process alone, with all images, has the same statistics, and the sum of the gradients.
+SYNCHRONIZED = {
+    "fsdp": Way(nn.SyncBatchNorm.convert_sync_batchnorm, sharded, one_loss),
+    "double_backward": Way(nn.SyncBatchNorm.convert_sync_batchnorm, plain, slopes),
+}
+
+
+def refuses_batched_gradients(kind: str, rank: int) -> bool:
+    trained = nn.SyncBatchNorm.convert_sync_batchnorm(model(resnet_fused, kind))
+    images = batch(rank)[0].requires_grad_()
+    out = trained(images)
+    gradients = torch.stack([out.detach().sin(), out.detach().cos()])
+    with pytest.raises(RuntimeError, match="batched gradients are not supported with statistics shared"):
+        torch.autograd.grad(out, images, gradients, is_grads_batched=True, retain_graph=True)
+    with pytest.raises(RuntimeError, match="batched gradients are not supported with statistics shared"):
+        torch.vmap(lambda g: torch.autograd.grad(out, images, g, retain_graph=True))(gradients)
+    return True
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    vars(RESIDUAL_BLOCK).update(FOLD_BYTES=0, RECOMPUTE_BYTES=0)
+    vars(resnet_fused.modules).update(is_measured=lambda *_: False)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
+    try:
+        for kind in KINDS:
+            for ways in (AVERAGED, SYNCHRONIZED):
+                for name, (change, wrap, loss) in ways.items():
+                    made = change(model(resnet_fused, kind))
+                    assert resnet_fused.explain(made, batch(rank)[0]) == {}
+                    trained = wrap(made)
+                    loss(trained, *batch(rank)).backward()
+                    found = results(trained)
+                    torch.save(found, f"{folder}/{kind}-{name}-{ways is SYNCHRONIZED}-{rank}.pt")
+            torch.save(
+                {"refused": refuses_batched_gradients(kind, rank)}, f"{folder}/{kind}-batched-True-{rank}.pt"
+            )
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def by_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, bool], list[Found]]:
+    """What the processes found, one after the other, by kind and way."""
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(work, (str(folder),), nprocs=PROCESSES)
+
+    def load(kind: str, name: str, synchronized: bool) -> list[Found]:
+        return [torch.load(folder / f"{kind}-{name}-{synchronized}-{rank}.pt") for rank in range(PROCESSES)]
+
+    return load
+
+
+def means(each: list[Found]) -> Found:
+    """Means of the gradients over the processes, and the buffers of the first one."""
+    return {
+        name: sum(e[name] for e in each) / len(each) if name.endswith("gradient") else each[0][name]  # type: ignore[misc]
+        for name in each[0]
+    }
+
+
+def assert_averaged(found: list[Found], kind: str, name: str) -> None:
+    change, _, loss = AVERAGED[name]
+    expected = []
+    for rank in range(PROCESSES):
+        eager = change(model(reference, kind))
+        loss(eager, *batch(rank)).backward()
+        expected.append(results(eager))
+    for rank in range(PROCESSES):
+        assert_equal(found[rank], means([expected[rank], expected[1 - rank]]))
+
+
+@every_kind
+@pytest.mark.parametrize("name", [name for name in AVERAGED if name.startswith("ddp")])
+def test_distributed_data_parallel(by_two_processes: Any, kind: str, name: str) -> None:
+    """DistributedDataParallel: static_graph, gradient_as_bucket_view, two forwards before one backward"""
+    assert_averaged(by_two_processes(kind, name, False), kind, name)
+
+
+@every_kind
+@pytest.mark.parametrize("name", ["fsdp", "fsdp_checkpointed"])
+def test_fully_shard(by_two_processes: Any, kind: str, name: str) -> None:
+    """FSDP2 (fully_shard), also with activation checkpointing"""
+    assert_averaged(by_two_processes(kind, name, False), kind, name)
+
+
+def alone(kind: str, name: str) -> Found:
+    eager = model(reference, kind)
+    SYNCHRONIZED[name].loss(eager, *batch(None)).backward()
+    return results(eager)
+
+
+@every_kind
+def test_fully_shard_with_sync_batch_norm(by_two_processes: Any, kind: str) -> None:
+    """FSDP2 (fully_shard) with SyncBatchNorm"""
+    for found in by_two_processes(kind, "fsdp", True):
+        assert_equal(found, alone(kind, "fsdp"))
+
+
+@every_kind
+def test_double_backward_of_sync_batch_norm(by_two_processes: Any, kind: str) -> None:
+    """Double backward with SyncBatchNorm"""
+    found = means(by_two_processes(kind, "double_backward", True))
+    for name in found:
+        if name.endswith("gradient"):
+            found[name] = PROCESSES * found[name]
+    assert_equal(found, alone(kind, "double_backward"))
+
+
+@every_kind
+def test_batched_gradients_of_sync_batch_norm_are_refused(by_two_processes: Any, kind: str) -> None:
+    """Batched gradients with SyncBatchNorm"""
+    assert all(found["refused"] for found in by_two_processes(kind, "batched", True))
