@@ -361,7 +361,23 @@ def test_load_by_assignment(kind: str, layout: torch.memory_format, training: bo
     assert assert_same_after(change, kind, layout, training) == {}
 
 
-# How models are made, and their dtypes
+# How models are made, dtypes and batches
+
+
+@every_case
+@both_modes
+def test_empty_batch(kind: str, layout: torch.memory_format, training: bool) -> None:
+    """Empty batches, as a rank of DistributedDataParallel may get one: no gradient, and statistics as they were"""
+    found = []
+    for model in small_pair(kind, layout, training):
+        before = {name: b.clone() for name, b in model.named_buffers() if b.is_floating_point()}
+        out = model(images(layout, 0))
+        assert out.shape == (0, 7)
+        out.sum().backward()
+        assert all(p.grad is not None and p.grad.count_nonzero() == 0 for p in model.parameters())
+        assert all(torch.equal(b, before[name]) for name, b in model.named_buffers() if name in before)
+        found.append([int(b) for name, b in model.named_buffers() if name not in before])
+    assert found[0] == found[1]
 
 
 @every_case
