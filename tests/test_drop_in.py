@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 import resnet_fused
-from tests.accuracy import relative_error
 from tests.model_pairs import assert_equal, pair, results
 
 FORMAT = {"now": torch.contiguous_format}
@@ -84,11 +83,3 @@ def test_a_model_without_max_pool_keeps_its_fused_norm() -> None:
         model.maxpool = nn.Identity()
     x = images(3, 3, 32, 32, dtype=torch.float64)
     assert_equal(results(fused, x), results(eager, x))
-
-
-def test_symbolic_tracing_sees_the_plain_composition() -> None:
-    model, _ = pair("basic")
-    model.eval()
-    traced = torch.fx.symbolic_trace(model)
-    x = images(2, 3, 32, 32)
-    assert relative_error(traced(x), model(x)) < 1e-5
