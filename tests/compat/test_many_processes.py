@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import pytest
@@ -47,7 +47,9 @@ def results(trained: nn.Module) -> Found:
     found = {f"{name} gradient": p.grad for name, p in trained.named_parameters() if p.grad is not None}
     found |= {name: b for name, b in trained.named_buffers() if b.is_floating_point()}
     return {
-        name.removeprefix("module."): t.full_tensor() if isinstance(t, DTensor) else t
+        name.removeprefix("_orig_mod.").removeprefix("module."): t.full_tensor()
+        if isinstance(t, DTensor)
+        else t
         for name, t in found.items()
     }
 
@@ -72,6 +74,11 @@ def data_parallel(made: nn.Module, **options: Any) -> nn.Module:
     return DistributedDataParallel(made, forward_sync_buffers=False, **options)
 
 
+def compiled(made: nn.Module) -> nn.Module:
+    wrapped: nn.Module = torch.compile(data_parallel(made), backend="aot_eager")
+    return wrapped
+
+
 def sharded(made: nn.Module) -> nn.Module:
     for stage in (made.layer1, made.layer2):
         for block in stage:
@@ -89,6 +96,27 @@ class Checkpointed(nn.Module):
         return out
 
 
+def sharded_by_module(made: nn.Module) -> nn.Module:
+    """FSDP2 changes the classes of convolutions and norms, so that blocks run unfused."""
+    for module in list(made.modules()):
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+            fully_shard(module)
+    sharded = fully_shard(made)
+    assert {reason.partition(" ")[2] for reason in resnet_fused.explain(sharded).values()} == {
+        "is a FSDPBatchNorm2d"
+    }
+    return sharded
+
+
+def accumulated(trained: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    if isinstance(trained, DistributedDataParallel):
+        with trained.no_sync():
+            one_loss(trained, images, labels).backward()
+    else:
+        one_loss(trained, images, labels).backward()
+    return one_loss(trained, images, labels)
+
+
 def checkpointed(made: nn.Module) -> nn.Module:
     for stage in (made.layer1, made.layer2):
         stage[0] = Checkpointed(stage[0])
@@ -100,11 +128,12 @@ def plain(made: nn.Module) -> nn.Module:
 
 
 class Way(NamedTuple):
-    """How a model is changed, also the one it is compared with, how it is wrapped, and its loss."""
+    """How a model is changed, also the one it is compared with, how it is wrapped, its loss, and of which kinds."""
 
     change: Callable[[nn.Module], nn.Module]
     wrap: Callable[[nn.Module], nn.Module]
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    kinds: Iterable[str] = KINDS
 
 
 #: Gradients are means over the processes.
@@ -113,7 +142,10 @@ AVERAGED = {
     "ddp_static_graph": Way(plain, lambda m: data_parallel(m, static_graph=True), one_loss),
     "ddp_bucket_view": Way(plain, lambda m: data_parallel(m, gradient_as_bucket_view=True), one_loss),
     "ddp_two_forwards": Way(plain, data_parallel, two_losses),
+    "ddp_no_sync": Way(plain, data_parallel, accumulated),
+    "ddp_compiled": Way(plain, compiled, one_loss, ["basic"]),
     "fsdp": Way(plain, sharded, one_loss),
+    "fsdp_by_module": Way(plain, sharded_by_module, one_loss),
     "fsdp_checkpointed": Way(checkpointed, sharded, one_loss),
 }
 #: With SyncBatchNorm. A process alone, with all images, has the same statistics, and the sum of the gradients.
@@ -143,7 +175,9 @@ def work(rank: int, folder: str) -> None:
     try:
         for kind in KINDS:
             for ways in (AVERAGED, SYNCHRONIZED):
-                for name, (change, wrap, loss) in ways.items():
+                for name, (change, wrap, loss, kinds) in ways.items():
+                    if kind not in kinds:
+                        continue
                     made = change(model(resnet_fused, kind))
                     assert resnet_fused.explain(made, batch(rank)[0]) == {}
                     trained = wrap(made)
@@ -177,8 +211,13 @@ def means(each: list[Found]) -> Found:
     }
 
 
+def averaged(prefix: str) -> pytest.MarkDecorator:
+    cases = [(k, name) for name, way in AVERAGED.items() if name.startswith(prefix) for k in way.kinds]
+    return pytest.mark.parametrize(("kind", "name"), cases)
+
+
 def assert_averaged(found: list[Found], kind: str, name: str) -> None:
-    change, _, loss = AVERAGED[name]
+    change, _, loss, _ = AVERAGED[name]
     expected = []
     for rank in range(PROCESSES):
         eager = change(model(reference, kind))
@@ -188,17 +227,15 @@ def assert_averaged(found: list[Found], kind: str, name: str) -> None:
         assert_equal(found[rank], means([expected[rank], expected[1 - rank]]))
 
 
-@every_kind
-@pytest.mark.parametrize("name", [name for name in AVERAGED if name.startswith("ddp")])
+@averaged("ddp")
 def test_distributed_data_parallel(by_two_processes: Any, kind: str, name: str) -> None:
-    """DistributedDataParallel: static_graph, gradient_as_bucket_view, two forwards before one backward"""
+    """DistributedDataParallel: static_graph, gradient_as_bucket_view, no_sync, compiled, two forwards"""
     assert_averaged(by_two_processes(kind, name, False), kind, name)
 
 
-@every_kind
-@pytest.mark.parametrize("name", ["fsdp", "fsdp_checkpointed"])
+@averaged("fsdp")
 def test_fully_shard(by_two_processes: Any, kind: str, name: str) -> None:
-    """FSDP2 (fully_shard), also with activation checkpointing"""
+    """FSDP2 (fully_shard) of blocks or of every module, also with activation checkpointing"""
     assert_averaged(by_two_processes(kind, name, False), kind, name)
 
 
