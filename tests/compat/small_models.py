@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -88,3 +89,31 @@ def tiny_block_pair(
     fused.load_state_dict(eager.state_dict())
     x = torch.randn(3, inputs, 4, 4, dtype=torch.float64).to(memory_format=layout)
     return fused, eager, x
+
+
+both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+with_and_without = pytest.mark.parametrize("downsample", [False, True], ids=["identity", "downsample"])
+
+
+def every_block(test: Callable[..., None]) -> Callable[..., None]:
+    """Tiny blocks of all kinds, layouts, modes, and shortcuts."""
+    return every_case(both_modes(with_and_without(test)))
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def assert_same(of: Callable[[nn.Module, Tensor], Any], block: tuple[Any, ...], **norms: Any) -> None:
+    """Compares what ``of`` computes with a block and its reference."""
+    fused, eager, x = tiny_block_pair(*block, **norms)
+    assert_close(of(fused, x), of(eager, x))
+
+
+def gradients_and_buffers(model: nn.Module) -> dict[str, Tensor]:
+    found = {f"{name} gradient": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return found | {name: b.double() for name, b in model.named_buffers()}
