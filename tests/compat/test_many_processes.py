@@ -22,9 +22,9 @@ from tests.compat.small_models import every_kind, small_model
 from tests.conftest import RESIDUAL_BLOCK
 from tests.model_pairs import KINDS, assert_equal
 
-PROCESSES = 2
-#: Of each process.
-IMAGES = 3
+#: Images of each process: their number differs, as in the last batch of an epoch.
+SHARES = (3, 2)
+PROCESSES = len(SHARES)
 Found = dict[str, Tensor]
 
 
@@ -37,8 +37,8 @@ def model(library: Any, kind: str) -> nn.Module:
 def batch(rank: int | None) -> tuple[Tensor, Tensor]:
     """The images and labels of one process; None: those of all of them."""
     torch.manual_seed(1)
-    images = torch.randn(PROCESSES * IMAGES, 3, 32, 32, dtype=torch.float64)
-    mine = slice(None) if rank is None else slice(rank * IMAGES, (rank + 1) * IMAGES)
+    images = torch.randn(sum(SHARES), 3, 32, 32, dtype=torch.float64)
+    mine = slice(None) if rank is None else slice(sum(SHARES[:rank]), sum(SHARES[: rank + 1]))
     return images.to(memory_format=torch.channels_last)[mine], torch.arange(len(images))[mine]
 
 
@@ -58,6 +58,10 @@ def one_loss(trained: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(trained(images), labels)
 
 
+def summed_loss(trained: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(trained(images), labels, reduction="sum")
+
+
 def two_losses(trained: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(trained(images), labels) + trained(images.flip(0)).square().mean()
 
@@ -65,7 +69,7 @@ def two_losses(trained: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 def slopes(trained: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """The squared norm of the gradient w.r.t. the images, of a loss that is a sum over all images."""
     images = images.detach().requires_grad_()
-    loss = F.cross_entropy(trained(images), labels, reduction="sum")
+    loss = summed_loss(trained, images, labels)
     return torch.autograd.grad(loss, images, create_graph=True)[0].square().sum()
 
 
@@ -150,7 +154,7 @@ AVERAGED = {
 }
 #: With SyncBatchNorm. A process alone, with all images, has the same statistics, and the sum of the gradients.
 SYNCHRONIZED = {
-    "fsdp": Way(nn.SyncBatchNorm.convert_sync_batchnorm, sharded, one_loss),
+    "fsdp": Way(nn.SyncBatchNorm.convert_sync_batchnorm, sharded, summed_loss),
     "double_backward": Way(nn.SyncBatchNorm.convert_sync_batchnorm, plain, slopes),
 }
 
@@ -239,27 +243,26 @@ def test_fully_shard(by_two_processes: Any, kind: str, name: str) -> None:
     assert_averaged(by_two_processes(kind, name, False), kind, name)
 
 
-def alone(kind: str, name: str) -> Found:
+def assert_synchronized(found: list[Found], kind: str, name: str) -> None:
+    """Compares sums of the gradients, and the buffers of each process, with those of one process."""
     eager = model(reference, kind)
     SYNCHRONIZED[name].loss(eager, *batch(None)).backward()
-    return results(eager)
+    expected = results(eager)
+    summed = {name: PROCESSES * t for name, t in means(found).items() if name.endswith("gradient")}
+    for each in found:
+        assert_equal(each | summed, expected)
 
 
 @every_kind
 def test_fully_shard_with_sync_batch_norm(by_two_processes: Any, kind: str) -> None:
     """FSDP2 (fully_shard) with SyncBatchNorm"""
-    for found in by_two_processes(kind, "fsdp", True):
-        assert_equal(found, alone(kind, "fsdp"))
+    assert_synchronized(by_two_processes(kind, "fsdp", True), kind, "fsdp")
 
 
 @every_kind
 def test_double_backward_of_sync_batch_norm(by_two_processes: Any, kind: str) -> None:
     """Double backward with SyncBatchNorm"""
-    found = means(by_two_processes(kind, "double_backward", True))
-    for name in found:
-        if name.endswith("gradient"):
-            found[name] = PROCESSES * found[name]
-    assert_equal(found, alone(kind, "double_backward"))
+    assert_synchronized(by_two_processes(kind, "double_backward", True), kind, "double_backward")
 
 
 @every_kind
