@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fusion, parametrizations, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.overrides import TorchFunctionMode
 
 import resnet_fused
 import tests.torchvision_ops  # noqa: F401  # before torchvision
 from tests.accuracy import Results, assert_accurate
 from tests.compat.small_models import NHWC, every_case, every_kind, images, small_model, small_pair
-from tests.model_pairs import assert_equal, draw_away_from_kinks, results
+from tests.model_pairs import assert_equal, draw_away_from_kinks, nodes, results
 
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 Change = Callable[[nn.Module], nn.Module | None]
@@ -116,6 +117,48 @@ def test_captum(kind: str, layout: torch.memory_format) -> None:
         by_path = attr.IntegratedGradients(model).attribute(x, target=3, n_steps=3)
         found.append({"cam": by_cam.detach(), "path": by_path.detach()})
     assert_equal(*found)
+
+
+class Halved(TorchFunctionMode):
+    """Halves the outputs of convolutions, and lists what else is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.called.append(function.__name__)
+        out = function(*args, **(kwargs or {}))
+        return 0.5 * out if function is F.conv2d or function is torch.conv2d else out
+
+
+@every_case
+@both_modes
+def test_torch_function_modes(kind: str, layout: torch.memory_format, training: bool) -> None:
+    """A TorchFunctionMode that replaces functions"""
+    x, found, called = images(layout), [], []
+    for model in small_pair(kind, layout, training):
+        with Halved() as mode:
+            found.append(results(model, x))
+            explained = resnet_fused.explain(model, x)
+        called.append(
+            [name for name in mode.called if name in ("conv2d", "batch_norm", "relu", "max_pool2d")]
+        )
+        if isinstance(model, resnet_fused.ResNet):
+            assert {*explained.values()} == {"a TorchFunctionMode is active, which may replace functions"}
+    assert_equal(*found)
+    assert called[0] == called[1] != []
+
+
+@every_case
+def test_default_device(kind: str, layout: torch.memory_format) -> None:
+    """torch.set_default_device, with torch.device: fused"""
+    x, (fused, eager) = images(layout), small_pair(kind, layout)
+    with torch.device("cpu"):
+        assert "_BnReluMaxpoolBackward" in nodes(copy.deepcopy(fused)(x))
+        assert_equal(results(fused, x), results(eager, x))
 
 
 # Other modules in place of a model's, and changed weights
