@@ -74,8 +74,8 @@ def slopes(trained: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def data_parallel(made: nn.Module, **options: Any) -> nn.Module:
-    # Else the second forward would take the first process's buffers.
-    return DistributedDataParallel(made, forward_sync_buffers=False, **options)
+    # Else the second forward would take the first process's buffers. Torch 2.11 has no other name for the argument.
+    return DistributedDataParallel(made, broadcast_buffers=False, **options)
 
 
 def compiled(made: nn.Module) -> nn.Module:
