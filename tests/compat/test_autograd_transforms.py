@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from torch.func import (
     vjp,
     vmap,
 )
+from torch.utils.checkpoint import checkpoint
 
 from tests.compat.small_models import (
     NHWC,
@@ -317,3 +319,46 @@ def test_gradient_penalty(kind: str, layout: torch.memory_format) -> None:
         slope.square().sum().backward()
         found.append({"input gradient": inputs.grad, **gradients_and_buffers(model)})
     assert_equal(*found)
+
+
+@every_block
+@pytest.mark.parametrize("trained", ["conv1", "bn1.bias", "bn2.weight", "conv2", "downsample", "input"])
+def test_double_backward_of_some(
+    kind: str, layout: torch.memory_format, training: bool, downsample: bool, trained: str
+) -> None:
+    """Double backward where most parameters are frozen"""
+    if trained == "downsample" and not downsample:
+        trained = "bn"  # all norms
+
+    def of(model: nn.Module, x: Tensor) -> Any:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(trained))
+        leaves = [p for p in model.parameters() if p.requires_grad] or [leaf(x)]
+        out = model(leaves[0] if trained == "input" else x)
+        slopes = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.sin().sum() for g in slopes), leaves)
+
+    assert_same(of, (kind, layout, training, downsample))
+
+
+@every_block
+def test_double_backward_of_checkpoints(
+    kind: str, layout: torch.memory_format, training: bool, downsample: bool
+) -> None:
+    """Double backward through activation checkpointing and save_on_cpu"""
+
+    def of(model: nn.Module, x: Tensor) -> Any:
+        leaves = [leaf(x), *model.parameters()]
+        found = []
+        for context in (contextlib.nullcontext(), torch.autograd.graph.save_on_cpu()):
+            with context:
+                checkpoints = isinstance(context, contextlib.nullcontext)
+                run = (
+                    functools.partial(checkpoint, use_reentrant=False) if checkpoints else nn.Module.__call__
+                )
+                out = run(model, leaves[0])
+            (slope,) = torch.autograd.grad(out.sin().sum(), leaves[:1], create_graph=True)
+            found += torch.autograd.grad(slope.sin().sum(), leaves, materialize_grads=True)
+        return found
+
+    assert_same(of, (kind, layout, training, downsample))

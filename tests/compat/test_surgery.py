@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,54 @@ def test_normalized_weights(
 
     explained = assert_same_after(change, kind, layout, training)
     assert list(explained) == ["layer2.0"] and explained["layer2.0"].endswith(AROUND)
+
+
+@every_case
+@both_modes
+def test_weights_that_are_results(kind: str, layout: torch.memory_format, training: bool) -> None:
+    """Hypernetworks: weights that are computed from other tensors, and gradients w.r.t. those"""
+    x, found = images(layout), []
+    for model in small_pair(kind, layout, training):
+        factor = torch.full((1,), 0.7, dtype=torch.float64, requires_grad=True)
+        for module in (model.layer2[0].conv1, model.layer1[0].bn1, model.layer2[0].downsample[0]):
+            weight = module.weight.detach()
+            del module.weight
+            module.weight = weight * factor
+        with torch.no_grad():
+            out = model(x)
+        found.append({"before": out} | results(model, x) | {"factor": factor.grad})
+    assert_equal(*found)
+
+
+@every_case
+def test_tensor_subclasses(kind: str, layout: torch.memory_format) -> None:
+    """Inputs of a subclass of Tensor: torchvision's tv_tensors.Image"""
+    from torchvision.tv_tensors import Image
+
+    fused, eager = small_pair(kind, layout)
+    x = Image(images(layout))
+    by_fused, by_eager = fused(x), eager(x)
+    assert type(by_fused) is type(by_eager)
+    assert_equal({"output": by_fused.detach()}, {"output": by_eager.detach()})
+    with torch.no_grad():
+        by_fused, by_eager = fused.eval()(x), eager.eval()(x)
+    assert_equal({"output": by_fused}, {"output": by_eager})
+
+
+@every_case
+def test_evaluation_in_threads(kind: str, layout: torch.memory_format) -> None:
+    """One model evaluated by several threads at once"""
+    fused, eager = small_pair(kind, layout, training=False)
+    inputs = [images(layout, 1 + i % 3) for i in range(12)]
+
+    def evaluate(x: Tensor) -> Tensor:
+        with torch.no_grad():  # of each thread
+            out: Tensor = fused(x)
+        return out
+
+    with ThreadPoolExecutor(4) as pool, torch.no_grad():
+        for x, out in zip(inputs, pool.map(evaluate, inputs), strict=True):
+            assert_equal({"output": out}, {"output": eager(x)})
 
 
 @every_kind
