@@ -507,8 +507,11 @@ def test_default_dtype(kind: str, layout: torch.memory_format) -> None:
 
 
 @every_kind
-@pytest.mark.parametrize("norms", ["float32 norms", "all"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("dtype", "norms"),
+    [(torch.bfloat16, "all"), (torch.bfloat16, "float32 norms"), (torch.float16, "float32 norms")],
+    ids=["bf16", "bf16-float32 norms", "fp16-float32 norms"],
+)
 def test_low_precision_parameters(kind: str, dtype: torch.dtype, norms: str) -> None:
     """Parameters in 16 bits, without autocast: all of them, or all but those of norms"""
 
