@@ -11,8 +11,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_module, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -171,6 +172,16 @@ def refuses_batched_gradients(kind: str, rank: int) -> bool:
     return True
 
 
+def replicated(library: Any, kind: str) -> Found:
+    """What a model of DTensors finds. Convolutions take no other placement, and no channels_last."""
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    made = distribute_module(model(library, kind), mesh)
+    images, labels = batch(None)
+    images = distribute_tensor(images.contiguous(), mesh, [Replicate()])
+    F.cross_entropy(made(images).full_tensor(), labels).backward()
+    return results(made)
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     vars(RESIDUAL_BLOCK).update(FOLD_BYTES=0, RECOMPUTE_BYTES=0)
@@ -188,6 +199,7 @@ def work(rank: int, folder: str) -> None:
                     loss(trained, *batch(rank)).backward()
                     found = results(trained)
                     torch.save(found, f"{folder}/{kind}-{name}-{ways is SYNCHRONIZED}-{rank}.pt")
+            torch.save(replicated(resnet_fused, kind), f"{folder}/{kind}-replicated-False-{rank}.pt")
             torch.save(
                 {"refused": refuses_batched_gradients(kind, rank)}, f"{folder}/{kind}-batched-True-{rank}.pt"
             )
@@ -235,6 +247,16 @@ def assert_averaged(found: list[Found], kind: str, name: str) -> None:
 def test_distributed_data_parallel(by_two_processes: Any, kind: str, name: str) -> None:
     """DistributedDataParallel: static_graph, gradient_as_bucket_view, no_sync, compiled, two forwards"""
     assert_averaged(by_two_processes(kind, name, False), kind, name)
+
+
+@every_kind
+def test_distributed_tensors(by_two_processes: Any, kind: str) -> None:
+    """DTensor parameters and inputs, replicated"""
+    eager = model(reference, kind)
+    images, labels = batch(None)
+    one_loss(eager, images.contiguous(), labels).backward()
+    for found in by_two_processes(kind, "replicated", False):
+        assert_equal(found, results(eager))
 
 
 @averaged("fsdp")
