@@ -111,8 +111,9 @@ def is_plain_sequential(module: nn.Module) -> bool:
 
 def why_plain(x: Any, owner: nn.Module, parts: Parts) -> str | None:
     """Why a block or stem runs unfused PyTorch on ``x``; None when it runs fused."""
-    if not isinstance(x, Tensor):
-        return f"the input is a {type(x).__name__}"  # a torch.fx.Proxy
+    # A torch.fx.Proxy; a DTensor or another tensor that knows only PyTorch's ops.
+    if not isinstance(x, Tensor) or hasattr(type(x), "__tensor_flatten__"):
+        return f"the input is a {type(x).__name__}"
     if x.dtype not in _FUSED_DTYPES:
         return f"the input is {x.dtype}"
     if x.dim() != 4 or x.numel() == 0:

@@ -22,6 +22,7 @@ RESIDUAL_BLOCK = sys.modules["resnet_fused.ops.residual_block"]
 _SEED = "RESNET_FUSED_TEST_SEED"
 #: Files whose tests share what took long to make: one worker of pytest-xdist runs them all.
 _SHARING = {
+    "tests/compat/test_many_processes.py",
     "tests/emulated_cuda/test_emulated_cuda.py",
     "tests/kernels/test_ahead_of_time.py",
     "tests/test_curves.py",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.func import functional_call, grad, jvp, vmap
 
 import resnet_fused
 from resnet_fused import functional
@@ -195,57 +195,6 @@ def test_gradients_have_the_strides_of_eagers(
     x = torch.randn(2, 3, 64, 64).to(memory_format=LAYOUTS[of_input])
     fused, eager = (m.to(memory_format=memory_format) for m in pair(arch))
     assert gradient_strides(fused, x, autocast) == gradient_strides(eager, x, autocast)
-
-
-def transforms(model: nn.Module, x: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-    directions = torch.stack([model(x).detach().roll(shift) for shift in range(3)])
-
-    def image_loss(image: Tensor) -> Tensor:
-        return model(image[None]).square().sum()
-
-    def batched() -> Tensor:
-        inputs = x.clone(memory_format=torch.preserve_format).requires_grad_()
-        return torch.autograd.grad(model(inputs), inputs, directions, is_grads_batched=True)[0]
-
-    def vectorized() -> Tensor:
-        return torch.autograd.functional.jacobian(lambda y: model(y)[:, :2].sum(0), x, vectorize=True)
-
-    def dual() -> Tensor:
-        with torch.autograd.forward_ad.dual_level():
-            out = model(torch.autograd.forward_ad.make_dual(x, x.sin()))
-            return torch.autograd.forward_ad.unpack_dual(out).tangent
-
-    def per_sample() -> Tensor:
-        def loss(values: dict[str, Tensor], image: Tensor) -> Tensor:
-            return functional_call(model, values, (image[None],)).square().sum()
-
-        return vmap(grad(loss), in_dims=(None, 0))(parameters, x)["0.conv1.weight"]
-
-    yield "jvp", lambda: jvp(model, (x,), (x.sin(),))[1]
-    yield "jacrev", lambda: jacrev(lambda y: model(y)[:, 0])(x)
-    yield "vmap", lambda: vmap(lambda image: model(image[None])[0])(x)
-    yield "vmap over grad", lambda: vmap(grad(image_loss))(x)
-    yield "per-sample gradients", per_sample
-    yield "is_grads_batched", batched
-    yield "jacobian(vectorize=True)", vectorized
-    yield "forward-mode AD", dual
-
-
-def classifiers(kind: str, memory_format: torch.memory_format) -> list[nn.Module]:
-    """A fused block and its reference, with what makes numbers of images."""
-    pair = block_pair(kind, memory_format, training=False)
-    return [nn.Sequential(block, nn.AdaptiveAvgPool2d(1), nn.Flatten()) for block in pair]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_transforms(kind: str, memory_format: torch.memory_format) -> None:
-    fused, eager = classifiers(kind, memory_format)
-    x = torch.randn(2, 64, 8, 8, dtype=F64).to(memory_format=memory_format)
-    for (name, by_fused), (_, by_eager) in zip(transforms(fused, x), transforms(eager, x), strict=True):
-        torch.testing.assert_close(
-            by_fused(), by_eager(), rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
-        )
 
 
 @pytest.mark.parametrize("make", FUNCTIONS, ids=lambda make: make.__name__)

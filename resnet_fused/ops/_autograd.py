@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from resnet_fused.layout import dense, memory_format, statistics_dtype, widened
+from resnet_fused.layout import dense, memory_format, per_channel, statistics_dtype, widened
+from resnet_fused.ops.bn_stats import BnMode
 from resnet_fused.ops.transforms import transforms_are_active
 from resnet_fused.reference.batch_norm import affine
+from resnet_fused.types import BatchStats
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -76,23 +78,61 @@ def remembered(ctx: Any) -> list[Tensor | None]:
 
 def needs_plain_backward(grad: Tensor) -> bool:
     """Whether gradients are to be made by ops that can be differentiated again, or batched (is_grads_batched)."""
-    if torch.is_grad_enabled() or transforms_are_active():
+    return torch.is_grad_enabled() or _may_be_batched(grad)
+
+
+def _may_be_batched(grad: Tensor) -> bool:
+    if transforms_are_active():
         return True
     return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """A sum over all processes of a group, whose losses add up: derivatives are such sums too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _sum_over_processes(grad, ctx.group), None
+
+
+def _sum_over_processes(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    if _may_be_batched(x):
+        raise RuntimeError(
+            "batched gradients are not supported with statistics shared across processes (SyncBatchNorm)"
+        )
+    total: Tensor = _SumOverProcesses.apply(x, group)
+    return total
+
+
 def normalized(
-    y: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor, training: bool
+    y: Tensor, weight: Tensor | None, bias: Tensor | None, stats: BatchStats, mode: BnMode
 ) -> Tensor:
     """Batch norm of ``y`` as a differentiable function of y, weight and bias, in the statistics dtype.
 
-    In training the statistics are functions of ``y`` too. ``var + eps`` takes its value from ``invstd`` and its
-    derivative from ``y``, so that eps need not be known.
+    In training the statistics are functions of ``y`` too, over all processes that share them. ``var + eps`` takes its
+    value from ``stats`` and its derivative from ``y``, so that eps need not be known.
+
+    Raises:
+        RuntimeError: gradients are batched, and statistics shared across processes.
     """
-    values = widened(y)
-    if training:
-        mean = values.mean((0, 2, 3))
-        var = values.var((0, 2, 3), correction=0)
+    values, (mean, invstd, count_fraction, *_) = widened(y), stats
+
+    def batch_mean(x: Tensor) -> Tensor:
+        of_this_process = x.mean((0, 2, 3))
+        if mode.group is None or count_fraction is None:
+            return of_this_process
+        return _sum_over_processes(of_this_process * count_fraction, mode.group)
+
+    if mode.training:
+        mean = batch_mean(values)
+        var = batch_mean((values - per_channel(mean, values)).square())
         invstd = (var - var.detach() + invstd.pow(-2)).rsqrt()
     return affine(values, mean, invstd, weight, bias)
 
@@ -107,19 +147,11 @@ def differentiable_backward(
     inputs: Sequence[Tensor | None],
     needs_grad: Sequence[bool],
     grad: Tensor,
-    group: dist.ProcessGroup | None,
 ) -> list[Tensor | None]:
     """Gradients of ``forward(*inputs)`` by plain PyTorch; None where none is needed.
 
     They can be differentiated again where grad mode is on.
-
-    Raises:
-        RuntimeError: when the statistics were shared across processes.
     """
-    if group is not None:
-        raise RuntimeError(
-            "double backward is not supported with statistics shared across processes (SyncBatchNorm)"
-        )
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # A view of each, so that one tensor given twice still gets two gradients.

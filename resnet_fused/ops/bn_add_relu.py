@@ -91,17 +91,16 @@ class _BnAddRelu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (y,), (mask, weight, mean, invstd, count_fraction) = saved(ctx)
+        (y,), (mask, weight, *stats) = saved(ctx)
+        mean, invstd, count_fraction = stats
         needs_y, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         if needs_plain_backward(grad):
             dz = torch.where(unpack_mask(mask, y), grad, 0.0)
 
             def again(y: Tensor, weight: Tensor | None) -> Tensor:
-                return normalized(y, weight, None, mean, invstd, ctx.mode.training).to(y.dtype)
+                return normalized(y, weight, None, BatchStats(*stats), ctx.mode).to(y.dtype)
 
-            dy, dweight = differentiable_backward(
-                again, (y, weight), (needs_y, needs_weight), dz, ctx.mode.group
-            )
+            dy, dweight = differentiable_backward(again, (y, weight), (needs_y, needs_weight), dz)
             dbias = bias_gradient(dz) if needs_bias else None
             return dy, dz if needs_residual else None, dweight, dbias, None, None
         reduce = functools.partial(bn_add_relu_backward_reduce, grad, mask, y, mean, invstd)

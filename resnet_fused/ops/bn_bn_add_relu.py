@@ -82,23 +82,23 @@ class _BnBnAddRelu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (y, skip), (mask, weight, skip_weight, *batch_stats) = saved(ctx)
-        mean, invstd, count_fraction, skip_mean, skip_invstd, skip_count_fraction = batch_stats
+        (y, skip), (mask, weight, skip_weight, *both) = saved(ctx)
+        stats, skip_stats = BatchStats(*both[:3]), BatchStats(*both[3:])
+        (mean, invstd, count_fraction, _), (skip_mean, skip_invstd, skip_count_fraction, _) = (
+            stats,
+            skip_stats,
+        )
         needs_grad = ctx.needs_input_grad[:6]
         (training, group), (skip_training, skip_group) = ctx.mode, ctx.skip_mode
         if needs_plain_backward(grad):
             dz = torch.where(unpack_mask(mask, y), grad, 0.0)
 
             def again(y: Tensor, weight: Tensor | None, skip: Tensor, skip_weight: Tensor | None) -> Tensor:
-                z = normalized(y, weight, None, mean, invstd, training)
-                return (z + normalized(skip, skip_weight, None, skip_mean, skip_invstd, skip_training)).to(
-                    y.dtype
-                )
+                z = normalized(y, weight, None, stats, ctx.mode)
+                return (z + normalized(skip, skip_weight, None, skip_stats, ctx.skip_mode)).to(y.dtype)
 
             inputs, needs = (y, weight, skip, skip_weight), [needs_grad[i] for i in (0, 1, 3, 4)]
-            dy, dweight, dskip, dskip_weight = differentiable_backward(
-                again, inputs, needs, dz, group or skip_group
-            )
+            dy, dweight, dskip, dskip_weight = differentiable_backward(again, inputs, needs, dz)
             dbias, dskip_bias = (bias_gradient(dz) if needs_grad[i] else None for i in (2, 5))
             return dy, dweight, dbias, dskip, dskip_weight, dskip_bias, *[None] * 4
         dbias = dweight = dskip_weight = None

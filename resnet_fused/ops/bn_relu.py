@@ -62,14 +62,15 @@ class _BnRelu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (y,), (weight, bias, mean, invstd, count_fraction) = saved(ctx)
+        (y,), (weight, bias, *stats) = saved(ctx)
+        mean, invstd, count_fraction = stats
         needs_grad = ctx.needs_input_grad[:3]
         if needs_plain_backward(grad):
 
             def again(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-                return F.relu(normalized(y, weight, bias, mean, invstd, ctx.mode.training).to(y.dtype))
+                return F.relu(normalized(y, weight, bias, BatchStats(*stats), ctx.mode).to(y.dtype))
 
-            grads = differentiable_backward(again, (y, weight, bias), needs_grad, grad, ctx.mode.group)
+            grads = differentiable_backward(again, (y, weight, bias), needs_grad, grad)
             return *grads, None, None
         reduce = functools.partial(bn_relu_backward_reduce, grad, y, mean, invstd, weight, bias)
         dweight, dbias, sums = parameter_gradients(reduce, needs_grad[1:], ctx.mode, count_fraction)

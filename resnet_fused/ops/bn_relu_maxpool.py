@@ -76,16 +76,17 @@ class _BnReluMaxpool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (y, indices), (weight, mean, invstd, count_fraction) = saved(ctx)
+        (y, indices), (weight, *stats) = saved(ctx)
+        mean, invstd, count_fraction = stats
         needs_grad = ctx.needs_input_grad[:3]
         if needs_plain_backward(grad):
 
             def again(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-                z = normalized(y, weight, bias, mean, invstd, ctx.mode.training)
+                z = normalized(y, weight, bias, BatchStats(*stats), ctx.mode)
                 return F.max_pool2d(F.relu(z), 3, 2, 1).to(y.dtype)
 
             (bias,) = remembered(ctx)
-            grads = differentiable_backward(again, (y, weight, bias), needs_grad, grad, ctx.mode.group)
+            grads = differentiable_backward(again, (y, weight, bias), needs_grad, grad)
             return *grads, None, None
         reduce = functools.partial(bn_relu_maxpool_backward_reduce, grad, indices, y, mean, invstd)
         dweight, dbias, sums = parameter_gradients(reduce, needs_grad[1:], ctx.mode, count_fraction)

@@ -39,7 +39,13 @@ from resnet_fused.ops._autograd import (
 )
 from resnet_fused.ops.block_backward import Backward
 from resnet_fused.ops.block_forward import BlockSpec, ConvSpec, Parameters
-from resnet_fused.ops.bn_stats import check_bn, in_statistics_dtype, running_stats, update_running_stats
+from resnet_fused.ops.bn_stats import (
+    BnMode,
+    check_bn,
+    in_statistics_dtype,
+    running_stats,
+    update_running_stats,
+)
 from resnet_fused.ops.conv3x3 import supports_conv3x3
 from resnet_fused.ops.conv_wgrad import supports_conv_wgrad
 from resnet_fused.ops.dispatch import runs_triton
@@ -130,10 +136,11 @@ def _differentiable(
     flat = [v for p, bias in zip(parameters, biases, strict=True) for v in p._replace(beta=bias)]
 
     def conv_bn(a: Tensor, p: Parameters, i: int) -> Tensor:
-        spec, (mean, invstd, *_) = block.convs[i], stats[i]
+        spec = block.convs[i]
+        mode = BnMode(spec.running_stats is None, spec.group)
         down, right = spec.input_stride
         y = F.conv2d(a[:, :, ::down, ::right], p.weight.to(a.dtype), None, *spec.geometry)
-        return normalized(y, p.gamma, p.beta, mean, invstd, spec.running_stats is None)
+        return normalized(y, p.gamma, p.beta, stats[i], mode)
 
     def forward(x: Tensor, skip: Tensor | None, *flat: Tensor | None) -> Tensor:
         parameters, last = _grouped(flat), block.chain
@@ -147,8 +154,7 @@ def _differentiable(
         return F.relu(z + shortcut).to(x.dtype)
 
     needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[3:])
-    group = next((spec.group for spec in block.convs if spec.group is not None), None)
-    dx, dskip, *grads = differentiable_backward(forward, (x, skip, *flat), needs, grad, group)
+    dx, dskip, *grads = differentiable_backward(forward, (x, skip, *flat), needs, grad)
     return dx, dskip, None, *grads
 
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 #: The methods that run when a module is called.
 CALL = ("_wrapped_call_impl", "_call_impl", "forward")
@@ -44,6 +46,11 @@ def why_not_here() -> str | None:
         return "torch.export takes plain PyTorch"
     if nn_module._has_any_global_hook():
         return "hooks for all modules are registered"
+    # That of torch.set_default_device and `with torch.device` only changes where tensors are made.
+    if torch._C._len_torch_function_stack() and not all(
+        isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()
+    ):
+        return "a TorchFunctionMode is active, which may replace functions"
     for (owner, name), original in _ORIGINALS.items():
         if getattr(owner, name) is not original:
             return f"{owner.__name__}.{name} was replaced"

@@ -240,6 +240,18 @@ def test_features_of_timm() -> None:
     assert_equal(*found)
 
 
+def test_double_backward() -> None:
+    """Double backward through an average-pool downsample"""
+    fused, plain = fused_and_plain(make_timm("resnet26d"))
+    x, found = images(), []
+    for model in (fused, plain):
+        inputs = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        (slope,) = torch.autograd.grad(model(inputs).square().sum(), inputs, create_graph=True)
+        slope.square().sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert_equal(*found)
+
+
 def test_checkpointing_of_timm() -> None:
     """timm's set_grad_checkpointing"""
     fused, plain = fused_and_plain(make_timm("resnet26d"))
