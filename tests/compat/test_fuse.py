@@ -382,20 +382,6 @@ def test_errors() -> None:
     assert isinstance(model.layer2[0], FusedBlock)
 
 
-@pytest.mark.parametrize("block", ["BasicBlock", "Bottleneck"])
-def test_frozen_norms_of_this_package(block: str) -> None:
-    """FrozenBatchNorm2d as norm_layer"""
-    frozen = torchvision.ops.FrozenBatchNorm2d
-    found, x = [], images()
-    for library in (resnet_fused, reference):
-        torch.manual_seed(0)
-        model = library.ResNet(getattr(library, block), [1, 1, 1, 1], num_classes=7, norm_layer=frozen)
-        found.append(results(prepared(model), x))
-        if library is resnet_fused:
-            assert resnet_fused.explain(model, x) == {}
-    assert_equal(*found)
-
-
 @pytest.mark.parametrize(
     ("library", "training"),
     [(torchvision.models.resnet, True), (timm.models.resnet, False)],
