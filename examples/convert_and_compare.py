@@ -1,4 +1,4 @@
-"""Loads the weights of a plain ResNet into resnet_fused and compares outputs and gradients.
+"""Converts a plain ResNet with resnet_fused.fuse and compares outputs and gradients.
 
     python examples/convert_and_compare.py --arch resnet50
 
@@ -52,8 +52,7 @@ def compare(arch: str, batch: int, image_size: int, checkpoint: Path | None, see
     plain = plain_model(arch)
     if checkpoint is not None:
         plain.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
-    fused = getattr(resnet_fused, arch)()
-    fused.load_state_dict(plain.state_dict())
+    fused = resnet_fused.fuse(copy.deepcopy(plain))
     exact_model = copy.deepcopy(plain).double()
     for model in (plain, fused):
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -78,7 +77,7 @@ def compare(arch: str, batch: int, image_size: int, checkpoint: Path | None, see
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Compares a plain ResNet with the fused one on its weights.")
+    parser = argparse.ArgumentParser(description="Compares a plain ResNet with a fused copy of it.")
     parser.add_argument("--arch", choices=("resnet18", "resnet50"), default="resnet18")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--image-size", type=int, default=96)

@@ -52,7 +52,6 @@ def test_finetune_folder_without_classes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_convert_and_compare(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A tensor that is loaded into the wrong place gives an error of about 1."""
     errors = load("convert_and_compare")["compare"](arch, 4, 64, None, 0)
     assert "explain(fused, images): {}" in capsys.readouterr().out
     assert errors["logits"] < 1e-3
