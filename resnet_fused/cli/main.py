@@ -120,6 +120,15 @@ def make_parser() -> Parser:
             "and batch size that are not given are those of the training. Classes are matched by name.",
         )
     )
+    _add_predict_options(
+        command(
+            "predict",
+            _predict,
+            "the most probable classes of images",
+            "Images are seen as in the evaluation of train. Those that cannot be read are named on stderr; the exit "
+            "code is then 2.",
+        )
+    )
     _add_bench_options(
         command(
             "bench",
@@ -243,6 +252,18 @@ def _add_eval_options(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path, metavar="FILE", help="for the results")
 
 
+def _add_predict_options(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{parser.prog} [options] (CHECKPOINT | --weights NAME --arch NAME) IMAGE_OR_FOLDER ..."
+    add = parser.add_argument
+    help_paths = f"{_HELP_CHECKPOINT}, unless --weights is given; then images, and folders of images"
+    add("paths", nargs="+", metavar="PATH", help=help_paths)
+    _add_weights_options(add)
+    add("--top", type=_count, metavar="K", help="classes of each image (5)")
+    _add_inference_options(add)
+    add("--json", type=Path, metavar="FILE", help="for the results")
+    add("--csv", type=Path, metavar="FILE", help="for the results, one class a line")
+
+
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_common_options(add, "resnet50")
@@ -259,6 +280,12 @@ def _eval(arguments: dict[str, Any]) -> None:
     from resnet_fused.cli.evaluate import evaluate
 
     evaluate(arguments)
+
+
+def _predict(arguments: dict[str, Any]) -> None:
+    from resnet_fused.cli.predict import predict
+
+    predict(arguments)
 
 
 def _bench(arguments: dict[str, Any]) -> None:
