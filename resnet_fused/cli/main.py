@@ -18,6 +18,7 @@ from resnet_fused.cli.settings import BY_DATA, IMPLEMENTATIONS, PRECISION_CHOICE
 from resnet_fused.cli.signals import Stopped
 from resnet_fused.reference.resnet import ARCHITECTURES
 
+EXPORT_FORMATS = ("onnx", "torchscript", "exported-program", "state_dict")
 SCRIPT = "resnet-fused"  # see [project.scripts] in pyproject.toml
 
 
@@ -127,6 +128,15 @@ def make_parser() -> Parser:
             "the most probable classes of images",
             "Images are seen as in the evaluation of train. Those that cannot be read are named on stderr; the exit "
             "code is then 2.",
+        )
+    )
+    _add_export_options(
+        command(
+            "export",
+            _export,
+            "a trained model as ONNX, TorchScript, exported program or state_dict",
+            "Writes a model that needs no resnet_fused, for any batch size, after its output was compared with the "
+            "model's on random images. Class names, image size and normalization are in the file's metadata.",
         )
     )
     _add_bench_options(
@@ -264,6 +274,14 @@ def _add_predict_options(parser: argparse.ArgumentParser) -> None:
     add("--csv", type=Path, metavar="FILE", help="for the results, one class a line")
 
 
+def _add_export_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", type=Path, nargs="?", default=None, metavar="CHECKPOINT", help=_HELP_CHECKPOINT)
+    _add_weights_options(add)
+    add("--format", required=True, choices=EXPORT_FORMATS, help="of the file")
+    add("--out", required=True, type=Path, metavar="FILE", help="replaced where it is there")
+
+
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_common_options(add, "resnet50")
@@ -286,6 +304,12 @@ def _predict(arguments: dict[str, Any]) -> None:
     from resnet_fused.cli.predict import predict
 
     predict(arguments)
+
+
+def _export(arguments: dict[str, Any]) -> None:
+    from resnet_fused.cli.export import export
+
+    export(arguments)
 
 
 def _bench(arguments: dict[str, Any]) -> None:
