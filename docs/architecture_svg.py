@@ -22,7 +22,7 @@ class Box:
 
 #: From the top: what a layer is called, and its boxes. A layer imports from those under it.
 LAYERS = (
-    ("programs", (Box("cli/", "train, bench, info", 1.0),)),
+    ("programs", (Box("cli/", "train, eval, predict, export, bench, info", 1.0),)),
     ("public API", (
         Box("models.py, fuse.py", "our ResNets; those of others", 0.3),
         Box("blocks.py, modules.py", "modules to operands", 0.27),

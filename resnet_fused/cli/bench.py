@@ -18,7 +18,7 @@ import torch
 from resnet_fused.backend import summary, why_plain
 from resnet_fused.cli.distributed import from_environment, pick_device
 from resnet_fused.cli.errors import UserError, require
-from resnet_fused.cli.files import make_folder, write_text
+from resnet_fused.cli.files import check_file, make_folder, write_text
 from resnet_fused.cli.plots import plot_bench
 from resnet_fused.cli.precision import check_precision
 from resnet_fused.cli.probe import ProcessFailed, probe
@@ -135,9 +135,8 @@ def resolve(options: Options) -> tuple[TrainingStep, torch.device]:
         raise UserError("--batch 1: batch norm needs at least 2 images")
     device = pick_device(options.device, from_environment())
     check_precision(options.precision, device)
-    file = options.json
-    if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK)):
-        raise UserError(f"--json {file} cannot be written: name a file in an existing folder")
+    if options.json is not None:
+        check_file("--json", options.json)
     make_folder(options.out)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True

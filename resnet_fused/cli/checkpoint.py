@@ -42,7 +42,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
     Args:
         path: a file there is replaced only by a whole new one.
-        state: `KEYS` except `format`: tensors, numbers, strings, and lists and dictionaries of them.
+        state: `KEYS` except `format`, and more: tensors, numbers, strings, and lists and dictionaries of them.
 
     Raises:
         UserError: the file cannot be written.
@@ -57,7 +57,7 @@ def load(path: Path) -> dict[str, Any]:
         UserError: there is no file, it is damaged, or it is something else.
     """
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}: give --resume the path of a last.pt or best.pt")
+        raise UserError(f"no checkpoint at {path}: give the path of a last.pt or best.pt")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load does not compare checksums
@@ -75,7 +75,7 @@ def load(path: Path) -> dict[str, Any]:
     if missing:
         raise UserError(
             f"{path} is not a checkpoint of `python -m resnet_fused train`: it lacks {', '.join(missing)}. "
-            "Give --resume a last.pt or best.pt that it wrote"
+            "Give a last.pt or best.pt that it wrote"
         )
     if state["format"] != FORMAT:
         raise UserError(

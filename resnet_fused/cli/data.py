@@ -25,8 +25,10 @@ from resnet_fused.cli.errors import UserError, require
 from resnet_fused.cli.signals import detach_worker
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+CROP = 7 / 8  # of the shorter side, as torchvision evaluates: 256 pixels, of which 224 are seen
 
 Key = tuple[int, int]  # epoch, index
+Channels = tuple[float, float, float]  # red, green, blue
 Batch = tuple[Tensor, Tensor]  # uint8 [N, S, S, 3], int64 [N]
 
 
@@ -80,14 +82,17 @@ class Folder(Dataset[Sample]):
     """The images of a folder with one folder a class.
 
     Training images: random resized crop (8 to 100 % of the area, sides 3:4 to 4:3) and flip. Held-out images:
-    shorter side to 8/7 of the size, centre crop.
+    shorter side to 8/7 of the size, centre crop; or the largest centred square, for ``crop`` 1.
     """
 
-    def __init__(self, files: Sequence[tuple[str, int]], size: int, seed: int, augment: bool) -> None:
+    def __init__(
+        self, files: Sequence[tuple[str, int]], size: int, seed: int, augment: bool, crop: float = CROP
+    ) -> None:
         self.files = files
         self.size = size
         self.seed = seed
         self.augment = augment
+        self.crop = crop
 
     def __len__(self) -> int:
         return len(self.files)
@@ -109,7 +114,7 @@ class Folder(Dataset[Sample]):
             pillow.DecompressionBombError,
         ) as error:
             return BadImage(path, str(error) or type(error).__name__)
-        box, flip = _centre_box(image.size), False
+        box, flip = _centre_box(image.size, self.crop), False
         if self.augment:
             draw = random.Random(f"{self.seed}/{epoch}/{index}")
             box, flip = _random_box(image.size, draw), draw.random() < 0.5
@@ -120,9 +125,9 @@ class Folder(Dataset[Sample]):
         return pixels.view(self.size, self.size, 3), label
 
 
-def _centre_box(size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The middle 7/8 of the largest centred square: resizing it is resize and centre crop in one pass."""
-    side = min(size) * 7 / 8
+def _centre_box(size: tuple[int, int], crop: float = CROP) -> tuple[float, float, float, float]:
+    """The middle of the largest centred square: resizing it is resize and centre crop in one pass."""
+    side = min(size) * crop
     left, top = (size[0] - side) / 2, (size[1] - side) / 2
     return left, top, left + side, top + side
 
@@ -146,8 +151,15 @@ class Source:
     classes: list[str]
     train: Digits | Folder
     held_out: Digits | Folder
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Channels
+    std: Channels
+
+
+def normalization(data: str) -> tuple[Channels, Channels]:
+    """Mean and standard deviation of the channels: of the digits, or for a folder ImageNet's."""
+    if data == "digits":
+        return (0.3, 0.3, 0.3), (0.35, 0.35, 0.35)
+    return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def open_source(data: str, size: int, seed: int) -> Source:
@@ -174,8 +186,7 @@ def _digits(size: int, seed: int) -> Source:
         [str(digit) for digit in range(10)],
         Digits(images[~held_out], labels[~held_out], seed, augment=True),
         Digits(images[held_out], labels[held_out], seed, augment=False),
-        (0.3, 0.3, 0.3),
-        (0.35, 0.35, 0.35),
+        *normalization("digits"),
     )
 
 
@@ -189,7 +200,7 @@ def _folder(root: Path, size: int, seed: int) -> Source:
     for part in (train, val):
         if not part.is_dir():
             raise UserError(f"--data {root}: {part.name}/ is missing; it must hold one folder per class")
-    classes, held_out = _classes(train), _classes(val)
+    classes, held_out = class_names(train), class_names(val)
     if classes != held_out:
         missing = ", ".join(sorted(set(classes) - set(held_out))) or "none"
         extra = ", ".join(sorted(set(held_out) - set(classes))) or "none"
@@ -199,14 +210,18 @@ def _folder(root: Path, size: int, seed: int) -> Source:
         )
     return Source(
         classes,
-        Folder(_files(train, classes), size, seed, augment=True),
-        Folder(_files(val, classes), size, seed, augment=False),
-        (0.485, 0.456, 0.406),
-        (0.229, 0.224, 0.225),
+        Folder(class_files(train, classes), size, seed, augment=True),
+        Folder(class_files(val, classes), size, seed, augment=False),
+        *normalization(str(root)),
     )
 
 
-def _classes(part: Path) -> list[str]:
+def class_names(part: Path, least: int = 2) -> list[str]:
+    """The folders in a folder, which are its classes, sorted.
+
+    Raises:
+        UserError: they cannot be read, or are fewer than ``least``.
+    """
     try:
         names = sorted(
             entry.name for entry in part.iterdir() if entry.is_dir() and not entry.name.startswith(".")
@@ -217,12 +232,17 @@ def _classes(part: Path) -> list[str]:
         raise UserError(
             f"{part} holds no class folders: put the images of each class into a folder of its own"
         )
-    if len(names) == 1:
+    if len(names) < least:
         raise UserError(f"{part} holds one class ({names[0]}): at least two are needed")
     return names
 
 
-def _files(part: Path, classes: list[str]) -> list[tuple[str, int]]:
+def class_files(part: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
+    """The images of each class, with its place among the classes.
+
+    Raises:
+        UserError: a class has none.
+    """
     files: list[tuple[str, int]] = []
     for label, name in enumerate(classes):
         paths = [
@@ -332,7 +352,7 @@ class Batches:
         """
         self.order.epoch, self.order.start = epoch, start
         for batch in self._train:
-            yield _good(batch)
+            yield good(batch)
 
     def held_out(self) -> Iterator[Batch | None]:
         """The held-out batches; None where this rank has no image in a batch that another has.
@@ -341,10 +361,15 @@ class Batches:
             UserError: an image cannot be read.
         """
         for batch in self._held_out:
-            yield None if batch is None else _good(batch)
+            yield None if batch is None else good(batch)
 
 
-def _good(batch: Batch | BadImage) -> Batch:
+def good(batch: Batch | BadImage) -> Batch:
+    """The batch.
+
+    Raises:
+        UserError: an image could not be read.
+    """
     if isinstance(batch, BadImage):
         raise UserError(
             f"cannot read the image {batch.path} ({batch.reason}): replace or remove it", everywhere=False

@@ -30,7 +30,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     # torch.save reports a full disk as RuntimeError.
     except (OSError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot write {path} ({reason}): free some space or choose another --out") from error
+        raise UserError(f"cannot write {path} ({reason}): free some space or choose another place") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -55,3 +55,13 @@ def make_folder(path: Path) -> None:
         raise UserError(
             f"--out {path} cannot be written ({error.strerror}): choose another folder"
         ) from error
+
+
+def check_file(option: str, file: Path) -> None:
+    """Checks that a file can be written, before what takes long.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if file.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {file} cannot be written: name a file in an existing folder")

@@ -49,23 +49,12 @@ def read_initial_weights(settings: Settings, classes: int, progress: bool) -> In
     if name is None:
         return None
     source = weights.find(settings.arch, name)
-    try:
-        state = weights.read(source, progress)
-    except FileNotFoundError as error:
-        raise UserError(f"--weights {name}: no such file") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"--weights {name} cannot be loaded: {error}") from error
-    except checkpoint.UNREADABLE as error:
-        # torch.load's own words are paragraphs, which advise to run what code a file holds.
-        why = "it is damaged, or torch.save did not write it, or it holds more than tensors and plain values"
-        if source.path is None:
-            why = f"{str(error).splitlines()[0]}: delete {source.cached}, if it is there, and try again"
-        raise UserError(f"--weights {name} cannot be loaded: {why}") from error
+    state = read_weights(source, name, progress)
     had = state["fc.bias"].numel() if isinstance(state.get("fc.bias"), Tensor) else classes
     new_head = had != classes
     if new_head:
         state = {key: value for key, value in state.items() if key not in HEAD}
-    unfit = _why_unfit(state, settings.arch, classes, new_head)
+    unfit = why_unfit(state, settings.arch, classes, new_head)
     if unfit is not None:
         raise UserError(
             f"--weights {name} are not those of a {settings.arch} ({unfit}): give the --arch that they are of"
@@ -85,7 +74,33 @@ def read_initial_weights(settings: Settings, classes: int, progress: bool) -> In
     return InitialWeights(state, f"{name}{file}, with {head}; {trained}")
 
 
-def _why_unfit(state: dict[str, Tensor], arch: str, classes: int, new_head: bool) -> str | None:
+def read_weights(source: weights.Source, name: str, progress: bool) -> dict[str, Tensor]:
+    """The state_dict that `--weights` names.
+
+    Args:
+        source: where it is.
+        name: the option's value, for messages.
+        progress: shows the progress of a download.
+
+    Raises:
+        UserError: it cannot be downloaded or read.
+    """
+    try:
+        return weights.read(source, progress)
+    except FileNotFoundError as error:
+        raise UserError(f"--weights {name}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"--weights {name} cannot be loaded: {error}") from error
+    except checkpoint.UNREADABLE as error:
+        # torch.load's own words are paragraphs, which advise to run what code a file holds.
+        why = "it is damaged, or torch.save did not write it, or it holds more than tensors and plain values"
+        if source.path is None:
+            why = f"{str(error).splitlines()[0]}: delete {source.cached}, if it is there, and try again"
+        raise UserError(f"--weights {name} cannot be loaded: {why}") from error
+
+
+def why_unfit(state: dict[str, Tensor], arch: str, classes: int, new_head: bool = False) -> str | None:
+    """Why weights don't fit a model of that many classes, or do so but for a new head; None where they fit."""
     with torch.device("meta"):
         model: nn.Module = getattr(reference, arch)(num_classes=classes)
     head = {key: value for key, value in model.state_dict().items() if new_head and key in HEAD}

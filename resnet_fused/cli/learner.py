@@ -25,6 +25,7 @@ from resnet_fused.cli.initial_weights import InitialWeights
 from resnet_fused.cli.metrics import Progress
 from resnet_fused.cli.precision import PRECISIONS
 from resnet_fused.cli.settings import Settings
+from resnet_fused.cli.text import abbreviate
 
 LIBRARIES = {"fused": resnet_fused, "reference": reference}
 
@@ -228,6 +229,8 @@ class Learner:
             "settings": vars(self.settings),
             "arch": self.settings.arch,
             "classes": self.source.classes,
+            "mean": list(self.source.mean),
+            "std": list(self.source.std),
             "steps_per_epoch": self.steps_per_epoch,
         }
 
@@ -243,8 +246,8 @@ class Learner:
             )
         if state["classes"] != self.source.classes:
             raise UserError(
-                f"{path} was trained on {_abbreviate(state['classes'])}, "
-                f"but --data has {_abbreviate(self.source.classes)}: give the data it was trained on"
+                f"{path} was trained on {abbreviate(state['classes'])}, "
+                f"but --data has {abbreviate(self.source.classes)}: give the data it was trained on"
             )
         progress = Progress.from_state(state["progress"])
         before = (state["steps_per_epoch"], state["settings"]["seed"])
@@ -272,7 +275,3 @@ class Learner:
         total = self.settings.epochs * self.steps_per_epoch
         self._schedule = make_schedule(self.optimizer, self.settings, total)
         self._advance_schedule(max(0, self.steps_done - 1))
-
-
-def _abbreviate(names: list[str]) -> str:
-    return f"{len(names)} classes ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"

@@ -18,6 +18,7 @@ from resnet_fused.cli.settings import BY_DATA, IMPLEMENTATIONS, PRECISION_CHOICE
 from resnet_fused.cli.signals import Stopped
 from resnet_fused.reference.resnet import ARCHITECTURES
 
+EXPORT_FORMATS = ("onnx", "torchscript", "exported-program", "state_dict")
 SCRIPT = "resnet-fused"  # see [project.scripts] in pyproject.toml
 
 
@@ -111,6 +112,33 @@ def make_parser() -> Parser:
             "Trains on images. With --resume, options that are not given come from the checkpoint.",
         )
     )
+    _add_eval_options(
+        command(
+            "eval",
+            _eval,
+            "loss and accuracy of a trained model",
+            "Evaluates on the held-out images, as training does at the end of an epoch. Data, image size, precision "
+            "and batch size that are not given are those of the training. Classes are matched by name.",
+        )
+    )
+    _add_predict_options(
+        command(
+            "predict",
+            _predict,
+            "the most probable classes of images",
+            "Images are seen as in the evaluation of train. Those that cannot be read are named on stderr; the exit "
+            "code is then 2.",
+        )
+    )
+    _add_export_options(
+        command(
+            "export",
+            _export,
+            "a trained model as ONNX, TorchScript, exported program or state_dict",
+            "Writes a model that needs no resnet_fused, for any batch size, after its output was compared with the "
+            "model's on random images. Class names, image size and normalization are in the file's metadata.",
+        )
+    )
     _add_bench_options(
         command(
             "bench",
@@ -198,6 +226,62 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace the run that --out holds")
 
 
+def _add_weights_options(add: Callable[..., Any]) -> None:
+    help_weights = (
+        "instead of a checkpoint: DEFAULT, IMAGENET1K_V1 or IMAGENET1K_V2, or a state_dict of torch.save"
+    )
+    add("--weights", metavar="NAME|PATH", help=help_weights)
+    add("--arch", choices=ARCHITECTURES, metavar="NAME", help="of --weights: resnet18, resnet50, ...")
+    help_size = "of square images (that of the training, 224 for --weights)"
+    add("--image-size", type=_count, metavar="PIXELS", help=help_size)
+
+
+def _add_inference_options(add: Callable[..., Any]) -> None:
+    add(
+        "--precision",
+        choices=PRECISION_CHOICES,
+        help="autocast dtype (that of the training, fp32 for --weights)",
+    )
+    add("--device", help="auto, cpu, cuda or cuda:N (auto)")
+    add("--batch-size", type=_count, metavar="N", help="images at a time")
+    add("--workers", type=_whole, metavar="N", help="processes that load images")
+
+
+_HELP_CHECKPOINT = "a best.pt or last.pt of train, or its folder"
+
+
+def _add_eval_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", type=Path, nargs="?", default=None, metavar="CHECKPOINT", help=_HELP_CHECKPOINT)
+    _add_weights_options(add)
+    help_data = "'digits', or a folder with val/, with a folder per class (that of the training)"
+    add("--data", metavar="DATA", help=help_data)
+    help_split = "folder in DATA; '.' for DATA itself (val)"
+    add("--split", metavar="NAME", help=help_split)
+    _add_inference_options(add)
+    add("--json", type=Path, metavar="FILE", help="for the results")
+
+
+def _add_predict_options(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{parser.prog} [options] (CHECKPOINT | --weights NAME --arch NAME) IMAGE_OR_FOLDER ..."
+    add = parser.add_argument
+    help_paths = f"{_HELP_CHECKPOINT}, unless --weights is given; then images, and folders of images"
+    add("paths", nargs="+", metavar="PATH", help=help_paths)
+    _add_weights_options(add)
+    add("--top", type=_count, metavar="K", help="classes of each image (5)")
+    _add_inference_options(add)
+    add("--json", type=Path, metavar="FILE", help="for the results")
+    add("--csv", type=Path, metavar="FILE", help="for the results, one class a line")
+
+
+def _add_export_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", type=Path, nargs="?", default=None, metavar="CHECKPOINT", help=_HELP_CHECKPOINT)
+    _add_weights_options(add)
+    add("--format", required=True, choices=EXPORT_FORMATS, help="of the file")
+    add("--out", required=True, type=Path, metavar="FILE", help="replaced where it is there")
+
+
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_common_options(add, "resnet50")
@@ -208,6 +292,24 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     add("--no-compile", dest="compile", action="store_false", help=help_compile)
     add("--out", type=Path, metavar="FOLDER", help="for bench.json and bench.png (runs/bench)")
     add("--json", type=Path, metavar="FILE", help="for the results, instead of bench.json in OUT")
+
+
+def _eval(arguments: dict[str, Any]) -> None:
+    from resnet_fused.cli.evaluate import evaluate
+
+    evaluate(arguments)
+
+
+def _predict(arguments: dict[str, Any]) -> None:
+    from resnet_fused.cli.predict import predict
+
+    predict(arguments)
+
+
+def _export(arguments: dict[str, Any]) -> None:
+    from resnet_fused.cli.export import export
+
+    export(arguments)
 
 
 def _bench(arguments: dict[str, Any]) -> None:

@@ -27,3 +27,8 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def shown(form: str, *values: float | None) -> str:
     """The values in that format, or a dash where one is missing."""
     return "-" if None in values else form.format(*values)
+
+
+def abbreviate(names: Sequence[str]) -> str:
+    """How many classes there are, and the first of them."""
+    return f"{len(names)} classes ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
