@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Iterable
@@ -12,7 +14,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 import resnet_fused
 from resnet_fused import GraphedStep, reference
@@ -23,6 +24,7 @@ from resnet_fused.cli.distributed import World
 from resnet_fused.cli.errors import UserError
 from resnet_fused.cli.initial_weights import InitialWeights
 from resnet_fused.cli.metrics import Progress
+from resnet_fused.cli.optimizers import clip_gradients, load_optimizer, make_optimizer, make_schedule
 from resnet_fused.cli.precision import PRECISIONS
 from resnet_fused.cli.settings import Settings
 
@@ -38,32 +40,9 @@ def why_no_cuda_graph(device: torch.device, world: World) -> str | None:
     return None
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The loss, in float32 whatever the model computes in."""
-    return F.cross_entropy(logits.float(), labels)
-
-
-def make_optimizer(model: nn.Module, settings: Settings, fused: bool | None) -> torch.optim.SGD:
-    """SGD without weight decay for norms and biases."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim > 1]
-    vectors = [p for p in trained if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=fused)
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, settings: Settings, steps: int) -> SequentialLR:
-    """Linear warm-up over the first `warmup` of the steps, then a half cosine to zero."""
-    for group in optimizer.param_groups:  # a checkpoint's optimizer has the rates of its own schedule
-        group.pop("initial_lr", None)
-        group["lr"] = settings.lr
-    warm = max(1, round(settings.warmup * steps))
-    linear = LinearLR(optimizer, start_factor=1 / warm, total_iters=warm - 1)
-    cosine = CosineAnnealingLR(optimizer, T_max=max(1, steps - warm))
-    return SequentialLR(optimizer, [linear, cosine], milestones=[warm])
+    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
 
 
 def set_training(model: nn.Module, settings: Settings) -> None:
@@ -120,16 +99,18 @@ class Learner:
                 process_group=dist.new_group(),  # see `process_group`
             )
         self.captures = settings.cuda_graph and why_no_cuda_graph(device, world) is None
-        # Only a fused optimizer can be captured; None leaves the choice to PyTorch.
-        self.optimizer = make_optimizer(self.model, settings, fused=True if self.captures else None)
+        self.optimizer = make_optimizer(self.model, settings, self.captures)
         self._schedule = make_schedule(self.optimizer, settings, settings.epochs * steps)
         self.precision = PRECISIONS[settings.precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+        self.criterion = functools.partial(cross_entropy, label_smoothing=settings.label_smoothing)
         self._graphed: GraphedStep | None = None
         if self.captures:
+            if settings.clip_grad:  # in the captured step
+                self.optimizer.register_step_pre_hook(lambda *_: self._clip_gradients())
             dtype = None if settings.precision == "fp32" else self.precision.dtype
             self._graphed = GraphedStep(
-                self.model, self.optimizer, cross_entropy, autocast=dtype, scaler=self.scaler
+                self.model, self.optimizer, self.criterion, autocast=dtype, scaler=self.scaler
             )
         self._mean = torch.tensor(source.mean, device=device).view(1, 3, 1, 1) * 255
         self._std = torch.tensor(source.std, device=device).view(1, 3, 1, 1) * 255
@@ -151,23 +132,46 @@ class Learner:
         return images.contiguous(memory_format=self.memory_format), labels
 
     def step(self, images: Tensor, labels: Tensor) -> None:
-        """One step of SGD. Its loss is read by the next `count_steps`."""
+        """Forward and backward of a batch, and after the last one of a group a step of the optimizer.
+
+        Its loss is read by the next `count_steps`.
+        """
         if self.steps_done:
             self._advance_schedule(1)
         set_training(self._parallel, self.settings)
         if self._graphed is not None:
             loss, logits = self._graphed(images, labels)
         else:
-            self.optimizer.zero_grad(set_to_none=True)
-            with self.precision.autocast(self.device.type):
-                logits = self._parallel(images)
-            loss = cross_entropy(logits, labels)
-            self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            loss, logits = self._accumulate(images, labels)
         correct = (logits.detach().argmax(1) == labels).sum()
         self._pending.append(torch.stack([loss.detach().double(), correct.double()]))
         self.progress.step += 1
+
+    def _accumulate(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        step, size = self.progress.step, self.settings.accumulate
+        first = step % size == 0
+        last = (step + 1) % size == 0 or step + 1 == self.steps_per_epoch
+        if first:
+            self.optimizer.zero_grad(set_to_none=True)
+        parallel = self._parallel
+        alone = isinstance(parallel, DistributedDataParallel) and not last
+        with parallel.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
+            with self.precision.autocast(self.device.type):
+                logits = parallel(images)
+            loss = self.criterion(logits, labels)
+            # The last group of an epoch may be smaller.
+            group = min(size, self.steps_per_epoch - step // size * size)
+            self.scaler.scale(loss / group if group > 1 else loss).backward()
+        if last:
+            if self.settings.clip_grad:
+                self.scaler.unscale_(self.optimizer)
+                self._clip_gradients()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        return loss, logits
+
+    def _clip_gradients(self) -> None:
+        clip_gradients(self.optimizer, self.settings.clip_grad)
 
     def _advance_schedule(self, steps: int) -> None:
         with warnings.catch_warnings():
@@ -254,10 +258,14 @@ class Learner:
                 f"now there are {self.steps_per_epoch} steps, seed {self.settings.seed}: "
                 "go on with the same data, --batch-size, --seed and number of processes"
             )
-        fused = self.optimizer.defaults["fused"]
+        if progress.step % self.settings.accumulate and progress.step != self.steps_per_epoch:
+            raise UserError(
+                f"{path} stands at step {progress.step} of an epoch, which --accumulate {self.settings.accumulate} "
+                f"does not divide: go on with --accumulate {state['settings'].get('accumulate', 1)}"
+            )
         try:
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(self.optimizer, state["optimizer"])
             if state["scaler"]:  # empty where the checkpoint was not trained in fp16
                 self.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, ValueError, KeyError) as error:
@@ -265,8 +273,6 @@ class Learner:
             raise UserError(
                 f"{path} does not fit a {self.settings.arch} ({reason}): use another checkpoint"
             ) from error
-        for group in self.optimizer.param_groups:
-            group["fused"] = fused
         checkpoint.set_random_state(state["random"])
         self.progress = progress
         total = self.settings.epochs * self.steps_per_epoch

@@ -14,7 +14,16 @@ from typing import Any, NoReturn
 from resnet_fused._version import __version__
 from resnet_fused.cli.distributed import from_environment
 from resnet_fused.cli.errors import UserError
-from resnet_fused.cli.settings import BY_DATA, IMPLEMENTATIONS, PRECISION_CHOICES, Invocation, Settings
+from resnet_fused.cli.settings import (
+    BY_DATA,
+    BY_OPTIMIZER,
+    IMPLEMENTATIONS,
+    OPTIMIZERS,
+    PRECISION_CHOICES,
+    SCHEDULES,
+    Invocation,
+    Settings,
+)
 from resnet_fused.cli.signals import Stopped
 from resnet_fused.reference.resnet import ARCHITECTURES
 
@@ -78,6 +87,7 @@ _count = _number(int, lambda value: value >= 1, "a whole number above 0")
 _whole = _number(int, lambda value: value >= 0, "a whole number, 0 or more")
 _positive = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")
 _not_negative = _number(float, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
+_above_0_to_1 = _number(float, lambda value: 0 < value <= 1, "a number above 0, up to 1")
 _fraction = _number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
@@ -142,6 +152,10 @@ def _add_common_options(add: Callable[..., Any], arch: str) -> None:
 
 def _add_train_options(parser: argparse.ArgumentParser) -> None:
     default = {name: "{} for the digits, {} for a folder".format(*values) for name, values in BY_DATA.items()}
+    rates = {
+        name: "; ".join(f"{x:g} with {o}" for o, x in zip(OPTIMIZERS, values, strict=True))
+        for name, values in BY_OPTIMIZER.items()
+    }
     switch = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("what").add_argument
@@ -174,17 +188,31 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("how").add_argument
     add("--epochs", type=_count, metavar="N", help=f"({default['epochs']})")
     add("--batch-size", type=_count, metavar="N", help=f"images per step and process ({Settings.batch_size})")
-    help_lr = f"highest learning rate; warm-up, then cosine to 0 ({Settings.lr})"
-    add("--lr", type=_positive, metavar="RATE", help=help_lr)
-    add("--momentum", type=_fraction, metavar="M", help=f"of SGD ({Settings.momentum})")
-    help_decay = f"not for norms and biases ({Settings.weight_decay})"
+    help_accumulate = (
+        f"batches for each step of the optimizer; a run stops between those ({Settings.accumulate})"
+    )
+    add("--accumulate", type=_count, metavar="N", help=help_accumulate)
+    add("--optimizer", choices=OPTIMIZERS, help=f"({Settings.optimizer})")
+    add("--lr", type=_positive, metavar="RATE", help=f"highest learning rate ({rates['lr']})")
+    add("--momentum", type=_fraction, metavar="M", help=f"in AdamW beta1 ({Settings.momentum})")
+    help_decay = f"not for norms and biases; decoupled in AdamW alone ({rates['weight_decay']})"
     add("--weight-decay", type=_not_negative, metavar="D", help=help_decay)
+    help_clip = "largest norm of all gradients together; 0 clips none (0)"
+    add("--clip-grad", type=_not_negative, metavar="NORM", help=help_clip)
+    help_schedule = f"of the learning rate, after a warm-up; cosine ends at 0 ({Settings.schedule})"
+    add("--schedule", choices=SCHEDULES, help=help_schedule)
     add(
         "--warmup",
         type=_fraction,
         metavar="PART",
         help=f"part of the steps that warms up ({Settings.warmup})",
     )
+    help_size = f"of --schedule step: epochs between reductions ({Settings.step_size})"
+    add("--step-size", type=_count, metavar="EPOCHS", help=help_size)
+    help_gamma = f"of --schedule step: factor of each reduction ({Settings.gamma})"
+    add("--gamma", type=_above_0_to_1, metavar="G", help=help_gamma)
+    help_smoothing = f"of the training loss ({Settings.label_smoothing:g})"
+    add("--label-smoothing", type=_fraction, metavar="X", help=help_smoothing)
     add("--seed", type=_whole, metavar="N", help=f"of weights, order and augmentation ({Settings.seed})")
     add("--workers", type=_whole, metavar="N", help=f"processes that load images ({default['workers']})")
     help_steps = "stop after this many steps in all, saved, as if interrupted"

@@ -155,7 +155,9 @@ class Run:
         self.total = self.settings.epochs * self.batches.steps
         self.warm_up = compare.WARM_UP
         self.plotted = time.monotonic()
-        self.read_every = 1 if self.comparing or self.device.type == "cpu" else GPU_STEPS_BETWEEN_READS
+        reads = 1 if self.comparing or self.device.type == "cpu" else GPU_STEPS_BETWEEN_READS
+        # A run stops where losses are read: not between steps of the optimizer, since no checkpoint has gradients.
+        self.read_every = -(-reads // self.settings.accumulate) * self.settings.accumulate
         self.limit = self.invocation.max_steps or self.total
         if self.limit < self.total and self.limit <= self.steps_done:
             raise UserError(

@@ -113,9 +113,8 @@ def assert_same_run(one: Path, two: Path) -> None:
     for name, value in a["model"].items():
         assert torch.equal(value, b["model"][name]), name
     for index, buffers in a["optimizer"]["state"].items():
-        assert torch.equal(buffers["momentum_buffer"], b["optimizer"]["state"][index]["momentum_buffer"]), (
-            index
-        )
+        for name, value in buffers.items():
+            assert torch.equal(value, b["optimizer"]["state"][index][name]), (index, name)
     assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
     first, second = a["progress"], b["progress"]
     for key in ("epoch", "step", "loss", "correct", "images", "best"):
