@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import resnet_fused
 from resnet_fused import GraphedStep, reference
@@ -60,7 +61,7 @@ class Learner:
     Attributes:
         name: `fused` or `reference`.
         label: the name to show: `unfused` where nothing of `fused` can run fused.
-        model: the bare model; its `state_dict` is what checkpoints hold.
+        model: the bare model, whose weights are trained.
         progress: counts of steps, epochs and results so far.
         captures: whether steps are replayed as a CUDA graph.
     """
@@ -91,6 +92,11 @@ class Learner:
         if settings.freeze_backbone:
             model.requires_grad_(False).get_submodule("fc").requires_grad_(True)
         self.model = model.to(device=device, memory_format=self.memory_format)  # type: ignore[call-overload]
+        self._average: AveragedModel | None = None
+        if settings.ema:
+            average = get_ema_multi_avg_fn(settings.ema)
+            self._average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+            self._average.requires_grad_(False)
         self._parallel: nn.Module = self.model
         if world.size > 1:
             self._parallel = DistributedDataParallel(
@@ -107,7 +113,8 @@ class Learner:
         self._graphed: GraphedStep | None = None
         if self.captures:
             if settings.clip_grad:  # in the captured step
-                self.optimizer.register_step_pre_hook(lambda *_: self._clip_gradients())
+                norm = settings.clip_grad
+                self.optimizer.register_step_pre_hook(lambda optimizer, *_: clip_gradients(optimizer, norm))
             dtype = None if settings.precision == "fp32" else self.precision.dtype
             self._graphed = GraphedStep(
                 self.model, self.optimizer, self.criterion, autocast=dtype, scaler=self.scaler
@@ -120,6 +127,11 @@ class Learner:
     def steps_done(self) -> int:
         """Since the start of the run."""
         return self.progress.epoch * self.steps_per_epoch + self.progress.step
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated, and is `model` in checkpoints: with --ema the average of those trained."""
+        return self.model if self._average is None else self._average.module
 
     def release_process_group(self) -> None:
         """Releases the process group, which can then be destroyed; no step can follow."""
@@ -139,18 +151,20 @@ class Learner:
         if self.steps_done:
             self._advance_schedule(1)
         set_training(self._parallel, self.settings)
+        step, size = self.progress.step, self.settings.accumulate
+        last = (step + 1) % size == 0 or step + 1 == self.steps_per_epoch
         if self._graphed is not None:
             loss, logits = self._graphed(images, labels)
         else:
-            loss, logits = self._accumulate(images, labels)
+            loss, logits = self._run(images, labels, first=step % size == 0, last=last)
+        if self._average is not None and last:
+            self._average.update_parameters(self.model)
         correct = (logits.detach().argmax(1) == labels).sum()
         self._pending.append(torch.stack([loss.detach().double(), correct.double()]))
         self.progress.step += 1
 
-    def _accumulate(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        step, size = self.progress.step, self.settings.accumulate
-        first = step % size == 0
-        last = (step + 1) % size == 0 or step + 1 == self.steps_per_epoch
+    def _run(self, images: Tensor, labels: Tensor, first: bool, last: bool) -> tuple[Tensor, Tensor]:
+        """Kernel by kernel; the batch may be the first and the last one of a group."""
         if first:
             self.optimizer.zero_grad(set_to_none=True)
         parallel = self._parallel
@@ -159,19 +173,18 @@ class Learner:
             with self.precision.autocast(self.device.type):
                 logits = parallel(images)
             loss = self.criterion(logits, labels)
-            # The last group of an epoch may be smaller.
-            group = min(size, self.steps_per_epoch - step // size * size)
+            step, size = self.progress.step, self.settings.accumulate
+            group = min(
+                size, self.steps_per_epoch - step // size * size
+            )  # the last of an epoch may be smaller
             self.scaler.scale(loss / group if group > 1 else loss).backward()
         if last:
             if self.settings.clip_grad:
                 self.scaler.unscale_(self.optimizer)
-                self._clip_gradients()
+                clip_gradients(self.optimizer, self.settings.clip_grad)
             self.scaler.step(self.optimizer)
             self.scaler.update()
         return loss, logits
-
-    def _clip_gradients(self) -> None:
-        clip_gradients(self.optimizer, self.settings.clip_grad)
 
     def _advance_schedule(self, steps: int) -> None:
         with warnings.catch_warnings():
@@ -205,15 +218,16 @@ class Learner:
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch | None]) -> tuple[float, float]:
         """Mean loss and accuracy on the held-out images of all ranks."""
-        self.world.share_buffers(self.model)
-        self.model.eval()
+        model = self.evaluated
+        self.world.share_buffers(model)
+        model.eval()
         total = torch.zeros(3, dtype=torch.float64)  # loss, correct, images
         for batch in batches:
             if batch is None:
                 continue
             images, labels = self.prepare(batch)
             with self.precision.autocast(self.device.type):
-                logits = self.model(images)
+                logits = model(images)
             loss = F.cross_entropy(logits.float(), labels, reduction="sum").double()
             correct = (logits.argmax(1) == labels).sum().double()
             total += torch.stack([loss, correct, torch.full_like(loss, len(labels))]).cpu()
@@ -223,8 +237,13 @@ class Learner:
     def state(self) -> dict[str, Any]:
         """All that a checkpoint holds. Call `count_steps` first, on every rank."""
         self.world.share_buffers(self.model)
+        average: dict[str, Any] = {}
+        if self._average is not None:
+            self.world.share_buffers(self._average.module)
+            average = {"trained": self.model.state_dict(), "n_averaged": int(self._average.n_averaged)}
         return {
-            "model": self.model.state_dict(),
+            "model": self.evaluated.state_dict(),
+            **average,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "progress": self.progress.state(),
@@ -264,7 +283,10 @@ class Learner:
                 f"does not divide: go on with --accumulate {state['settings'].get('accumulate', 1)}"
             )
         try:
-            self.model.load_state_dict(state["model"])
+            self.model.load_state_dict(state.get("trained", state["model"]))
+            if self._average is not None:
+                self._average.module.load_state_dict(state["model"])
+                self._average.n_averaged.fill_(state.get("n_averaged", 0))
             load_optimizer(self.optimizer, state["optimizer"])
             if state["scaler"]:  # empty where the checkpoint was not trained in fp16
                 self.scaler.load_state_dict(state["scaler"])

@@ -310,7 +310,7 @@ class Run:
             last = progress.history[-1]["val_accuracy"]
             print(f"held-out accuracy {last:.2%}, best {progress.best:.2%}; see {self.invocation.folder}")
         for learner in self.learners:
-            digests = self.world.digests(learner.model)
+            digests = self.world.digests(learner.evaluated)
             if self.world.main and self.world.size > 1:
                 weights = ", ".join(f"rank {rank} {digest}" for rank, digest in enumerate(digests))
                 print(f"{self.prefix(learner)}sha256 of the weights: {weights}")

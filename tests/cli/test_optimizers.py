@@ -186,9 +186,46 @@ def test_captured(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> N
         assert gradient_norm(captured) == pytest.approx(0.01, rel=1e-3)
 
 
+def test_average() -> None:
+    """Is what is evaluated and saved as the model; training goes on with the weights themselves."""
+    plain, averaged = make_learner(steps=4, accumulate=2), make_learner(steps=4, accumulate=2, ema=0.75)
+    expected: dict[str, Tensor] = {}
+    for number, (images, labels) in enumerate(batches(plain, 4), start=1):
+        plain.step(images, labels)
+        averaged.step(images, labels)
+        if number % 2 == 0:
+            now = {name: x.clone() for name, x in plain.model.state_dict().items()}
+            expected = {
+                name: 0.75 * expected[name] + 0.25 * x if expected and x.is_floating_point() else x
+                for name, x in now.items()
+            }
+    state = averaged.state()
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(value, state["trained"][name]), name
+        if value.is_floating_point():
+            torch.testing.assert_close(state["model"][name], expected[name])
+    assert state["n_averaged"] == 2
+    held_out = [(torch.full((4, 16, 16, 3), 99, dtype=torch.uint8), torch.arange(4))]
+    result = averaged.evaluate(held_out)
+    assert result != plain.evaluate(held_out)
+    plain.model.load_state_dict(state["model"])
+    assert result == plain.evaluate(held_out)
+
+
+def test_average_begins_and_ends_with_a_resumed_run(train: Cli, begun: Path) -> None:
+    one = load(begun)["model"]
+    assert train("--resume", "--max-steps", 2, "--ema", 0.5).code == 0
+    two = load(begun)
+    assert two["n_averaged"] == 1  # of which the first is a copy
+    assert torch.equal(two["model"]["fc.weight"], two["trained"]["fc.weight"])
+    assert not torch.equal(two["model"]["fc.weight"], one["fc.weight"])
+    assert train("--resume", "--max-steps", 3, "--ema", 0).code == 0
+    assert not {"trained", "n_averaged"} & load(begun).keys()
+
+
 RECIPE = [
     *("--label-smoothing", 0.1, "--accumulate", 3, "--clip-grad", 1, "--optimizer", "adamw"),
-    *("--schedule", "step", "--step-size", 1, "--gamma", 0.5),
+    *("--schedule", "step", "--step-size", 1, "--gamma", 0.5, "--ema", 0.5),
 ]
 
 
