@@ -25,6 +25,7 @@ from resnet_fused.cli.distributed import World
 from resnet_fused.cli.errors import UserError
 from resnet_fused.cli.initial_weights import InitialWeights
 from resnet_fused.cli.metrics import Progress
+from resnet_fused.cli.mixing import dominant, mix
 from resnet_fused.cli.optimizers import clip_gradients, load_optimizer, make_optimizer, make_schedule
 from resnet_fused.cli.precision import PRECISIONS
 from resnet_fused.cli.settings import Settings
@@ -143,6 +144,12 @@ class Learner:
         images = (pixels.permute(0, 3, 1, 2).float() - self._mean) / self._std
         return images.contiguous(memory_format=self.memory_format), labels
 
+    def prepare_training(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As `prepare`, for the next step: with --mixup or --cutmix mixed, with probabilities instead of labels."""
+        images, labels = self.prepare(batch)
+        place = f"{self.progress.epoch}/{self.progress.step}/{self.world.rank}"
+        return mix(images, labels, len(self.source.classes), self.settings, place)
+
     def step(self, images: Tensor, labels: Tensor) -> None:
         """Forward and backward of a batch, and after the last one of a group a step of the optimizer.
 
@@ -159,7 +166,7 @@ class Learner:
             loss, logits = self._run(images, labels, first=step % size == 0, last=last)
         if self._average is not None and last:
             self._average.update_parameters(self.model)
-        correct = (logits.detach().argmax(1) == labels).sum()
+        correct = (logits.detach().argmax(1) == dominant(labels)).sum()
         self._pending.append(torch.stack([loss.detach().double(), correct.double()]))
         self.progress.step += 1
 

@@ -213,6 +213,9 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     add("--gamma", type=_above_0_to_1, metavar="G", help=help_gamma)
     help_smoothing = f"of the training loss ({Settings.label_smoothing:g})"
     add("--label-smoothing", type=_fraction, metavar="X", help=help_smoothing)
+    help_mixup = "parameter of MixUp's Beta distribution; with --cutmix one of them for each batch; 0: no (0)"
+    add("--mixup", type=_not_negative, metavar="A", help=help_mixup)
+    add("--cutmix", type=_not_negative, metavar="A", help="of CutMix's (0)")
     help_ema = "evaluate and save as the model the moving average of the weights, with this decay; 0: no (0)"
     add("--ema", type=_fraction, metavar="DECAY", help=help_ema)
     add("--seed", type=_whole, metavar="N", help=f"of weights, order and augmentation ({Settings.seed})")

@@ -57,6 +57,8 @@ class Settings:
     step_size: int = 30
     gamma: float = 0.1
     label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
     ema: float = 0.0
     seed: int = 0
     workers: int = -1

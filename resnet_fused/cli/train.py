@@ -220,7 +220,7 @@ class Run:
         self.bar.set_description(f"epoch {first.epoch + 1}/{self.settings.epochs}")
         mark = time.perf_counter()
         for batch in self.batches.training(first.epoch, first.step):
-            images, labels = self.learners[0].prepare(batch)
+            images, labels = self.learners[0].prepare_training(batch)
             if self.comparing:
                 compare.timed_steps(self.learners, images, labels, record=self.warm_up <= 0)
                 self.warm_up -= 1

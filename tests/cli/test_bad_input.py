@@ -43,6 +43,8 @@ def assert_refused(result: Result, *words: str) -> None:
         (("train", "--step-size", "0"), ["--step-size", "above 0"]),
         (("train", "--clip-grad", "-1"), ["--clip-grad", "0 or more"]),
         (("train", "--ema", "1"), ["--ema", "below 1"]),
+        (("train", "--mixup", "-1"), ["--mixup", "0 or more"]),
+        (("train", "--cutmix", "inf"), ["--cutmix", "0 or more"]),
         (("train", "--label-smoothing", "1"), ["--label-smoothing", "below 1"]),
         (("train", "--cuda-graph", "--accumulate", "2"), ["--cuda-graph", "--accumulate", "leave one"]),
         (("train", "--cuda-graph", "--optimizer", "rmsprop"), ["--cuda-graph", "--optimizer rmsprop"]),

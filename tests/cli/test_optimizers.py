@@ -225,7 +225,7 @@ def test_average_begins_and_ends_with_a_resumed_run(train: Cli, begun: Path) -> 
 
 RECIPE = [
     *("--label-smoothing", 0.1, "--accumulate", 3, "--clip-grad", 1, "--optimizer", "adamw"),
-    *("--schedule", "step", "--step-size", 1, "--gamma", 0.5, "--ema", 0.5),
+    *("--schedule", "step", "--step-size", 1, "--gamma", 0.5, "--ema", 0.5, "--mixup", 0.5, "--cutmix", 1),
 ]
 
 
