@@ -15,6 +15,7 @@ from resnet_fused._version import __version__
 from resnet_fused.cli.distributed import from_environment
 from resnet_fused.cli.errors import UserError
 from resnet_fused.cli.settings import (
+    AUGMENTATIONS,
     BY_DATA,
     BY_OPTIMIZER,
     IMPLEMENTATIONS,
@@ -213,6 +214,11 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     add("--gamma", type=_above_0_to_1, metavar="G", help=help_gamma)
     help_smoothing = f"of the training loss ({Settings.label_smoothing:g})"
     add("--label-smoothing", type=_fraction, metavar="X", help=help_smoothing)
+    help_augment = (
+        "of training images: standard is crop and flip, or for the digits small moves; trivial and rand follow it "
+        f"with torchvision's TrivialAugmentWide and RandAugment ({Settings.augment})"
+    )
+    add("--augment", choices=AUGMENTATIONS, help=help_augment)
     help_mixup = "parameter of MixUp's Beta distribution; with --cutmix one of them for each batch; 0: no (0)"
     add("--mixup", type=_not_negative, metavar="A", help=help_mixup)
     add("--cutmix", type=_not_negative, metavar="A", help="of CutMix's (0)")

@@ -15,6 +15,7 @@ from resnet_fused.weights import find
 IMPLEMENTATIONS = ("fused", "reference", "compare")
 OPTIMIZERS = ("sgd", "adamw", "rmsprop")
 SCHEDULES = ("cosine", "step", "constant")
+AUGMENTATIONS = ("none", "standard", "trivial", "rand")
 PRECISION_CHOICES = ("fp32", "bf16", "fp16")
 SMALLEST_IMAGE = 16
 
@@ -57,6 +58,7 @@ class Settings:
     step_size: int = 30
     gamma: float = 0.1
     label_smoothing: float = 0.0
+    augment: str = "standard"
     mixup: float = 0.0
     cutmix: float = 0.0
     ema: float = 0.0

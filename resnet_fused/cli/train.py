@@ -54,7 +54,7 @@ def train(given: dict[str, Any], invocation: Invocation) -> None:
             require(package)  # now, not after an hour
         device = pick_device(settings.device, world)
         check_precision(settings.precision, device)
-        source = open_source(settings.data, settings.image_size, settings.seed)
+        source = open_source(settings.data, settings.image_size, settings.seed, settings.augment)
         on_gpu = device.type == "cuda"
         batches = Batches(source, settings.batch_size, settings.seed, settings.workers, world, pin=on_gpu)
         initial = None

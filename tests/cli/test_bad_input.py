@@ -45,6 +45,7 @@ def assert_refused(result: Result, *words: str) -> None:
         (("train", "--ema", "1"), ["--ema", "below 1"]),
         (("train", "--mixup", "-1"), ["--mixup", "0 or more"]),
         (("train", "--cutmix", "inf"), ["--cutmix", "0 or more"]),
+        (("train", "--augment", "auto"), ["--augment", "auto", "trivial"]),
         (("train", "--label-smoothing", "1"), ["--label-smoothing", "below 1"]),
         (("train", "--cuda-graph", "--accumulate", "2"), ["--cuda-graph", "--accumulate", "leave one"]),
         (("train", "--cuda-graph", "--optimizer", "rmsprop"), ["--cuda-graph", "--optimizer rmsprop"]),

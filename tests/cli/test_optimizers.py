@@ -20,6 +20,7 @@ from resnet_fused.cli.distributed import World
 from resnet_fused.cli.learner import Learner
 from resnet_fused.cli.optimizers import make_optimizer, make_schedule
 from resnet_fused.cli.settings import Settings, make_settings
+from tests import torchvision_ops  # noqa: F401  before torchvision
 from tests.cli.conftest import Cli, assert_same_run, load
 from tests.graphed_steps import StepOnCPU
 
@@ -225,7 +226,22 @@ def test_average_begins_and_ends_with_a_resumed_run(train: Cli, begun: Path) -> 
 
 RECIPE = [
     *("--label-smoothing", 0.1, "--accumulate", 3, "--clip-grad", 1, "--optimizer", "adamw"),
-    *("--schedule", "step", "--step-size", 1, "--gamma", 0.5, "--ema", 0.5, "--mixup", 0.5, "--cutmix", 1),
+    *(
+        "--schedule",
+        "step",
+        "--step-size",
+        1,
+        "--gamma",
+        0.5,
+        "--ema",
+        0.5,
+        "--augment",
+        "trivial",
+        "--mixup",
+        0.5,
+        "--cutmix",
+        1,
+    ),
 ]
 
 
