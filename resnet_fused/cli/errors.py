@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-_DISTRIBUTION = {"sklearn": "scikit-learn", "PIL": "Pillow"}
+_DISTRIBUTION = {"sklearn": "scikit-learn", "PIL": "Pillow", "yaml": "PyYAML"}
 
 
 class UserError(Exception):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from resnet_fused._version import __version__
+from resnet_fused.cli.config import read_config
 from resnet_fused.cli.distributed import from_environment
 from resnet_fused.cli.errors import UserError
 from resnet_fused.cli.settings import (
@@ -42,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = vars(make_parser().parse_args(argv))
-        command = arguments.pop("command")
+        command, subparser = arguments.pop("command"), arguments.pop("parser")
+        if "config" in arguments:
+            arguments = read_config(arguments.pop("config"), subparser) | arguments
         command(arguments)
     except UserError as error:
         if error.everywhere and not from_environment().main:
@@ -98,7 +101,7 @@ def program() -> str:
 
 
 def make_parser() -> Parser:
-    """The parser of all commands; each sets `command` to the function that runs it."""
+    """The parser of all commands; each sets `command` to the function that runs it, and `parser` to its own."""
     parser = Parser(prog=program(), description="ResNets that train fused.")
     parser.add_argument("--version", action="version", version=f"resnet_fused {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -110,7 +113,7 @@ def make_parser() -> Parser:
         subparser = commands.add_parser(
             name, help=help, description=description, argument_default=argparse.SUPPRESS
         )
-        subparser.set_defaults(command=run)
+        subparser.set_defaults(command=run, parser=subparser)
         return subparser
 
     _add_info_options(command("info", _info, "versions, devices, and which implementation runs each op"))
@@ -230,6 +233,8 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     add("--max-steps", type=_count, metavar="N", help=help_steps)
 
     add = parser.add_argument_group("where").add_argument
+    help_config = "options in YAML, such as 'epochs: 90'; the command line overrides them"
+    add("--config", type=Path, metavar="FILE", help=help_config)
     help_out = f"for checkpoints, metrics and curves ({Invocation.DEFAULT_OUT})"
     add("--out", type=Path, metavar="FOLDER", help=help_out)
     help_resume = "go on from a checkpoint (OUT/last.pt)"
