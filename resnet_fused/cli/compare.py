@@ -42,6 +42,8 @@ def memory(learner: Learner, images: Tensor, labels: Tensor) -> tuple[int, int |
     Measured on a copy, so that the model's running statistics stay as they are.
     """
     model = copy.deepcopy(learner.model)
+    if learner.settings.compile:
+        model.compile()
     set_training(model, learner.settings)
     on_gpu = learner.device.type == "cuda"
     peak = Memory(learner.device) if on_gpu else None

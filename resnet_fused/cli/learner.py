@@ -98,6 +98,9 @@ class Learner:
             average = get_ema_multi_avg_fn(settings.ema)
             self._average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
             self._average.requires_grad_(False)
+        if settings.compile:  # in place: the keys of the state_dict stay
+            for compiled in {id(one): one for one in (self.model, self.evaluated)}.values():
+                compiled.compile()
         self._parallel: nn.Module = self.model
         if world.size > 1:
             self._parallel = DistributedDataParallel(
@@ -128,6 +131,11 @@ class Learner:
     def steps_done(self) -> int:
         """Since the start of the run."""
         return self.progress.epoch * self.steps_per_epoch + self.progress.step
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the latest step."""
+        return float(self.optimizer.param_groups[0]["lr"])
 
     @property
     def evaluated(self) -> nn.Module:

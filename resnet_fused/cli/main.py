@@ -177,6 +177,7 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
         "replay steps as a CUDA graph, on one GPU: for batches that take longer to launch than to run (no)"
     )
     add("--cuda-graph", action=switch, help=help_graph)
+    add("--compile", action=switch, help="the model with torch.compile, not with --cuda-graph (no)")
 
     add = parser.add_argument_group("from what").add_argument
     help_weights = (
@@ -237,6 +238,8 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     add("--config", type=Path, metavar="FILE", help=help_config)
     help_out = f"for checkpoints, metrics and curves ({Invocation.DEFAULT_OUT})"
     add("--out", type=Path, metavar="FOLDER", help=help_out)
+    help_board = "also write scalars for TensorBoard, to OUT/tensorboard (no)"
+    add("--tensorboard", action=switch, help=help_board)
     help_resume = "go on from a checkpoint (OUT/last.pt)"
     add("--resume", type=Path, nargs="?", const=None, metavar="PATH", help=help_resume)
     add("--overwrite", action="store_true", help="replace the run that --out holds")

@@ -67,6 +67,8 @@ class Settings:
     device: str = "auto"
     channels_last: bool = True
     cuda_graph: bool = False
+    compile: bool = False
+    tensorboard: bool = False
     weights: str | None = None
     finetune: bool = False
     freeze_backbone: bool = False
@@ -134,6 +136,8 @@ def _why_not_captured(settings: Settings) -> str | None:
     """What of the settings a captured step cannot have, on any device."""
     if settings.accumulate > 1:
         return "steps the optimizer after every batch, and --accumulate does not"
+    if settings.compile:
+        return "launches the model's kernels as they are, and --compile makes others"
     if settings.optimizer == "rmsprop":
         return "captures no --optimizer rmsprop, which PyTorch has not fused"
     if settings.clip_grad and settings.precision == "fp16":

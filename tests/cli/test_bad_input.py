@@ -48,6 +48,7 @@ def assert_refused(result: Result, *words: str) -> None:
         (("train", "--augment", "auto"), ["--augment", "auto", "trivial"]),
         (("train", "--label-smoothing", "1"), ["--label-smoothing", "below 1"]),
         (("train", "--cuda-graph", "--accumulate", "2"), ["--cuda-graph", "--accumulate", "leave one"]),
+        (("train", "--cuda-graph", "--compile"), ["--cuda-graph", "--compile", "leave one"]),
         (("train", "--cuda-graph", "--optimizer", "rmsprop"), ["--cuda-graph", "--optimizer rmsprop"]),
         (
             ("train", "--cuda-graph", "--precision", "fp16", "--clip-grad", "1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,33 @@ def test_average_begins_and_ends_with_a_resumed_run(train: Cli, begun: Path) -> 
     assert not torch.equal(two["model"]["fc.weight"], one["fc.weight"])
     assert train("--resume", "--max-steps", 3, "--ema", 0).code == 0
     assert not {"trained", "n_averaged"} & load(begun).keys()
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_compiled(ema: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training and in evaluation; weights keep their names."""
+    compilations: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        compilations.append(torch.is_grad_enabled())
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
+    plain, compiled = make_learner(ema=ema), make_learner(ema=ema, compile=True)
+    (images, labels), *_ = batches(plain, 1)
+    plain.step(images, labels)
+    assert not compilations
+    compiled.step(images, labels)
+    assert compilations == [True]
+    held_out = [(torch.full((4, 16, 16, 3), 99, dtype=torch.uint8), torch.arange(4))]
+    assert compiled.evaluate(held_out) == pytest.approx(plain.evaluate(held_out), rel=1e-5)
+    assert compilations == [True, False]
+    for (name, ours), (other, theirs) in zip(
+        compiled.state()["model"].items(), plain.state()["model"].items(), strict=True
+    ):
+        assert name == other
+        torch.testing.assert_close(ours, theirs)
+    torch._dynamo.reset()
 
 
 RECIPE = [
