@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from resnet_fused.cli.optimizers import make_optimizer, make_schedule
 from resnet_fused.cli.settings import Settings, make_settings
 from tests import torchvision_ops  # noqa: F401  before torchvision
 from tests.cli.conftest import Cli, assert_same_run, load
+from tests.cli.test_train import torchrun
 from tests.graphed_steps import StepOnCPU
 
 Pair = tuple[Tensor, Tensor]
@@ -192,6 +194,8 @@ def test_average() -> None:
     """Is what is evaluated and saved as the model; training goes on with the weights themselves."""
     plain, averaged = make_learner(steps=4, accumulate=2), make_learner(steps=4, accumulate=2, ema=0.75)
     expected: dict[str, Tensor] = {}
+    held_out = [(torch.full((4, 16, 16, 3), 99, dtype=torch.uint8), torch.arange(4))]
+    results = [averaged.evaluate(held_out)]
     for number, (images, labels) in enumerate(batches(plain, 4), start=1):
         plain.step(images, labels)
         averaged.step(images, labels)
@@ -201,17 +205,17 @@ def test_average() -> None:
                 name: 0.75 * expected[name] + 0.25 * x if expected and x.is_floating_point() else x
                 for name, x in now.items()
             }
+            results.append(averaged.evaluate(held_out))
+    assert len(set(results)) == 3
     state = averaged.state()
     for name, value in plain.model.state_dict().items():
         assert torch.equal(value, state["trained"][name]), name
         if value.is_floating_point():
             torch.testing.assert_close(state["model"][name], expected[name])
     assert state["n_averaged"] == 2
-    held_out = [(torch.full((4, 16, 16, 3), 99, dtype=torch.uint8), torch.arange(4))]
-    result = averaged.evaluate(held_out)
-    assert result != plain.evaluate(held_out)
+    assert results[-1] != plain.evaluate(held_out)
     plain.model.load_state_dict(state["model"])
-    assert result == plain.evaluate(held_out)
+    assert results[-1] == plain.evaluate(held_out)
 
 
 def test_average_begins_and_ends_with_a_resumed_run(train: Cli, begun: Path) -> None:
@@ -225,9 +229,8 @@ def test_average_begins_and_ends_with_a_resumed_run(train: Cli, begun: Path) -> 
     assert not {"trained", "n_averaged"} & load(begun).keys()
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.5])
-def test_compiled(ema: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In training and in evaluation; weights keep their names."""
+def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training and in evaluation, of the average too; weights keep their names."""
     compilations: list[bool] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -235,7 +238,7 @@ def test_compiled(ema: float, monkeypatch: pytest.MonkeyPatch) -> None:
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
-    plain, compiled = make_learner(ema=ema), make_learner(ema=ema, compile=True)
+    plain, compiled = make_learner(ema=0.5), make_learner(ema=0.5, compile=True)
     (images, labels), *_ = batches(plain, 1)
     plain.step(images, labels)
     assert not compilations
@@ -275,11 +278,12 @@ RECIPE = [
 
 def test_resumed_equals_uninterrupted(train: Cli, tmp_path: Path) -> None:
     """All at once; a stop waits for the end of a group of batches."""
-    assert train(*RECIPE, out="whole").code == 0
+    assert train(*RECIPE, "--max-steps", 7, out="whole").code == 0
     stopped = train(*RECIPE, "--max-steps", 2)
     assert stopped.code == 0 and "stopped at step 3 of 8" in stopped.out
-    assert train("--resume").code == 0
+    assert "stopped at step 7 of 8" in train("--resume", "--max-steps", 7).out
     assert_same_run(tmp_path / "whole" / "last.pt", tmp_path / "out" / "last.pt")
+    assert_same_run(tmp_path / "whole" / "best.pt", tmp_path / "out" / "best.pt")
     assert math.isfinite(load(tmp_path / "out" / "last.pt")["progress"]["losses"].sum())
 
 
@@ -289,7 +293,19 @@ def test_hyperparameters_of_a_resumed_run_are_those_given(train: Cli, begun: Pat
     assert [(group["momentum"], group["weight_decay"]) for group in groups] == [(0.5, 0.25), (0.5, 0)]
 
 
-def test_compared(train: Cli) -> None:
-    result = train(*RECIPE, "--impl", "compare", "--max-steps", 1)
+def test_compared(train: Cli, tmp_path: Path) -> None:
+    result = train(*RECIPE, "--impl", "compare", "--max-steps", 1, "--tensorboard")
     assert result.code == 0, result.err
     assert "held-out accuracy" in result.out
+    for name in ("fused", "reference"):
+        assert any((tmp_path / "out" / name / "tensorboard").iterdir())
+
+
+def test_two_processes(images: Path, tmp_path: Path) -> None:
+    """Gradients of a whole group are summed, and rank 0's running statistics are everyone's: weights stay equal."""
+    small = ("--data", images, "--image-size", 16, "--batch-size", 2, "--epochs", 1, "--workers", 0)
+    recipe = [str(option) for option in RECIPE if option not in ("--augment", "trivial")]
+    printed = torchrun(*small, *recipe, "--out", tmp_path / "out")
+    digests = re.findall(r"rank \d ([0-9a-f]{16})", printed)
+    assert len(digests) == 2 and digests[0] == digests[1]
+    assert load(tmp_path / "out" / "last.pt")["n_averaged"] == 2

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from resnet_fused.cli import tensorboard
+from resnet_fused.cli.tensorboard import Scalars
 from tests.cli.conftest import Cli, load
 from tests.cli.test_bad_input import assert_refused
 
@@ -38,31 +39,28 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
 
 def test_scalars(train: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Resumed, they go on in the same curves."""
-    monkeypatch.setattr(tensorboard, "STEPS_BETWEEN_SCALARS", 3)
-    assert train("--tensorboard", "--max-steps", 5).code == 0
-    assert train("--resume").code == 0
+    monkeypatch.setattr(tensorboard, "STEPS_BETWEEN_SCALARS", 2)
+    assert train("--tensorboard", "--epochs", 1, "--max-steps", 3).code == 0
+    assert train("--resume", "--epochs", 1).code == 0
     found = scalars(tmp_path / "out" / "tensorboard")
     assert found.keys() == {f"steps/{name}" for name in STEPS} | {f"epochs/{name}" for name in EPOCHS}
     progress = load(tmp_path / "out" / "last.pt")["progress"]
-    losses, history = progress["losses"].tolist(), progress["history"]
-    assert found["steps/loss"] == pytest.approx({3: sum(losses[:3]) / 3, 6: sum(losses[3:6]) / 3}, rel=1e-5)
+    losses, (record,) = progress["losses"].tolist(), progress["history"]
+    assert found["steps/loss"] == pytest.approx({2: sum(losses[:2]) / 2, 4: sum(losses[2:]) / 2}, rel=1e-5)
     for name in EPOCHS:
-        expected = {record["step"]: record[name] for record in history}
-        assert found[f"epochs/{name}"] == pytest.approx(expected, rel=1e-5)
-    assert found["steps/learning_rate"][6] < found["steps/learning_rate"][3]
+        assert found[f"epochs/{name}"] == pytest.approx({4: record[name]}, rel=1e-5)
+    assert found["steps/learning_rate"][4] < found["steps/learning_rate"][2]
 
 
-def test_what_is_replaced_is_hidden(train: Cli, tmp_path: Path) -> None:
-    """Of a run that --overwrite replaces nothing is left."""
-    few = ("--tensorboard", "--epochs", 1)
-    assert train(*few, "--seed", 1).code == 0
-    assert train(*few, "--overwrite", "--impl", "compare").code == 0
-    assert train(*few, "--overwrite", "--impl", "fused").code == 0
-    history = load(tmp_path / "out" / "last.pt")["progress"]["history"]
-    found = scalars(tmp_path / "out" / "tensorboard")["epochs/train_loss"]
-    assert found == pytest.approx({4: history[0]["train_loss"]}, rel=1e-5)
-    for name in ("fused", "reference"):
-        assert scalars(tmp_path / "out" / name / "tensorboard")["epochs/train_loss"].keys() == {4}
+def test_later_steps_are_hidden(tmp_path: Path) -> None:
+    """Those of a run that was replaced, or that ended before it could save them."""
+    record = {"epoch": 1.0, "step": 4.0, "seconds": 1.0, "train_loss": 0.0}
+    for steps_done, step in ((0, 4), (4, 8), (4, 9), (0, 4)):
+        writer = Scalars(tmp_path, steps_done)
+        writer.epoch(record | {"step": step, "train_loss": float(step)})
+        writer.close()
+        shown = scalars(tmp_path)
+        assert shown == {"epochs/train_loss": {at: float(at) for at in ({4, step} if steps_done else {step})}}
 
 
 def test_without_tensorboard(train: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
