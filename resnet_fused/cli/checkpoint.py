@@ -1,4 +1,8 @@
-"""Checkpoints: plain dictionaries that load with `weights_only=True`, the model under `model`."""
+"""Checkpoints: plain dictionaries that load with `weights_only=True`, the model under `model`.
+
+With --ema that is the average, which was evaluated and is what others will want to load. The weights that training
+goes on with are then under `trained`, and the number of steps in the average under `n_averaged`.
+"""
 
 from __future__ import annotations
 

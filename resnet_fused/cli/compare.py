@@ -16,7 +16,7 @@ from torch import Tensor
 from resnet_fused.backend import why_plain
 from resnet_fused.cli.data import Batches
 from resnet_fused.cli.files import write_text
-from resnet_fused.cli.learner import Learner, cross_entropy, set_training
+from resnet_fused.cli.learner import Learner, set_training
 from resnet_fused.cli.text import shown, table
 from resnet_fused.measure import Memory, milliseconds, quantiles, saved_storages
 
@@ -42,6 +42,8 @@ def memory(learner: Learner, images: Tensor, labels: Tensor) -> tuple[int, int |
     Measured on a copy, so that the model's running statistics stay as they are.
     """
     model = copy.deepcopy(learner.model)
+    if learner.settings.compile:
+        model.compile()
     set_training(model, learner.settings)
     on_gpu = learner.device.type == "cuda"
     peak = Memory(learner.device) if on_gpu else None
@@ -50,7 +52,7 @@ def memory(learner: Learner, images: Tensor, labels: Tensor) -> tuple[int, int |
     known = (*model.parameters(), *model.buffers())
     with saved_storages(*known) as saved, learner.precision.autocast(learner.device.type):
         logits = model(images)
-    loss = cross_entropy(logits, labels)
+    loss = learner.criterion(logits, labels)
     if peak is None:
         return sum(saved.values()), None
     loss.backward()

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from resnet_fused.cli.augment import make_policy
 from resnet_fused.cli.distributed import World
 from resnet_fused.cli.errors import UserError, require
 from resnet_fused.cli.signals import detach_worker
@@ -51,13 +52,16 @@ class Digits(Dataset[Sample]):
     Args:
         images: uint8 [N, S, S].
         labels: int64 [N].
+        seed: of the augmentation.
+        augment: as `--augment`.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, seed: int, augment: bool) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, seed: int, augment: str) -> None:
         self.images = images
         self.labels = labels.tolist()
         self.seed = seed
-        self.augment = augment
+        self.augment = augment != "none"
+        self.policy = make_policy(augment)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,7 +70,7 @@ class Digits(Dataset[Sample]):
         epoch, index = key
         image = self.images[index]
         if self.augment:
-            draw = random.Random(f"{self.seed}/{epoch}/{index}")
+            draw = random.Random(_key(self.seed, epoch, index))
             angle, scale = math.radians(draw.uniform(-12, 12)), math.exp(draw.uniform(-0.12, 0.12))
             right, down = scale * math.cos(angle), scale * math.sin(angle)
             # Coordinates run from -1 to 1, so an eighth of the side is 1/4.
@@ -75,7 +79,10 @@ class Digits(Dataset[Sample]):
             grid = F.affine_grid(affine, [1, 1, *image.shape], align_corners=False)
             moved = F.grid_sample(image[None, None].float(), grid, align_corners=False)
             image = moved[0, 0].round().to(torch.uint8)
-        return image[..., None].expand(-1, -1, 3), self.labels[index]
+        pixels = image[..., None].expand(-1, -1, 3)
+        if self.policy is not None:
+            pixels = self.policy(pixels, _key(self.seed, epoch, index))
+        return pixels, self.labels[index]
 
 
 class Folder(Dataset[Sample]):
@@ -83,15 +90,23 @@ class Folder(Dataset[Sample]):
 
     Training images: random resized crop (8 to 100 % of the area, sides 3:4 to 4:3) and flip. Held-out images:
     shorter side to 8/7 of the size, centre crop; or the largest centred square, for ``crop`` 1.
+
+    Args:
+        files: paths and labels.
+        size: of an image's sides.
+        seed: of the augmentation.
+        augment: as `--augment`.
+        crop: part of the shorter side that held-out images show.
     """
 
     def __init__(
-        self, files: Sequence[tuple[str, int]], size: int, seed: int, augment: bool, crop: float = CROP
+        self, files: Sequence[tuple[str, int]], size: int, seed: int, augment: str, crop: float = CROP
     ) -> None:
         self.files = files
         self.size = size
         self.seed = seed
-        self.augment = augment
+        self.augment = augment != "none"
+        self.policy = make_policy(augment)
         self.crop = crop
 
     def __len__(self) -> int:
@@ -116,13 +131,21 @@ class Folder(Dataset[Sample]):
             return BadImage(path, str(error) or type(error).__name__)
         box, flip = _centre_box(image.size, self.crop), False
         if self.augment:
-            draw = random.Random(f"{self.seed}/{epoch}/{index}")
+            draw = random.Random(_key(self.seed, epoch, index))
             box, flip = _random_box(image.size, draw), draw.random() < 0.5
         image = image.resize((self.size, self.size), pillow.Resampling.BILINEAR, box=box, reducing_gap=2.0)
         if flip:
             image = image.transpose(pillow.Transpose.FLIP_LEFT_RIGHT)
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        return pixels.view(self.size, self.size, 3), label
+        pixels = pixels.view(self.size, self.size, 3)
+        if self.policy is not None:
+            pixels = self.policy(pixels, _key(self.seed, epoch, index))
+        return pixels, label
+
+
+def _key(seed: int, epoch: int, index: int) -> str:
+    """All that the augmentation of an image depends on."""
+    return f"{seed}/{epoch}/{index}"
 
 
 def _centre_box(size: tuple[int, int], crop: float = CROP) -> tuple[float, float, float, float]:
@@ -162,16 +185,22 @@ def normalization(data: str) -> tuple[Channels, Channels]:
     return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def open_source(data: str, size: int, seed: int) -> Source:
+def open_source(data: str, size: int, seed: int, augment: str = "standard") -> Source:
     """`digits`, or the folder of that name.
+
+    Args:
+        data: as `--data`.
+        size: of an image's sides.
+        seed: of the augmentation.
+        augment: of the training images: none; standard, which fits the data; or standard and a policy of torchvision's.
 
     Raises:
         UserError: the folder is missing, empty, or its `train` and `val` do not fit together.
     """
-    return _digits(size, seed) if data == "digits" else _folder(Path(data), size, seed)
+    return _digits(size, seed, augment) if data == "digits" else _folder(Path(data), size, seed, augment)
 
 
-def _digits(size: int, seed: int) -> Source:
+def _digits(size: int, seed: int, augment: str) -> Source:
     digits = require("sklearn.datasets").load_digits()
     levels = torch.from_numpy(digits.images).float()  # [1797, 8, 8], 0 to 16
     labels = torch.from_numpy(digits.target).long()
@@ -184,13 +213,13 @@ def _digits(size: int, seed: int) -> Source:
         held_out[(labels == digit).nonzero()[1::2, 0]] = True
     return Source(
         [str(digit) for digit in range(10)],
-        Digits(images[~held_out], labels[~held_out], seed, augment=True),
-        Digits(images[held_out], labels[held_out], seed, augment=False),
+        Digits(images[~held_out], labels[~held_out], seed, augment),
+        Digits(images[held_out], labels[held_out], seed, "none"),
         *normalization("digits"),
     )
 
 
-def _folder(root: Path, size: int, seed: int) -> Source:
+def _folder(root: Path, size: int, seed: int, augment: str) -> Source:
     require("PIL.Image")
     if not root.is_dir():
         raise UserError(
@@ -210,8 +239,8 @@ def _folder(root: Path, size: int, seed: int) -> Source:
         )
     return Source(
         classes,
-        Folder(class_files(train, classes), size, seed, augment=True),
-        Folder(class_files(val, classes), size, seed, augment=False),
+        Folder(class_files(train, classes), size, seed, augment),
+        Folder(class_files(val, classes), size, seed, "none"),
         *normalization(str(root)),
     )
 

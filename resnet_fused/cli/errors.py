@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-_DISTRIBUTION = {"sklearn": "scikit-learn", "PIL": "Pillow"}
+_DISTRIBUTION = {"sklearn": "scikit-learn", "PIL": "Pillow", "yaml": "PyYAML"}
 
 
 class UserError(Exception):
@@ -21,8 +21,12 @@ class UserError(Exception):
         self.everywhere = everywhere
 
 
-def require(module: str) -> Any:
+def require(module: str, extra: str = "train") -> Any:
     """Imports an optional package that the command line needs and the library does not.
+
+    Args:
+        module: its name.
+        extra: of this package, with which it is installed.
 
     Raises:
         UserError: the package is not installed.
@@ -32,4 +36,4 @@ def require(module: str) -> Any:
     except ImportError as error:
         package = module.split(".")[0]
         name = _DISTRIBUTION.get(package, package)
-        raise UserError(f"{name} is not installed: run pip install 'resnet_fused[train]'") from error
+        raise UserError(f"{name} is not installed: run pip install 'resnet_fused[{extra}]'") from error

@@ -120,7 +120,7 @@ def _images(trained: Trained, data: str, split: str) -> tuple[Digits | Folder, T
         dataset = source.held_out
         if split == "train":
             assert isinstance(source.train, Digits)
-            dataset = Digits(source.train.images, torch.tensor(source.train.labels), 0, augment=False)
+            dataset = Digits(source.train.images, torch.tensor(source.train.labels), 0, augment="none")
         return dataset, torch.tensor(_match(trained, source.classes, "the digits"))
     require("PIL.Image")
     part = Path(data) / split
@@ -131,7 +131,7 @@ def _images(trained: Trained, data: str, split: str) -> tuple[Digits | Folder, T
     classes = class_names(part, least=1)
     places = _match(trained, classes, str(part))
     files = class_files(part, classes)
-    return Folder(files, trained.image_size, 0, augment=False), torch.tensor(places)
+    return Folder(files, trained.image_size, 0, augment="none"), torch.tensor(places)
 
 
 def _match(trained: Trained, classes: Sequence[str], where: str) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Iterable
@@ -12,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import resnet_fused
 from resnet_fused import GraphedStep, reference
@@ -23,6 +25,8 @@ from resnet_fused.cli.distributed import World
 from resnet_fused.cli.errors import UserError
 from resnet_fused.cli.initial_weights import InitialWeights
 from resnet_fused.cli.metrics import Progress
+from resnet_fused.cli.mixing import dominant, mix
+from resnet_fused.cli.optimizers import clip_gradients, load_optimizer, make_optimizer, make_schedule
 from resnet_fused.cli.precision import PRECISIONS
 from resnet_fused.cli.settings import Settings
 from resnet_fused.cli.text import abbreviate
@@ -39,32 +43,9 @@ def why_no_cuda_graph(device: torch.device, world: World) -> str | None:
     return None
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The loss, in float32 whatever the model computes in."""
-    return F.cross_entropy(logits.float(), labels)
-
-
-def make_optimizer(model: nn.Module, settings: Settings, fused: bool | None) -> torch.optim.SGD:
-    """SGD without weight decay for norms and biases."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim > 1]
-    vectors = [p for p in trained if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=fused)
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, settings: Settings, steps: int) -> SequentialLR:
-    """Linear warm-up over the first `warmup` of the steps, then a half cosine to zero."""
-    for group in optimizer.param_groups:  # a checkpoint's optimizer has the rates of its own schedule
-        group.pop("initial_lr", None)
-        group["lr"] = settings.lr
-    warm = max(1, round(settings.warmup * steps))
-    linear = LinearLR(optimizer, start_factor=1 / warm, total_iters=warm - 1)
-    cosine = CosineAnnealingLR(optimizer, T_max=max(1, steps - warm))
-    return SequentialLR(optimizer, [linear, cosine], milestones=[warm])
+    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
 
 
 def set_training(model: nn.Module, settings: Settings) -> None:
@@ -82,7 +63,7 @@ class Learner:
     Attributes:
         name: `fused` or `reference`.
         label: the name to show: `unfused` where nothing of `fused` can run fused.
-        model: the bare model; its `state_dict` is what checkpoints hold.
+        model: the bare model, whose weights are trained.
         progress: counts of steps, epochs and results so far.
         captures: whether steps are replayed as a CUDA graph.
     """
@@ -113,6 +94,14 @@ class Learner:
         if settings.freeze_backbone:
             model.requires_grad_(False).get_submodule("fc").requires_grad_(True)
         self.model = model.to(device=device, memory_format=self.memory_format)  # type: ignore[call-overload]
+        self._average: AveragedModel | None = None
+        if settings.ema:
+            average = get_ema_multi_avg_fn(settings.ema)
+            self._average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+            self._average.requires_grad_(False)
+        if settings.compile:  # in place: the keys of the state_dict stay
+            for compiled in {id(one): one for one in (self.model, self.evaluated)}.values():
+                compiled.compile()
         self._parallel: nn.Module = self.model
         if world.size > 1:
             self._parallel = DistributedDataParallel(
@@ -121,16 +110,19 @@ class Learner:
                 process_group=dist.new_group(),  # see `process_group`
             )
         self.captures = settings.cuda_graph and why_no_cuda_graph(device, world) is None
-        # Only a fused optimizer can be captured; None leaves the choice to PyTorch.
-        self.optimizer = make_optimizer(self.model, settings, fused=True if self.captures else None)
+        self.optimizer = make_optimizer(self.model, settings, self.captures)
         self._schedule = make_schedule(self.optimizer, settings, settings.epochs * steps)
         self.precision = PRECISIONS[settings.precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+        self.criterion = functools.partial(cross_entropy, label_smoothing=settings.label_smoothing)
         self._graphed: GraphedStep | None = None
         if self.captures:
+            if settings.clip_grad:  # in the captured step
+                norm = settings.clip_grad
+                self.optimizer.register_step_pre_hook(lambda optimizer, *_: clip_gradients(optimizer, norm))
             dtype = None if settings.precision == "fp32" else self.precision.dtype
             self._graphed = GraphedStep(
-                self.model, self.optimizer, cross_entropy, autocast=dtype, scaler=self.scaler
+                self.model, self.optimizer, self.criterion, autocast=dtype, scaler=self.scaler
             )
         self._mean = torch.tensor(source.mean, device=device).view(1, 3, 1, 1) * 255
         self._std = torch.tensor(source.std, device=device).view(1, 3, 1, 1) * 255
@@ -140,6 +132,16 @@ class Learner:
     def steps_done(self) -> int:
         """Since the start of the run."""
         return self.progress.epoch * self.steps_per_epoch + self.progress.step
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the latest step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated, and is `model` in checkpoints: with --ema the average of those trained."""
+        return self.model if self._average is None else self._average.module
 
     def release_process_group(self) -> None:
         """Releases the process group, which can then be destroyed; no step can follow."""
@@ -151,24 +153,54 @@ class Learner:
         images = (pixels.permute(0, 3, 1, 2).float() - self._mean) / self._std
         return images.contiguous(memory_format=self.memory_format), labels
 
+    def prepare_training(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As `prepare`, for the next step: with --mixup or --cutmix mixed, with probabilities instead of labels."""
+        images, labels = self.prepare(batch)
+        place = f"{self.progress.epoch}/{self.progress.step}/{self.world.rank}"
+        return mix(images, labels, len(self.source.classes), self.settings, place)
+
     def step(self, images: Tensor, labels: Tensor) -> None:
-        """One step of SGD. Its loss is read by the next `count_steps`."""
+        """Forward and backward of a batch, and after the last one of a group a step of the optimizer.
+
+        Its loss is read by the next `count_steps`.
+        """
         if self.steps_done:
             self._advance_schedule(1)
         set_training(self._parallel, self.settings)
+        step, size = self.progress.step, self.settings.accumulate
+        last = (step + 1) % size == 0 or step + 1 == self.steps_per_epoch
         if self._graphed is not None:
             loss, logits = self._graphed(images, labels)
         else:
-            self.optimizer.zero_grad(set_to_none=True)
-            with self.precision.autocast(self.device.type):
-                logits = self._parallel(images)
-            loss = cross_entropy(logits, labels)
-            self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        correct = (logits.detach().argmax(1) == labels).sum()
+            loss, logits = self._run(images, labels, first=step % size == 0, last=last)
+        if self._average is not None and last:
+            self._average.update_parameters(self.model)
+        correct = (logits.detach().argmax(1) == dominant(labels)).sum()
         self._pending.append(torch.stack([loss.detach().double(), correct.double()]))
         self.progress.step += 1
+
+    def _run(self, images: Tensor, labels: Tensor, first: bool, last: bool) -> tuple[Tensor, Tensor]:
+        """Kernel by kernel; the batch may be the first and the last one of a group."""
+        if first:
+            self.optimizer.zero_grad(set_to_none=True)
+        parallel = self._parallel
+        alone = isinstance(parallel, DistributedDataParallel) and not last
+        with parallel.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
+            with self.precision.autocast(self.device.type):
+                logits = parallel(images)
+            loss = self.criterion(logits, labels)
+            step, size = self.progress.step, self.settings.accumulate
+            group = min(
+                size, self.steps_per_epoch - step // size * size
+            )  # the last of an epoch may be smaller
+            self.scaler.scale(loss / group if group > 1 else loss).backward()
+        if last:
+            if self.settings.clip_grad:
+                self.scaler.unscale_(self.optimizer)
+                clip_gradients(self.optimizer, self.settings.clip_grad)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        return loss, logits
 
     def _advance_schedule(self, steps: int) -> None:
         with warnings.catch_warnings():
@@ -202,15 +234,16 @@ class Learner:
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch | None]) -> tuple[float, float]:
         """Mean loss and accuracy on the held-out images of all ranks."""
-        self.world.share_buffers(self.model)
-        self.model.eval()
+        model = self.evaluated
+        self.world.share_buffers(model)
+        model.eval()
         total = torch.zeros(3, dtype=torch.float64)  # loss, correct, images
         for batch in batches:
             if batch is None:
                 continue
             images, labels = self.prepare(batch)
             with self.precision.autocast(self.device.type):
-                logits = self.model(images)
+                logits = model(images)
             loss = F.cross_entropy(logits.float(), labels, reduction="sum").double()
             correct = (logits.argmax(1) == labels).sum().double()
             total += torch.stack([loss, correct, torch.full_like(loss, len(labels))]).cpu()
@@ -220,8 +253,13 @@ class Learner:
     def state(self) -> dict[str, Any]:
         """All that a checkpoint holds. Call `count_steps` first, on every rank."""
         self.world.share_buffers(self.model)
+        average: dict[str, Any] = {}
+        if self._average is not None:
+            self.world.share_buffers(self._average.module)
+            average = {"trained": self.model.state_dict(), "n_averaged": int(self._average.n_averaged)}
         return {
-            "model": self.model.state_dict(),
+            "model": self.evaluated.state_dict(),
+            **average,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "progress": self.progress.state(),
@@ -257,10 +295,17 @@ class Learner:
                 f"now there are {self.steps_per_epoch} steps, seed {self.settings.seed}: "
                 "go on with the same data, --batch-size, --seed and number of processes"
             )
-        fused = self.optimizer.defaults["fused"]
+        if progress.step % self.settings.accumulate and progress.step != self.steps_per_epoch:
+            raise UserError(
+                f"{path} stands at step {progress.step} of an epoch, which --accumulate {self.settings.accumulate} "
+                f"does not divide: go on with --accumulate {state['settings'].get('accumulate', 1)}"
+            )
         try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.model.load_state_dict(state.get("trained", state["model"]))
+            if self._average is not None:
+                self._average.module.load_state_dict(state["model"])
+                self._average.n_averaged.fill_(state.get("n_averaged", 0))
+            load_optimizer(self.optimizer, state["optimizer"])
             if state["scaler"]:  # empty where the checkpoint was not trained in fp16
                 self.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, ValueError, KeyError) as error:
@@ -268,8 +313,6 @@ class Learner:
             raise UserError(
                 f"{path} does not fit a {self.settings.arch} ({reason}): use another checkpoint"
             ) from error
-        for group in self.optimizer.param_groups:
-            group["fused"] = fused
         checkpoint.set_random_state(state["random"])
         self.progress = progress
         total = self.settings.epochs * self.steps_per_epoch

@@ -12,9 +12,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from resnet_fused._version import __version__
+from resnet_fused.cli.config import read_config
 from resnet_fused.cli.distributed import from_environment
 from resnet_fused.cli.errors import UserError
-from resnet_fused.cli.settings import BY_DATA, IMPLEMENTATIONS, PRECISION_CHOICES, Invocation, Settings
+from resnet_fused.cli.settings import (
+    AUGMENTATIONS,
+    BY_DATA,
+    BY_OPTIMIZER,
+    IMPLEMENTATIONS,
+    OPTIMIZERS,
+    PRECISION_CHOICES,
+    SCHEDULES,
+    Invocation,
+    Settings,
+)
 from resnet_fused.cli.signals import Stopped
 from resnet_fused.reference.resnet import ARCHITECTURES
 
@@ -33,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = vars(make_parser().parse_args(argv))
-        command = arguments.pop("command")
+        command, subparser = arguments.pop("command"), arguments.pop("parser")
+        if "config" in arguments:
+            arguments = read_config(arguments.pop("config"), subparser) | arguments
         command(arguments)
     except UserError as error:
         if error.everywhere and not from_environment().main:
@@ -79,6 +92,7 @@ _count = _number(int, lambda value: value >= 1, "a whole number above 0")
 _whole = _number(int, lambda value: value >= 0, "a whole number, 0 or more")
 _positive = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")
 _not_negative = _number(float, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
+_above_0_to_1 = _number(float, lambda value: 0 < value <= 1, "a number above 0, up to 1")
 _fraction = _number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
@@ -88,7 +102,7 @@ def program() -> str:
 
 
 def make_parser() -> Parser:
-    """The parser of all commands; each sets `command` to the function that runs it."""
+    """The parser of all commands; each sets `command` to the function that runs it, and `parser` to its own."""
     parser = Parser(prog=program(), description="ResNets that train fused.")
     parser.add_argument("--version", action="version", version=f"resnet_fused {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -100,7 +114,7 @@ def make_parser() -> Parser:
         subparser = commands.add_parser(
             name, help=help, description=description, argument_default=argparse.SUPPRESS
         )
-        subparser.set_defaults(command=run)
+        subparser.set_defaults(command=run, parser=subparser)
         return subparser
 
     _add_info_options(command("info", _info, "versions, devices, and which implementation runs each op"))
@@ -170,6 +184,10 @@ def _add_common_options(add: Callable[..., Any], arch: str) -> None:
 
 def _add_train_options(parser: argparse.ArgumentParser) -> None:
     default = {name: "{} for the digits, {} for a folder".format(*values) for name, values in BY_DATA.items()}
+    rates = {
+        name: "; ".join(f"{x:g} with {o}" for o, x in zip(OPTIMIZERS, values, strict=True))
+        for name, values in BY_OPTIMIZER.items()
+    }
     switch = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("what").add_argument
@@ -187,6 +205,7 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
         "replay steps as a CUDA graph, on one GPU: for batches that take longer to launch than to run (no)"
     )
     add("--cuda-graph", action=switch, help=help_graph)
+    add("--compile", action=switch, help="the model with torch.compile, not with --cuda-graph (no)")
 
     add = parser.add_argument_group("from what").add_argument
     help_weights = (
@@ -202,25 +221,53 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("how").add_argument
     add("--epochs", type=_count, metavar="N", help=f"({default['epochs']})")
     add("--batch-size", type=_count, metavar="N", help=f"images per step and process ({Settings.batch_size})")
-    help_lr = f"highest learning rate; warm-up, then cosine to 0 ({Settings.lr})"
-    add("--lr", type=_positive, metavar="RATE", help=help_lr)
-    add("--momentum", type=_fraction, metavar="M", help=f"of SGD ({Settings.momentum})")
-    help_decay = f"not for norms and biases ({Settings.weight_decay})"
+    help_accumulate = (
+        f"batches for each step of the optimizer; a run stops between those ({Settings.accumulate})"
+    )
+    add("--accumulate", type=_count, metavar="N", help=help_accumulate)
+    add("--optimizer", choices=OPTIMIZERS, help=f"({Settings.optimizer})")
+    add("--lr", type=_positive, metavar="RATE", help=f"highest learning rate ({rates['lr']})")
+    add("--momentum", type=_fraction, metavar="M", help=f"in AdamW beta1 ({Settings.momentum})")
+    help_decay = f"not for norms and biases; decoupled in AdamW alone ({rates['weight_decay']})"
     add("--weight-decay", type=_not_negative, metavar="D", help=help_decay)
+    help_clip = "largest norm of all gradients together; 0 clips none (0)"
+    add("--clip-grad", type=_not_negative, metavar="NORM", help=help_clip)
+    help_schedule = f"of the learning rate, after a warm-up; cosine ends at 0 ({Settings.schedule})"
+    add("--schedule", choices=SCHEDULES, help=help_schedule)
     add(
         "--warmup",
         type=_fraction,
         metavar="PART",
         help=f"part of the steps that warms up ({Settings.warmup})",
     )
+    help_size = f"of --schedule step: epochs between reductions ({Settings.step_size})"
+    add("--step-size", type=_count, metavar="EPOCHS", help=help_size)
+    help_gamma = f"of --schedule step: factor of each reduction ({Settings.gamma})"
+    add("--gamma", type=_above_0_to_1, metavar="G", help=help_gamma)
+    help_smoothing = f"of the training loss ({Settings.label_smoothing:g})"
+    add("--label-smoothing", type=_fraction, metavar="X", help=help_smoothing)
+    help_augment = (
+        "of training images: standard is crop and flip, or for the digits small moves; trivial and rand follow it "
+        f"with torchvision's TrivialAugmentWide and RandAugment ({Settings.augment})"
+    )
+    add("--augment", choices=AUGMENTATIONS, help=help_augment)
+    help_mixup = "parameter of MixUp's Beta distribution; with --cutmix one of them for each batch; 0: no (0)"
+    add("--mixup", type=_not_negative, metavar="A", help=help_mixup)
+    add("--cutmix", type=_not_negative, metavar="A", help="of CutMix's (0)")
+    help_ema = "evaluate and save as the model the moving average of the weights, with this decay; 0: no (0)"
+    add("--ema", type=_fraction, metavar="DECAY", help=help_ema)
     add("--seed", type=_whole, metavar="N", help=f"of weights, order and augmentation ({Settings.seed})")
     add("--workers", type=_whole, metavar="N", help=f"processes that load images ({default['workers']})")
     help_steps = "stop after this many steps in all, saved, as if interrupted"
     add("--max-steps", type=_count, metavar="N", help=help_steps)
 
     add = parser.add_argument_group("where").add_argument
+    help_config = "options in YAML, such as 'epochs: 90'; the command line overrides them"
+    add("--config", type=Path, metavar="FILE", help=help_config)
     help_out = f"for checkpoints, metrics and curves ({Invocation.DEFAULT_OUT})"
     add("--out", type=Path, metavar="FOLDER", help=help_out)
+    help_board = "also write scalars for TensorBoard, to OUT/tensorboard (no)"
+    add("--tensorboard", action=switch, help=help_board)
     help_resume = "go on from a checkpoint (OUT/last.pt)"
     add("--resume", type=Path, nargs="?", const=None, metavar="PATH", help=help_resume)
     add("--overwrite", action="store_true", help="replace the run that --out holds")

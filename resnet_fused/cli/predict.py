@@ -63,7 +63,7 @@ def predict(given: dict[str, Any]) -> None:
         [(image, 0) for image in images],
         trained.image_size,
         0,
-        augment=False,
+        augment="none",
         crop=1 if trained.whole else CROP,
     )
     workers = given.get("workers", BY_DATA["workers"][FOR_FOLDERS] if len(images) > FEW_IMAGES else 0)

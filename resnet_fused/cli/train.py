@@ -27,6 +27,7 @@ from resnet_fused.cli.plots import plot_curves
 from resnet_fused.cli.precision import check_precision
 from resnet_fused.cli.settings import Invocation, Settings, command_to_resume, make_settings
 from resnet_fused.cli.signals import Stopped, StopRequest, stop_request
+from resnet_fused.cli.tensorboard import Scalars
 
 LEARNERS = {"fused": ("fused",), "reference": ("reference",), "compare": ("fused", "reference")}
 SECONDS_BETWEEN_PLOTS = 30  # plotting takes most of a second
@@ -52,9 +53,11 @@ def train(given: dict[str, Any], invocation: Invocation) -> None:
         settings = make_settings(given, next(iter(states.values()))["settings"] if states else {})
         for package in ("numpy", "tqdm", "matplotlib"):
             require(package)  # now, not after an hour
+        if settings.tensorboard:
+            require("tensorboard", extra="tensorboard")
         device = pick_device(settings.device, world)
         check_precision(settings.precision, device)
-        source = open_source(settings.data, settings.image_size, settings.seed)
+        source = open_source(settings.data, settings.image_size, settings.seed, settings.augment)
         on_gpu = device.type == "cuda"
         batches = Batches(source, settings.batch_size, settings.seed, settings.workers, world, pin=on_gpu)
         initial = None
@@ -154,8 +157,11 @@ class Run:
         self.comparing = len(self.learners) > 1
         self.total = self.settings.epochs * self.batches.steps
         self.warm_up = compare.WARM_UP
+        self.scalars: list[Scalars] = []
         self.plotted = time.monotonic()
-        self.read_every = 1 if self.comparing or self.device.type == "cpu" else GPU_STEPS_BETWEEN_READS
+        reads = 1 if self.comparing or self.device.type == "cpu" else GPU_STEPS_BETWEEN_READS
+        # A run stops where losses are read: not between steps of the optimizer, since no checkpoint has gradients.
+        self.read_every = -(-reads // self.settings.accumulate) * self.settings.accumulate
         self.limit = self.invocation.max_steps or self.total
         if self.limit < self.total and self.limit <= self.steps_done:
             raise UserError(
@@ -192,6 +198,10 @@ class Run:
             disable=None if self.world.main else True,  # None: where the output is no terminal
             dynamic_ncols=True,
         )
+        if self.settings.tensorboard and self.world.main:
+            self.scalars = [
+                Scalars(self.folder(one) / "tensorboard", one.steps_done) for one in self.learners
+            ]
         try:
             while self.learners[0].progress.epoch < self.settings.epochs:
                 self.epoch()
@@ -200,6 +210,8 @@ class Run:
                 raise
         finally:
             self.bar.close()
+            for scalars in self.scalars:
+                scalars.close()
         self.finish()
 
     def copy_best(self, learner: Learner) -> None:
@@ -218,7 +230,7 @@ class Run:
         self.bar.set_description(f"epoch {first.epoch + 1}/{self.settings.epochs}")
         mark = time.perf_counter()
         for batch in self.batches.training(first.epoch, first.step):
-            images, labels = self.learners[0].prepare(batch)
+            images, labels = self.learners[0].prepare_training(batch)
             if self.comparing:
                 compare.timed_steps(self.learners, images, labels, record=self.warm_up <= 0)
                 self.warm_up -= 1
@@ -230,11 +242,13 @@ class Run:
         # A signal may cut evaluations short: no learner ends its epoch before all of them are done.
         results = [learner.evaluate(self.until_stopped(self.batches.held_out())) for learner in self.learners]
         for learner, result in zip(self.learners, results, strict=True):
-            better = learner.progress.finish_epoch(learner.optimizer.param_groups[0]["lr"], *result)
+            better = learner.progress.finish_epoch(learner.learning_rate, *result)
             self.save(learner, better)
             if self.world.main:
                 line = describe(learner.progress.history[-1], self.settings.epochs)
                 self.bar.write(self.prefix(learner) + line)
+        for scalars, learner in zip(self.scalars, self.learners, strict=False):
+            scalars.epoch(learner.progress.history[-1])
         if time.monotonic() - self.plotted > SECONDS_BETWEEN_PLOTS or self.steps_done == self.total:
             self.plot()
         self.stop_if_asked()
@@ -247,6 +261,8 @@ class Run:
         if not self.comparing:
             self.learners[0].progress.seconds += now - mark
         self.bar.update(self.steps_done - self.bar.n)
+        for scalars, learner in zip(self.scalars, self.learners, strict=False):
+            scalars.steps(learner.progress, learner.learning_rate)
         counts = [learner.progress for learner in self.learners if learner.progress.images]
         if counts:
             self.bar.set_postfix_str(
@@ -308,7 +324,7 @@ class Run:
             last = progress.history[-1]["val_accuracy"]
             print(f"held-out accuracy {last:.2%}, best {progress.best:.2%}; see {self.invocation.folder}")
         for learner in self.learners:
-            digests = self.world.digests(learner.model)
+            digests = self.world.digests(learner.evaluated)
             if self.world.main and self.world.size > 1:
                 weights = ", ".join(f"rank {rank} {digest}" for rank, digest in enumerate(digests))
                 print(f"{self.prefix(learner)}sha256 of the weights: {weights}")
@@ -330,6 +346,7 @@ class Run:
             f"batch {s.batch_size}" + (f" x {self.world.size} processes" if self.world.size > 1 else ""),
             s.precision,
             *(["channels_last"] if s.channels_last else []),
+            *(["compiled"] if s.compile else []),
             *(["CUDA graph"] if self.learners[0].captures else []),
             f"{self.device.type} ({where})",
         ]

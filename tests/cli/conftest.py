@@ -109,13 +109,14 @@ def load(path: Path) -> dict[str, Any]:
 def assert_same_run(one: Path, two: Path) -> None:
     """Two checkpoints stand at the same place with the same bits; times aside."""
     a, b = load(one), load(two)
-    assert a["model"].keys() == b["model"].keys()
-    for name, value in a["model"].items():
-        assert torch.equal(value, b["model"][name]), name
+    assert a.keys() == b.keys() and a.get("n_averaged") == b.get("n_averaged")
+    for part in {"model", "trained"} & a.keys():
+        assert a[part].keys() == b[part].keys()
+        for name, value in a[part].items():
+            assert torch.equal(value, b[part][name]), (part, name)
     for index, buffers in a["optimizer"]["state"].items():
-        assert torch.equal(buffers["momentum_buffer"], b["optimizer"]["state"][index]["momentum_buffer"]), (
-            index
-        )
+        for name, value in buffers.items():
+            assert torch.equal(value, b["optimizer"]["state"][index][name]), (index, name)
     assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
     first, second = a["progress"], b["progress"]
     for key in ("epoch", "step", "loss", "correct", "images", "best"):

@@ -29,7 +29,7 @@ def probabilities(checkpoint: Path, images: list[Path]) -> Tensor:
     state = load(checkpoint)
     model = resnet_fused.resnet18(num_classes=len(state["classes"]))
     model.load_state_dict(state["model"])
-    folder = Folder([(str(image), 0) for image in images], 16, 0, augment=False)
+    folder = Folder([(str(image), 0) for image in images], 16, 0, augment="none")
     pixels = torch.stack([folder[0, index][0] for index in range(len(images))])  # type: ignore[misc]
     mean, std = (torch.tensor(state[name]).view(3, 1, 1) for name in ("mean", "std"))
     with torch.no_grad():

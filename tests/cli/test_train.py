@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_fused.cli.learner import Learner, make_schedule
+from resnet_fused.cli.learner import Learner
+from resnet_fused.cli.optimizers import make_schedule
 from resnet_fused.cli.settings import BY_DATA, Settings, make_settings
 from tests.cli.conftest import Cli, assert_same_run, load, make_images
 
