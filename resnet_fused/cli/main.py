@@ -268,7 +268,7 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, metavar="FOLDER", help=help_out)
     help_board = "also write scalars for TensorBoard, to OUT/tensorboard (no)"
     add("--tensorboard", action=switch, help=help_board)
-    help_resume = "go on from a checkpoint (OUT/last.pt)"
+    help_resume = "go on from a checkpoint (OUT/last.pt); auto: if there is one, else start"
     add("--resume", type=Path, nargs="?", const=None, metavar="PATH", help=help_resume)
     add("--overwrite", action="store_true", help="replace the run that --out holds")
 
@@ -366,12 +366,15 @@ def _bench(arguments: dict[str, Any]) -> None:
 
 
 def _train(arguments: dict[str, Any]) -> None:
-    from resnet_fused.cli.train import train
+    from resnet_fused.cli.train import has_checkpoint, train
 
     names = {field.name for field in fields(Invocation)}
     own = {name: arguments.pop(name) for name in names if name in arguments}
-    if "resume" in own and own["resume"] is None:
-        own["resume"] = own.get("out", Invocation.DEFAULT_OUT)
+    folder = own.get("out", Invocation.DEFAULT_OUT)
+    if own.get("resume") == Path("auto"):
+        own["resume"] = folder if has_checkpoint(folder) else None
+    elif "resume" in own and own["resume"] is None:
+        own["resume"] = folder
     train(arguments, Invocation(**own))
 
 

@@ -88,6 +88,11 @@ def train(given: dict[str, Any], invocation: Invocation) -> None:
                     learner.release_process_group()
 
 
+def has_checkpoint(out: Path) -> bool:
+    """Whether a run in `out` can be resumed."""
+    return any((out / part / "last.pt").is_file() for part in ("", "fused"))
+
+
 def load_states(invocation: Invocation, impl: str | None) -> tuple[Invocation, dict[str, dict[str, Any]]]:
     """The checkpoints to resume from, by implementation, and where the run's files go.
 

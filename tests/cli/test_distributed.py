@@ -1,8 +1,11 @@
-"""What a process group leaves behind."""
+"""Training in several processes: what a process group leaves behind, and a restart after a crash."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+from tests.cli.conftest import SMALL, assert_same_run
 
 ONE_RANK = """
 import os
@@ -38,3 +41,42 @@ def test_gloo_ends_before_the_interpreter() -> None:
     own, of_ddp, left = map(int, done.stdout.split())
     assert own > 0 and of_ddp > 0
     assert left <= of_ddp, "the group that ranks agree by has not ended; DDP's may have"
+
+
+#: As train.py, but that one of the processes crashes in the second epoch, the first time.
+CRASHING = """
+import os
+import sys
+from resnet_fused.cli.learner import Learner
+from resnet_fused.cli.main import main
+
+step = Learner.step
+
+def crash(self, *batch):
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1" and self.progress.epoch == 1:
+        os._exit(1)
+    step(self, *batch)
+
+Learner.step = crash
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_elastic_restart(images: Path, tmp_path: Path) -> None:
+    """torchrun starts the processes again, and they go on from the checkpoint of the first epoch."""
+    script = tmp_path / "crashing.py"
+    script.write_text(CRASHING)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ["train", "--data", str(images), *SMALL, "--resume", "auto", "--out"]
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    commands = {
+        "whole": [*start, "-m", "resnet_fused"],
+        "restarted": [*start, "--max-restarts", "1", str(script)],
+    }
+    for name, command in commands.items():
+        done = subprocess.run(
+            [*command, *options, str(tmp_path / name)], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert ("exitcode: 1" in done.stderr or "failed" in done.stderr) == (name == "restarted")
+    assert_same_run(tmp_path / "whole" / "last.pt", tmp_path / "restarted" / "last.pt")
