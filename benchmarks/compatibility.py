@@ -67,7 +67,7 @@ def tables() -> dict[str, str]:
             for name, feature in features.items()
         ]
         table = markdown(pd.DataFrame(rows, columns=["feature", "result"]))
-        parts.append(f"### {title}\n\n{table}")
+        parts.append(f"## {title}\n\n{table}")
     if found:
         raise ValueError(f"{RESULTS} has {next(iter(found))}, which is no test: run make compatibility")
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
