@@ -78,7 +78,7 @@ def memory_counts() -> Counts:
         mock.patch.object(conv3x3, "is_faster", lambda *_: True),
         mock.patch.multiple(block, FOLD_BYTES=0, RECOMPUTE_BYTES=0),
         # Fused, though so few small images train faster as PyTorch's operators.
-        mock.patch("resnet_fused.models.why_faster_plain", lambda *_: None),
+        mock.patch("resnet_fused.blocks.why_faster_plain", lambda *_: None),
     ):
         for arch, (name, library) in itertools.product(ARCHS, (("fused", models), ("eager", reference))):
             torch.manual_seed(0)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from resnet_fused.cli.errors import UserError
 
@@ -78,7 +79,12 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
     if world.size == 1:
         yield
         return
-    dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+    # torchrun's store outlives processes that it starts again, and holds the addresses of those before: in torch 2.13
+    # a process may connect to one that has ended, and wait.
+    store, rank, size = next(iter(rendezvous("env://")))
+    own = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=own, rank=rank, world_size=size)
     try:
         yield
     finally:
