@@ -289,5 +289,5 @@ def test_double_backward_of_sync_batch_norm(by_two_processes: Any, kind: str) ->
 
 @every_kind
 def test_batched_gradients_of_sync_batch_norm_are_refused(by_two_processes: Any, kind: str) -> None:
-    """Batched gradients with SyncBatchNorm"""
+    """Batched gradients with SyncBatchNorm: refused, with an error that says so"""
     assert all(found["refused"] for found in by_two_processes(kind, "batched", True))
