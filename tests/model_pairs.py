@@ -89,6 +89,18 @@ def draw_away_from_kinks(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
     return x
 
 
+def randomize_norm(module: nn.Module) -> None:
+    """Random parameters and running statistics, where it is a batch norm and has them."""
+    if isinstance(module, nn.BatchNorm2d):
+        if module.affine:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+        if module.track_running_stats:
+            assert module.running_mean is not None and module.running_var is not None
+            nn.init.normal_(module.running_mean, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+
+
 def block_pair(
     kind: str, layout: torch.memory_format, training: bool = True, downsample: bool = True
 ) -> tuple[nn.Module, nn.Module]:
@@ -105,12 +117,7 @@ def block_pair(
         block = cls(64, planes, 1, shortcut if downsample else None)
         blocks.append(block.double().train(training).to(memory_format=layout))
     fused, eager = blocks
-    for module in eager.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-            nn.init.normal_(module.running_mean, std=0.2)
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    eager.apply(randomize_norm)
     fused.load_state_dict(eager.state_dict())
     return fused, eager
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import hashlib
 import os
 import sys
 import warnings
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 import resnet_fused
 from resnet_fused import reference, weights
 from tests import torchvision_ops  # noqa: F401  # before torchvision
+from tests.published_weights import publish
 
 import torchvision  # isort: skip
 
@@ -46,16 +46,9 @@ def assert_loaded(model: nn.Module, state: State) -> None:
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, State]:
     """resnet18 has two versions, at URLs of files in tmp_path; torch.hub's folder is empty. Their states."""
-    served, states, names = tmp_path / "served", {}, {}
-    served.mkdir()
-    for seed, name in enumerate(("IMAGENET1K_V1", "IMAGENET1K_V2"), 1):
-        states[name] = random_state(seed=seed)
-        torch.save(states[name], served / name)
-        names[name] = f"{name}-{hashlib.sha256((served / name).read_bytes()).hexdigest()[:8]}.pth"
-        (served / name).rename(served / names[name])
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(weights, "URL", f"file://{served}/")
-    monkeypatch.setitem(weights.PUBLISHED, "resnet18", weights.Published("ResNet18_Weights", names))
+    versions = enumerate(("IMAGENET1K_V1", "IMAGENET1K_V2"), 1)
+    states = {version: random_state(seed=seed) for seed, version in versions}
+    publish(states, tmp_path, monkeypatch)
     return states
 
 

@@ -23,13 +23,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from resnet_fused.cli.augment import make_policy
 from resnet_fused.cli.distributed import World
 from resnet_fused.cli.errors import UserError, require
+from resnet_fused.cli.normalization import Channels, normalization
 from resnet_fused.cli.signals import detach_worker
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 CROP = 7 / 8  # of the shorter side, as torchvision evaluates: 256 pixels, of which 224 are seen
 
 Key = tuple[int, int]  # epoch, index
-Channels = tuple[float, float, float]  # red, green, blue
 Batch = tuple[Tensor, Tensor]  # uint8 [N, S, S, 3], int64 [N]
 
 
@@ -176,13 +176,6 @@ class Source:
     held_out: Digits | Folder
     mean: Channels
     std: Channels
-
-
-def normalization(data: str) -> tuple[Channels, Channels]:
-    """Mean and standard deviation of the channels: of the digits, or for a folder ImageNet's."""
-    if data == "digits":
-        return (0.3, 0.3, 0.3), (0.35, 0.35, 0.35)
-    return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def open_source(data: str, size: int, seed: int, augment: str = "standard") -> Source:

@@ -15,10 +15,8 @@ from torch import Tensor
 
 from resnet_fused.backend import summary
 from resnet_fused.cli.data import Digits, Folder, class_files, class_names, collate, good, open_source
-from resnet_fused.cli.distributed import World, pick_device
 from resnet_fused.cli.errors import UserError, require
 from resnet_fused.cli.files import check_file, write_text
-from resnet_fused.cli.precision import PRECISIONS, check_precision
 from resnet_fused.cli.settings import BY_DATA, Settings
 from resnet_fused.cli.text import abbreviate, table
 from resnet_fused.cli.trained import FOR_FOLDERS, Trained, make_loader, open_trained
@@ -47,9 +45,7 @@ def evaluate(given: dict[str, Any]) -> None:
         raise UserError("--weights need --data: the folder to evaluate on")
     split = given.get("split", "val")
     dataset, places = _images(trained, data, split)
-    device = pick_device(given.get("device", Settings.device), World())
-    precision = given.get("precision", trained.settings.get("precision", Settings.precision))
-    check_precision(precision, device)
+    device, precision = trained.device_and_precision(given)
     batch = given.get("batch_size", trained.settings.get("batch_size", Settings.batch_size))
     workers = given.get("workers", BY_DATA["workers"][0 if data == "digits" else FOR_FOLDERS])
     size = f"{trained.image_size}x{trained.image_size}"
@@ -89,15 +85,12 @@ def _measure(
     Args:
         places: int64 [classes of the data], which output of the model each is.
     """
-    model = trained.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    classifier = trained.classifier(device, precision)
     top = min(TOP, len(trained.classes))
     total = torch.zeros(4, dtype=torch.float64)  # loss, first, among the first, images
     for batch in require("tqdm").tqdm(loader, unit="batch", disable=None, dynamic_ncols=True):
         pixels, labels = good(batch)
-        images, labels = trained.prepare(pixels, device), places[labels].to(device)
-        with PRECISIONS[precision].autocast(device.type):
-            logits = model(images)
-        logits = logits.float()
+        logits, labels = classifier(pixels), places[labels].to(device)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         hits = logits.topk(top).indices == labels[:, None]
         counts = [loss, hits[:, 0].sum(), hits.sum(), torch.full_like(loss, len(labels))]

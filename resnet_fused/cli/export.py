@@ -120,9 +120,8 @@ def _onnx(model: nn.Module, images: Tensor, trained: Trained) -> Exported:
 def _torchscript(model: nn.Module, images: Tensor, trained: Trained) -> Exported:
     file = io.BytesIO()
     torch.jit.save(torch.jit.script(model), file, _extra_files=metadata(trained))
-    return Exported(
-        file.getvalue(), lambda x: torch.jit.load(io.BytesIO(file.getvalue()))(x), "torch.jit.load"
-    )
+    content = file.getvalue()
+    return Exported(content, lambda x: torch.jit.load(io.BytesIO(content))(x), "torch.jit.load")
 
 
 def _exported_program(model: nn.Module, images: Tensor, trained: Trained) -> Exported:

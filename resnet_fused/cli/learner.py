@@ -26,6 +26,7 @@ from resnet_fused.cli.errors import UserError
 from resnet_fused.cli.initial_weights import InitialWeights
 from resnet_fused.cli.metrics import Progress
 from resnet_fused.cli.mixing import dominant, mix
+from resnet_fused.cli.normalization import Normalize
 from resnet_fused.cli.optimizers import clip_gradients, load_optimizer, make_optimizer, make_schedule
 from resnet_fused.cli.precision import PRECISIONS
 from resnet_fused.cli.settings import Settings
@@ -124,8 +125,7 @@ class Learner:
             self._graphed = GraphedStep(
                 self.model, self.optimizer, self.criterion, autocast=dtype, scaler=self.scaler
             )
-        self._mean = torch.tensor(source.mean, device=device).view(1, 3, 1, 1) * 255
-        self._std = torch.tensor(source.std, device=device).view(1, 3, 1, 1) * 255
+        self._normalize = Normalize(source.mean, source.std, device, self.memory_format)
         self._pending: list[Tensor] = []  # [loss, correct] of each step that `count_steps` has not read yet
 
     @property
@@ -149,9 +149,8 @@ class Learner:
 
     def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Images normalised and in the model's layout, and labels, both on the device."""
-        pixels, labels = (x.to(self.device, non_blocking=True) for x in batch)
-        images = (pixels.permute(0, 3, 1, 2).float() - self._mean) / self._std
-        return images.contiguous(memory_format=self.memory_format), labels
+        pixels, labels = batch
+        return self._normalize(pixels), labels.to(self.device, non_blocking=True)
 
     def prepare_training(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """As `prepare`, for the next step: with --mixup or --cutmix mixed, with probabilities instead of labels."""

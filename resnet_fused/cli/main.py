@@ -366,13 +366,13 @@ def _bench(arguments: dict[str, Any]) -> None:
 
 
 def _train(arguments: dict[str, Any]) -> None:
-    from resnet_fused.cli.train import has_checkpoint, train
+    from resnet_fused.cli.train import last_checkpoint, train
 
     names = {field.name for field in fields(Invocation)}
     own = {name: arguments.pop(name) for name in names if name in arguments}
     folder = own.get("out", Invocation.DEFAULT_OUT)
     if own.get("resume") == Path("auto"):
-        own["resume"] = folder if has_checkpoint(folder) else None
+        own["resume"] = folder if last_checkpoint(folder, None).is_file() else None
     elif "resume" in own and own["resume"] is None:
         own["resume"] = folder
     train(arguments, Invocation(**own))

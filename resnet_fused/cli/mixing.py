@@ -58,6 +58,6 @@ def dominant(labels: Tensor) -> Tensor:
 
 
 def _interval(length: int, part: float, draw: random.Random) -> tuple[int, int]:
-    """About `part` of the pixels of a side; around a random one, so less at the borders."""
+    """About `part` of an image's height or width; around a random pixel, so less at the borders."""
     centre, half = draw.randrange(length), round(part * length) // 2
     return max(0, centre - half), min(length, centre + half)

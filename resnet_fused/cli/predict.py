@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 from resnet_fused.cli.data import CROP, IMAGE_SUFFIXES, BadImage, Folder, Sample
-from resnet_fused.cli.distributed import World, pick_device
 from resnet_fused.cli.errors import UserError, require
 from resnet_fused.cli.files import check_file, write_text
-from resnet_fused.cli.precision import PRECISIONS, check_precision
 from resnet_fused.cli.settings import BY_DATA, Settings
 from resnet_fused.cli.trained import FOR_FOLDERS, Trained, make_loader, open_trained
 
@@ -48,9 +46,7 @@ def predict(given: dict[str, Any]) -> None:
     if not paths:
         raise UserError("give images, or folders of images, after the checkpoint")
     trained = open_trained(given)
-    device = pick_device(given.get("device", Settings.device), World())
-    precision = given.get("precision", trained.settings.get("precision", Settings.precision))
-    check_precision(precision, device)
+    device, precision = trained.device_and_precision(given)
     if trained.published and not trained.named:
         print(
             "resnet_fused: classes are shown as numbers: torchvision has their names",
@@ -114,16 +110,13 @@ def _probabilities(
     trained: Trained, loader: Any, precision: str, device: torch.device
 ) -> Iterator[Tensor | BadImage]:
     """Of each image in order: float32 [classes], on the CPU."""
-    model = trained.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    classifier = trained.classifier(device, precision)
     samples: list[Sample]
     for samples in loader:
         pixels = [sample[0] for sample in samples if not isinstance(sample, BadImage)]
         probabilities: Iterator[Tensor] = iter(())
         if pixels:
-            images = trained.prepare(torch.stack(pixels), device)
-            with PRECISIONS[precision].autocast(device.type):
-                logits = model(images)
-            probabilities = iter(logits.float().softmax(1).cpu())
+            probabilities = iter(classifier(torch.stack(pixels)).softmax(1).cpu())
         for sample in samples:
             yield sample if isinstance(sample, BadImage) else next(probabilities)
 

@@ -88,9 +88,11 @@ def train(given: dict[str, Any], invocation: Invocation) -> None:
                     learner.release_process_group()
 
 
-def has_checkpoint(out: Path) -> bool:
-    """Whether a run in `out` can be resumed."""
-    return any((out / part / "last.pt").is_file() for part in ("", "fused"))
+def last_checkpoint(out: Path, impl: str | None) -> Path:
+    """What a run in `out` is resumed from: a file where it can be."""
+    compared = impl if impl in LEARNERS["compare"] else "fused"
+    candidates = (out / "last.pt", out / str(compared) / "last.pt")
+    return next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
 
 
 def load_states(invocation: Invocation, impl: str | None) -> tuple[Invocation, dict[str, dict[str, Any]]]:
@@ -102,9 +104,7 @@ def load_states(invocation: Invocation, impl: str | None) -> tuple[Invocation, d
     path = invocation.resume
     assert path is not None
     if path.is_dir():
-        compared = impl if impl in LEARNERS["compare"] else "fused"
-        candidates = (path / "last.pt", path / str(compared) / "last.pt")
-        path = next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
+        path = last_checkpoint(path, impl)
     state = checkpoint.load(path)
     was = state["settings"]["impl"]
     out = path.parent.parent if was == "compare" else path.parent

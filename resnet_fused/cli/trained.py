@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from torch.utils.data import DataLoader
 import resnet_fused
 from resnet_fused import weights
 from resnet_fused.cli import checkpoint
-from resnet_fused.cli.data import HeldOutOrder, normalization
-from resnet_fused.cli.distributed import World, from_environment
+from resnet_fused.cli.data import HeldOutOrder
+from resnet_fused.cli.distributed import World, from_environment, pick_device
 from resnet_fused.cli.errors import UserError
 from resnet_fused.cli.initial_weights import read_weights, why_unfit
-from resnet_fused.cli.settings import BY_DATA, SMALLEST_IMAGE
+from resnet_fused.cli.normalization import Normalize, normalization
+from resnet_fused.cli.precision import PRECISIONS, check_precision
+from resnet_fused.cli.settings import BY_DATA, SMALLEST_IMAGE, Settings
 from resnet_fused.cli.signals import detach_worker
 
 FOR_FOLDERS = 1  # of the pairs in BY_DATA
@@ -55,11 +57,29 @@ class Trained:
     whole: bool
     settings: Mapping[str, Any]
 
-    def prepare(self, pixels: Tensor, device: torch.device) -> Tensor:
-        """Images as the model takes them, of uint8 [N, S, S, 3]: as in training, bit by bit."""
-        mean, std = (torch.tensor(x, device=device).view(1, 3, 1, 1) * 255 for x in (self.mean, self.std))
-        images = (pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float() - mean) / std
-        return images.contiguous(memory_format=torch.channels_last)
+    def classifier(self, device: torch.device, precision: str) -> Callable[[Tensor], Tensor]:
+        """Moves the model to the device; computes logits in float32 of uint8 [N, S, S, 3], as training does."""
+        layout = torch.channels_last
+        model = self.model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+        normalize = Normalize(self.mean, self.std, device, layout)
+
+        def logits(pixels: Tensor) -> Tensor:
+            with PRECISIONS[precision].autocast(device.type):
+                out: Tensor = model(normalize(pixels))
+            return out.float()
+
+        return logits
+
+    def device_and_precision(self, given: Mapping[str, Any]) -> tuple[torch.device, str]:
+        """Those that the options name; else the precision is that of its training.
+
+        Raises:
+            UserError: there is no such device, or it cannot compute in that precision.
+        """
+        device = pick_device(given.get("device", Settings.device), World())
+        precision: str = given.get("precision", self.settings.get("precision", Settings.precision))
+        check_precision(precision, device)
+        return device, precision
 
 
 def open_trained(given: Mapping[str, Any]) -> Trained:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from resnet_fused.cli.trained import open_trained
 from tests.cli.conftest import Cli, load, make_images
@@ -58,8 +59,8 @@ def test_checkpoint_without_normalization(begun: Path, cli: Cli, tmp_path: Path)
     torch.save(state, begun)
     assert evaluate(cli, tmp_path, begun) | {"seconds": 0} == before | {"seconds": 0}
     torch.save(state | {"mean": [0.5] * 3, "std": [2.0] * 3}, begun)
-    trained = open_trained({"checkpoint": begun})
-    white = trained.prepare(torch.full((1, 2, 2, 3), 255, dtype=torch.uint8), torch.device("cpu"))
+    trained = replace(open_trained({"checkpoint": begun}), model=nn.Identity())
+    white = trained.classifier(torch.device("cpu"), "fp32")(torch.full((1, 2, 2, 3), 255, dtype=torch.uint8))
     assert torch.equal(white, torch.full((1, 3, 2, 2), 0.25))
 
 

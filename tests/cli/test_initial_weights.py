@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -22,6 +21,7 @@ from resnet_fused.cli.settings import make_settings
 from tests.cli.conftest import Cli, assert_same_run, load
 from tests.cli.test_bad_input import assert_refused
 from tests.cli.test_train import torchrun
+from tests.published_weights import publish
 
 State = dict[str, Tensor]
 IMPLEMENTATIONS = {"fused": ("",), "reference": ("",), "compare": ("fused", "reference")}
@@ -91,12 +91,7 @@ def test_named_weights(
 ) -> None:
     """With a new head, which is that of a run from random weights."""
     state = save_weights(tmp_path / "file", classes=1000)
-    name = f"resnet18-{hashlib.sha256((tmp_path / 'file').read_bytes()).hexdigest()[:8]}.pth"
-    (tmp_path / "file").rename(tmp_path / name)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(weights, "URL", f"file://{tmp_path}/")
-    published = weights.Published("ResNet18_Weights", {"IMAGENET1K_V1": name})
-    monkeypatch.setitem(weights.PUBLISHED, "resnet18", published)
+    name = publish({"IMAGENET1K_V1": state}, tmp_path, monkeypatch)["IMAGENET1K_V1"]
     result = train("--weights", given, "--finetune", "--seed", 5, "--max-steps", 1)
     assert result.code == 0, result.err
     words = f"weights: {given} ({name}), with a new head for 2 classes instead of 1000; all of it is trained"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import resnet_fused
 from resnet_fused import reference
-from tests.model_pairs import KINDS, make_model
+from tests.model_pairs import KINDS, make_model, randomize_norm
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 #: Blocks run as one op in channels_last and as several otherwise.
@@ -33,13 +33,7 @@ def small_model(library: Any, kind: str, **options: Any) -> nn.Module:
     for module in made.modules():
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.Linear)):
             module.reset_parameters()
-        if isinstance(module, nn.BatchNorm2d):
-            if module.affine:
-                nn.init.uniform_(module.weight, 0.5, 1.5)
-                nn.init.normal_(module.bias)
-            if module.track_running_stats:
-                nn.init.normal_(module.running_mean, std=0.2)
-                nn.init.uniform_(module.running_var, 0.5, 2.0)
+        randomize_norm(module)
     return made
 
 
@@ -79,13 +73,7 @@ def tiny_block_pair(
         block = getattr(library, KINDS[kind])(inputs, 4, stride, last, norm_layer=norm)
         blocks.append(block.double().train(training).to(memory_format=layout))
     fused, eager = blocks
-    for module in eager.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-            if module.track_running_stats:
-                nn.init.normal_(module.running_mean, std=0.2)
-                nn.init.uniform_(module.running_var, 0.5, 2.0)
+    eager.apply(randomize_norm)
     fused.load_state_dict(eager.state_dict())
     x = torch.randn(3, inputs, 4, 4, dtype=torch.float64).to(memory_format=layout)
     return fused, eager, x
@@ -102,6 +90,12 @@ def every_block(test: Callable[..., None]) -> Callable[..., None]:
 
 def leaf(x: Tensor) -> Tensor:
     return x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+
+
+def train_only(model: nn.Module, part: str) -> None:
+    """Freezes the parameters whose names do not start with ``part``."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(part))
 
 
 def assert_close(found: Any, expected: Any) -> None:

@@ -11,7 +11,6 @@ transformers 5.24.0, fastai 2.8.12, timm 1.0.31, torchvision 0.28.0.
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import resnet_fused
 import tests.torchvision_ops  # noqa: F401
-from resnet_fused import ops, reference, weights
+from resnet_fused import ops, reference
+from tests.published_weights import publish
 
 torchvision = pytest.importorskip("torchvision")
 CLASSES, STEPS, BATCH = 5, 2, 4
@@ -369,13 +369,7 @@ def test_fastai_starts_from_published_weights(
     """
     learners = pytest.importorskip("fastai.vision.learner")
     state = reference.resnet18().state_dict()
-    torch.save(state, tmp_path / "file")
-    name = f"resnet18-{hashlib.sha256((tmp_path / 'file').read_bytes()).hexdigest()[:8]}.pth"
-    (tmp_path / "file").rename(tmp_path / name)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(weights, "URL", f"file://{tmp_path}/")
-    published = weights.Published("ResNet18_Weights", {"IMAGENET1K_V1": name})
-    monkeypatch.setitem(weights.PUBLISHED, "resnet18", published)
+    publish({"IMAGENET1K_V1": state}, tmp_path, monkeypatch)
     if registered:
         of_torchvision = learners.model_meta[torchvision.models.resnet18]
         monkeypatch.setitem(learners.model_meta, resnet_fused.resnet18, of_torchvision)
