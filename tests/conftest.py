@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import random
 import sys
+import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -15,6 +17,7 @@ import torch
 
 from resnet_fused.backend import interprets
 from tests.accuracy import DTYPES, LAYOUTS
+from tools.reliability import record
 
 #: The module: the package resnet_fused.ops has the function under its name.
 RESIDUAL_BLOCK = sys.modules["resnet_fused.ops.residual_block"]
@@ -28,6 +31,17 @@ _SHARING = {
     "tests/test_curves.py",
     "tests/test_memory.py",
 }
+
+
+#: {a test's first line: {outcome: cases}}, for docs/reliability.md
+_outcomes: dict[str, Counter[str]] = {}
+_start = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record", metavar="CHECK", help="record outcomes as this part of docs/reliability.json"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -65,6 +79,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("interpreter") and not interprets():
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1: `make test` runs it so"))
+
+        item.user_properties.append(
+            ("docstring", (item.function.__doc__ or "").partition("\n")[0].rstrip("."))
+        )
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when != "call" and report.passed:
+        return
+    outcome: str = report.outcome
+    if report.skipped and isinstance(report.longrepr, tuple):
+        outcome = report.longrepr[2].removeprefix("Skipped: ")
+    tried = dict(report.user_properties)["docstring"] or report.nodeid.partition("[")[0]
+    _outcomes.setdefault(str(tried), Counter())[outcome] += 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    check = session.config.getoption("--record")
+    if check and not hasattr(session.config, "workerinput"):
+        record(check, dict(sorted(_outcomes.items())), time.monotonic() - _start)
 
 
 @pytest.fixture(autouse=True)
