@@ -11,6 +11,7 @@
 
 #include <array>
 #include <cstdint>
+#include <new>
 #include <optional>
 #include <ostream>
 #include <stdexcept>
@@ -57,6 +58,16 @@ Tensor allocated(const Op& op, int64_t bytes, const Allocate& allocate) {
       throw std::runtime_error(std::string(op.name) + ": " + cause);
     throw std::runtime_error(std::string(op.name) + ": out of memory: tried to allocate " +
                              std::to_string(bytes) + " bytes. " + cause);
+  }
+}
+
+// Runs a kernel, which takes memory of its own.
+template <class Params>
+void run_on_cpu(const Op& op, void (*kernel)(const Params&), const Params& params) {
+  try {
+    kernel(params);
+  } catch (const std::bad_alloc&) {
+    throw std::runtime_error(std::string(op.name) + ": out of memory");
   }
 }
 
@@ -285,7 +296,7 @@ constexpr Reduction kElementwise = false, kReduction = true;
 template <class Params>
 void run(const Op& op, void (*on_cpu)(const Params&), void (*on_cuda)(const Params&, cuda::Launch),
          const Params& params, const Tensor& y, Reduction reduction) {
-  if (y.is_cpu()) return on_cpu(params);
+  if (y.is_cpu()) return run_on_cpu(op, on_cpu, params);
 #ifdef USE_CUDA
   const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
   cuda::Launch launch{};

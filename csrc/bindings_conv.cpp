@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv3x3_forward(const Tensor& x_, con
                               eps,
                               image(x),
                               outputs};
-  cpu::conv3x3_forward(params);
+  run_on_cpu(op, cpu::conv3x3_forward, params);
   return {y, y_mean, y_var, y_invstd};
 }
 
@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> conv3x3_dgrad(
                             da_sum_xhat.mutable_data_ptr(),
                             image(x),
                             g.size(1)};
-  cpu::conv3x3_dgrad(params);
+  run_on_cpu(op, cpu::conv3x3_dgrad, params);
   return {da, da_sum, da_sum_xhat};
 }
 
@@ -139,7 +139,7 @@ Tensor conv3x3_wgrad(const Tensor& g_, const OptionalTensor& mask, const Optiona
                             dweight.mutable_data_ptr(),
                             image(x),
                             g.size(1)};
-  cpu::conv3x3_wgrad(params);
+  run_on_cpu(op, cpu::conv3x3_wgrad, params);
   return dweight;
 }
 
@@ -179,7 +179,7 @@ std::tuple<Tensor, Tensor> conv_wgrad(const Tensor& g_, const OptionalTensor& ma
                          {stride[0], stride[1]},
                          {padding[0], padding[1]},
                          {dilation[0], dilation[1]}};
-  cpu::conv_wgrad(params);
+  run_on_cpu(op, cpu::conv_wgrad, params);
   return {dweight, sum_dy};
 }
 
@@ -189,7 +189,8 @@ Tensor conv3x3_filters(const Tensor& weight) {
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
   const Weight3x3 from = weight_of(op, weight, outputs, inputs);
   Tensor filters = new_floats(op, weight, cpu::conv3x3_filter_elements(inputs, outputs));
-  cpu::conv3x3_filters({from, filters.mutable_data_ptr(), inputs, outputs});
+  const Conv3x3Filters params{from, filters.mutable_data_ptr(), inputs, outputs};
+  run_on_cpu(op, cpu::conv3x3_filters, params);
   return filters;
 }
 
@@ -205,9 +206,14 @@ Tensor conv3x3_inference(const Tensor& x_, const Tensor& filters, const Tensor& 
                   ": filters must be those of a weight (", outputs, ", ", x.size(1), ", 3, 3)");
   Tensor out = new_channels_last(op, x, outputs);
   const OptionalTensor residual = optional_like(op, "residual", residual_, out);
-  cpu::conv3x3_inference({x.const_data_ptr(), filters.const_data_ptr(), bias.const_data_ptr(),
-                          residual ? residual->const_data_ptr() : nullptr, out.mutable_data_ptr(), image(x),
-                          outputs});
+  const Conv3x3Inference params{x.const_data_ptr(),
+                                filters.const_data_ptr(),
+                                bias.const_data_ptr(),
+                                residual ? residual->const_data_ptr() : nullptr,
+                                out.mutable_data_ptr(),
+                                image(x),
+                                outputs};
+  run_on_cpu(op, cpu::conv3x3_inference, params);
   return out;
 }
 

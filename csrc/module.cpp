@@ -16,11 +16,18 @@ static PyObject* release_buffers(PyObject*, PyObject*) {
   return PyLong_FromLongLong(resnet_fused::cpu::release_large_buffers());
 }
 
+static PyObject* use_buffers(PyObject*, PyObject* enabled) {
+  const int is_true = PyObject_IsTrue(enabled);
+  if (is_true < 0) return nullptr;
+  return PyBool_FromLong(resnet_fused::cpu::use_large_buffers(is_true));
+}
+
 static PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(resnet_fused::cpu::cpu_isa()); }
 
 static PyMethodDef methods[] = {
     {"built_with_cuda", built_with_cuda, METH_NOARGS, "Whether the CUDA kernels were compiled in."},
     {"release_buffers", release_buffers, METH_NOARGS, "Unmaps idle buffers; returns their bytes."},
+    {"use_buffers", use_buffers, METH_O, "Switches buffers on or off; returns whether they were on."},
     {"cpu_isa", cpu_isa, METH_NOARGS, "The instruction set of the CPU convolutions."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -125,3 +125,15 @@ def release_buffers() -> int:
         how many bytes.
     """
     return _C.release_buffers() if is_loaded else 0
+
+
+def use_buffers(enabled: bool) -> bool:
+    """Whether results of 1 MiB and more on the CPU use memory again, which PyTorch's profiler doesn't see.
+
+    Args:
+        enabled: else PyTorch allocates them.
+
+    Returns:
+        whether they did before.
+    """
+    return _C.use_buffers(enabled) if is_loaded else False

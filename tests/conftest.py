@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 
+from resnet_fused import native
 from resnet_fused.backend import interprets
 from tests.accuracy import DTYPES, LAYOUTS
 from tools.reliability import record
@@ -119,7 +120,9 @@ def _poisoned_memory() -> Iterator[None]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     torch.use_deterministic_algorithms(True, warn_only=True)
+    buffers = native.use_buffers(False)  # PyTorch fills what it allocates itself
     yield
+    native.use_buffers(buffers)
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 

@@ -10,12 +10,13 @@
 #include <algorithm>
 #include <mutex>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace resnet_fused::cpu {
 namespace {
 
-constexpr size_t kGranule = 2 << 20;
+constexpr size_t kGranule = 64 << 10;
 // Requests of any size after which an idle buffer is unmapped: several training steps of the deepest network.
 constexpr uint64_t kPatience = 2048;
 
@@ -38,6 +39,7 @@ struct Idle {
 
 struct Pool {
   std::mutex mutex;
+  bool enabled = true;
   uint64_t requests = 0;
   size_t in_use = 0, idle_bytes = 0, most_in_use = 0;
   std::vector<Idle> idle;  // in the order they were given back
@@ -87,8 +89,13 @@ Pool& pool() {
   static Pool* const instance = [] {
     Pool* const pool_of_process = new Pool;
 #if defined(__linux__)
-    // A child is a copy of the thread that forked: another one may not be left holding the mutex in it.
-    pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); }, [] { pool().mutex.unlock(); });
+    // A child is a copy of the thread that forked: another one may not be left holding the mutex in it. Pages
+    // that it shared with its parent would be copied when the parent writes to them.
+    pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); },
+                   [] {
+                     pool().shrink(0, 0);
+                     pool().mutex.unlock();
+                   });
 #endif
     return pool_of_process;
   }();
@@ -101,6 +108,7 @@ void* take_large_buffer(size_t bytes) {
   bytes = (bytes + kGranule - 1) / kGranule * kGranule;
   Pool& all = pool();
   const std::lock_guard<std::mutex> lock(all.mutex);
+  if (!all.enabled) return nullptr;
   all.requests++;
   void* buffer = all.reuse(bytes);
   all.unmap_stale();
@@ -130,6 +138,12 @@ int64_t release_large_buffers() {
   all.shrink(0, 0);
   all.most_in_use = all.in_use;
   return static_cast<int64_t>(bytes);
+}
+
+bool use_large_buffers(bool enabled) {
+  Pool& all = pool();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  return std::exchange(all.enabled, enabled);
 }
 
 }  // namespace resnet_fused::cpu

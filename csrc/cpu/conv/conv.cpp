@@ -54,9 +54,11 @@ const ConvKernels& kernels() {
 
 }  // namespace
 
-Buffer::Buffer(int64_t elements) : is_large_(bytes_of(elements) > size_t(kLargeBuffer)) {
+Buffer::Buffer(int64_t elements) {
   const size_t bytes = bytes_of(std::max<int64_t>(elements, 1));
-  void* data = is_large_ ? take_large_buffer(bytes) : std::aligned_alloc(kLine, bytes);
+  void* data = bytes > size_t(kLargeBuffer) ? take_large_buffer(bytes) : nullptr;
+  is_large_ = data != nullptr;
+  if (!is_large_) data = std::aligned_alloc(kLine, bytes);
   if (data == nullptr) throw std::bad_alloc();
   data_ = static_cast<float*>(data);
 }
