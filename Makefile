@@ -6,8 +6,9 @@ THREADS ?= 2
 RESULTS ?= build/bench.json
 # The Triton of torch 2.11, the oldest torch that is supported: kernels are compiled with it too.
 OLDEST_TRITON ?= 3.6.0
-# Of `make soak`: operands that do not fit, and the seed of the accuracy tests' random inputs.
+# Of `make soak`: operands that do not fit, steps of training, and the seed of the accuracy tests' random inputs.
 CASES ?= 5000
+STEPS ?= 10000
 SEED := $(if $(SEED),$(SEED),$(strip $(shell od -An -N4 -tu4 /dev/urandom)))
 # The interpreter, with the torch and Triton, of the machine with the GPU that `make gpu-bundle` compiles for.
 PYTHON312 ?= build/py312/bin/python
@@ -18,7 +19,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.py')
 NATIVE := csrc tests/emulated_cuda
 
-.PHONY: demo examples test test-interpreter test-oldest-triton soak soak-operands soak-accuracy bench report compatibility docs \
+.PHONY: demo examples test test-interpreter test-oldest-triton soak soak-operands soak-accuracy soak-training memory determinism bench report compatibility docs \
 	docs-check lint format build gpu-bundle clean
 
 # Threads that wait for each other don't spin: beside other jobs on the same cores a step takes an eighth of the time.
@@ -39,7 +40,21 @@ test-interpreter: build
 test-oldest-triton: build build/triton-$(OLDEST_TRITON)
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(PYTEST) tests/kernels/test_ahead_of_time.py
 
-soak: soak-operands soak-accuracy
+soak: soak-operands soak-accuracy soak-training
+
+# Of one thread: a model that small is slower with two.
+soak-training: build
+	RESNET_FUSED_TEST_SEED=$(SEED) RESNET_FUSED_TEST_STEPS=$(STEPS) OMP_NUM_THREADS=1 $(PYTEST) tests/test_soak.py --record soak
+
+# What the process's memory grows by, and the pool of buffers.
+memory: build
+	$(PYTEST) tests/test_memory.py tests/test_buffers.py --record memory
+
+# What has the same bits in every run, and with every number of threads.
+determinism: build
+	$(PYTEST) tests/test_determinism.py tests/ops/test_conv3x3.py tests/ops/test_conv_wgrad.py \
+		-k 'test_determinism or test_results_do_not_depend_on_the_threads' --record determinism
+
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 # The random inputs of `make test` are the same every time, these are not. The command that make prints repeats them.

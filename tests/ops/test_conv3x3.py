@@ -179,6 +179,7 @@ def test_nan_goes_through_as_in_eager() -> None:
     ids=str,
 )
 def test_results_do_not_depend_on_the_threads(sizes: tuple[int, int, int, int], outputs: int) -> None:
+    """3x3 convolutions in csrc, forward, dgrad and wgrad: with 1, 2, 3 and 4 threads"""
     convolution = Convolution(sizes, outputs, residual="masked")
     assert_independent_of_threads(lambda: [*convolution.fused().values()])
 

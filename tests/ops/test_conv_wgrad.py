@@ -175,6 +175,7 @@ def test_input_covariance(calls: list[int]) -> None:
     ids=str,
 )
 def test_results_do_not_depend_on_the_threads(sizes: tuple[int, int, int, int], outputs: int) -> None:
+    """Weight gradients of other convolutions in csrc: with 1, 2, 3 and 4 threads"""
     x = random_activation(sizes)
     g = random_activation((sizes[0], outputs, *sizes[2:]))
     operands = Gradient(g, random_mask(g)), Activation(x, *random_bn(sizes[1])), (1, 1), ConvGeometry(), True

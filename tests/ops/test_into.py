@@ -116,27 +116,6 @@ def test_masked_grad(get_op: Op, name: str, accumulate: bool, dtype: torch.dtype
             assert (error <= 4 * eps * dz.abs().sum((0, 2, 3)) + 1e-15 * sum_before.abs()).all()
 
 
-def test_sums_do_not_depend_on_the_number_of_threads(dtype: torch.dtype, layout: str) -> None:
-    y = torch.randn(8, 40, 30, 31).to(dtype).contiguous(memory_format=LAYOUTS[layout])
-    statistics = torch.float64 if dtype == torch.float64 else torch.float32
-    zeros, ones = torch.zeros(40, dtype=statistics), torch.ones(40, dtype=statistics)
-    _, mask = OPS.bn_add_relu(y, zeros, ones, None, None, y)
-    before = torch.get_num_threads()
-    found: list[tuple[Tensor, ...]] = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            out, total = torch.zeros_like(y), torch.full((40,), 0.1, dtype=torch.float64)
-            OPS.masked_grad(y, mask, out, True, total)
-            sums = OPS.bn_add_relu_backward_reduce(y, mask, y, zeros, ones)
-            found.append(
-                (out, total, *sums, *OPS.batch_norm_stats(y, 1e-5), OPS.bn_relu(y, zeros, ones, None, None))
-            )
-    finally:
-        torch.set_num_threads(before)
-    assert all(all(map(torch.equal, results, found[0])) for results in found[1:])
-
-
 @pytest.mark.parametrize("name", NAMES)
 @on_both
 def test_dy_alone(get_op: Op, name: str, dtype: torch.dtype, layout: str) -> None:
