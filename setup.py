@@ -56,9 +56,11 @@ BUILD_ERRORS = (BaseError, CCompilerError, RuntimeError, OSError, subprocess.Sub
 
 def why_no_compiler() -> str | None:
     """What a C++ extension needs and this machine lacks; None where nothing is missing."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
-    if shutil.which(compiler) is None:
-        return f"there is no C++ compiler ({compiler}): install g++, then resnet_fused again"
+    words = shlex.split(os.environ.get("CXX", "c++"))
+    if not words:
+        return "there is no C++ compiler (CXX is empty): unset it, then install resnet_fused again"
+    if shutil.which(words[0]) is None:
+        return f"there is no C++ compiler ({words[0]}): install g++, then resnet_fused again"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         return "there is no Python.h: install python3-dev, then resnet_fused again"
     return None

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 
 import torch
 
-from resnet_fused import native
+from resnet_fused import environment, native
 
 CHOICES = ("auto", "triton", "vendor", "reference")
 #: What Triton's tensor-core instructions and asynchronous copies ask for.
@@ -34,13 +34,7 @@ OLDEST_GPU = (8, 0)
 FINDS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def _checked(choice: str, source: str) -> str:
-    if choice not in CHOICES:
-        raise ValueError(f"{source} must be one of {', '.join(CHOICES)}, got {choice!r}")
-    return choice
-
-
-_choice = _checked(os.environ.get("RESNET_FUSED_BACKEND", "auto"), "RESNET_FUSED_BACKEND")
+_choice = environment.read("RESNET_FUSED_BACKEND", CHOICES)
 
 
 @contextmanager
@@ -54,7 +48,9 @@ def backend(choice: str) -> Iterator[None]:
         ValueError: for any other choice.
     """
     global _choice
-    before, _choice = _choice, _checked(choice, "backend")
+    if choice not in CHOICES:
+        raise ValueError(f"backend must be one of {', '.join(CHOICES)}, got {choice!r}")
+    before, _choice = _choice, choice
     try:
         yield
     finally:

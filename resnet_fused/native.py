@@ -16,6 +16,8 @@ from typing import TypedDict
 
 import torch
 
+from resnet_fused import environment
+
 _FOLDER = Path(__file__).parent
 #: What a CUDA build needs and a torch without CUDA, or for another CUDA, doesn't have.
 _CUDA_LIBRARY = re.compile(r"lib(cudart|c10_cuda|torch_cuda)\.so\S*")
@@ -74,6 +76,8 @@ def _why_not_loaded(error: ImportError) -> str:
     )
 
 
+# Which the extension reads when it is first needed: a value that it does not know would limit nothing.
+environment.read("RESNET_FUSED_CPU_ISA", ("avx512", "avx2", "baseline"))
 _build = _read_build()
 #: Why the extension is missing; None when it is loaded.
 missing_reason: str | None = None

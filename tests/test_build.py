@@ -277,6 +277,8 @@ def test_what_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         )
         assert not plan.asked and not plan.may_fall_back
         insists_in_vain("cuda", reason)
+    monkeypatch.setenv("CXX", "")
+    insists_in_vain("cpu", "there is no C++ compiler (CXX is empty): unset it")
     monkeypatch.setenv("CXX", "no-such-compiler")
     insists_in_vain("cpu", "there is no C++ compiler (no-such-compiler)")
     assert setup.make_plan("none").extension is None and setup.make_plan("none").asked

@@ -15,11 +15,12 @@ PACKAGE = Path(__file__).parent.parent / "resnet_fused"
 #: Module or subpackage: what it may import, beside itself and _version; see docs/architecture.md.
 LAYERS = {
     "_version": set(),
+    "environment": set(),
     "layout": set(),
     "types": set(),
     "accuracy": set(),
-    "native": {"_C"},
-    "backend": {"native"},
+    "native": {"_C", "environment"},
+    "backend": {"environment", "native"},
     "weights": set(),
     "reference": {"layout", "types", "weights"},
     "kernels": {"accuracy", "backend", "layout", "types"},
@@ -35,7 +36,19 @@ LAYERS = {
     "measure": {"accuracy"},
     "cuda_graph": set(),
     "": {"backend", "cuda_graph", "explain", "functional", "fuse", "models", "native", "ops", "reference"},
-    "cli": {"", "accuracy", "backend", "measure", "models", "native", "ops", "plan", "reference", "weights"},
+    "cli": {
+        "",
+        "accuracy",
+        "backend",
+        "environment",
+        "measure",
+        "models",
+        "native",
+        "ops",
+        "plan",
+        "reference",
+        "weights",
+    },
     "__main__": {"cli"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -57,13 +57,27 @@ class World:
 
 
 def from_environment() -> World:
-    """The rank and world size in torchrun's environment variables."""
+    """The rank and world size in torchrun's environment variables.
+
+    Raises:
+        UserError: they are no ranks and numbers of processes.
+    """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World()
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return World(
-        rank, size, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    )
+    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    found = {
+        "RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": os.environ.get("LOCAL_RANK", rank),
+        "LOCAL_WORLD_SIZE": os.environ.get("LOCAL_WORLD_SIZE", size),
+    }
+    values = [int(value) if value.isdecimal() else -1 for value in found.values()]
+    if not (0 <= values[0] < values[1] and 0 <= values[2] < values[3]):
+        given = ", ".join(f"{name}={value}" for name, value in found.items())
+        wanted = "0 <= RANK < WORLD_SIZE and 0 <= LOCAL_RANK < LOCAL_WORLD_SIZE, as torchrun sets them"
+        # Not `everywhere`: which process is the first is what is unknown.
+        raise UserError(f"the environment has {given}: set {wanted}, or none of them", everywhere=False)
+    return World(*values)
 
 
 @contextlib.contextmanager

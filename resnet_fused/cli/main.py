@@ -27,10 +27,10 @@ from resnet_fused.cli.settings import (
     Settings,
 )
 from resnet_fused.cli.signals import Stopped
+from resnet_fused.environment import SCRIPT
 from resnet_fused.reference.resnet import ARCHITECTURES
 
 EXPORT_FORMATS = ("onnx", "torchscript", "exported-program", "state_dict")
-SCRIPT = "resnet-fused"  # see [project.scripts] in pyproject.toml
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -263,3 +263,24 @@ def test_under_torchrun(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli("train", "--batch-size", 1) == Result(2, "", "")
     monkeypatch.setenv("RANK", "0")
     assert_refused(cli("bench"), "without torchrun")
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "first", "WORLD_SIZE": "2"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": ""},
+        {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "-1"},
+    ],
+    ids=str,
+)
+def test_ranks_that_torchrun_does_not_set(
+    variables: dict[str, str], cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun's variables with values that are no ranks: one line."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for command in ("train", "bench"):
+        assert_refused(cli(command), f"RANK={variables['RANK']}, WORLD_SIZE=", "or none of them")

@@ -31,8 +31,8 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-def run(*command: object) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+def run(*command: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"} | variables
     return subprocess.run(
         list(map(str, command)), env=environment, capture_output=True, text=True, timeout=60
     )
@@ -56,3 +56,15 @@ def test_module() -> None:
     assert (done.returncode, done.stdout) == (0, f"resnet_fused {resnet_fused.__version__}\n")
     done = run(sys.executable, "-m", "resnet_fused", "--help")
     assert done.returncode == 0 and done.stdout.startswith("usage: python -m resnet_fused ")
+
+
+def test_a_misspelt_variable(script: Path) -> None:
+    """An environment variable with an unknown value: one line of the command line, ValueError in a program."""
+    backend = "RESNET_FUSED_BACKEND must be one of auto, triton, vendor, reference, got 'refrence'"
+    done = run(sys.executable, "-m", "resnet_fused", "info", RESNET_FUSED_BACKEND="refrence")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"resnet_fused: error: {backend}\n")
+    done = run(script, "info", RESNET_FUSED_CPU_ISA="AVX2")
+    isa = "RESNET_FUSED_CPU_ISA must be one of avx512, avx2, baseline, got 'AVX2'"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"resnet_fused: error: {isa}\n")
+    done = run(sys.executable, "-c", "import resnet_fused", RESNET_FUSED_BACKEND="refrence")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == f"ValueError: {backend}"
