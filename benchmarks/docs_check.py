@@ -12,7 +12,7 @@ from benchmarks import compatibility, launch_plan, report, scaling_page, trainin
 from benchmarks.page import ROOT
 from benchmarks.roofline_model import step
 from resnet_fused.plan import plan
-from tools import kernel_instructions
+from tools import dependencies, kernel_instructions
 
 PAGES = (
     *report.PAGES,
@@ -21,6 +21,7 @@ PAGES = (
     training_fold.PAGE,
     scaling_page.PAGE,
     kernel_instructions.PAGE,
+    dependencies.PAGE,
 )
 
 
