@@ -47,6 +47,7 @@ SDIST = (
     "benchmarks/RESULTS.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "SECURITY.md",
     "constraints.txt",
     "Makefile",
 )
