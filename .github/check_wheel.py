@@ -1,8 +1,9 @@
-"""Checks an installed wheel: the extension loads, and one training step runs fused and agrees with plain PyTorch.
+"""Checks an installation: it has the kernels that it must have, and training steps agree with plain PyTorch.
 
-    python check_wheel.py [cpu | cuda]
+    python check_wheel.py [cpu | cuda | none]
 
-Run it outside the clone, in an environment with the wheel and torch alone.
+With kernels blocks must run fused, with none they must not. Run it outside the clone, in an environment with the
+package and torch alone.
 """
 
 from __future__ import annotations
@@ -11,48 +12,49 @@ import argparse
 import sys
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resnet_fused
 from resnet_fused import native
 
-#: Relative error of a gradient, far below that of a wrong kernel: how accurate kernels are is for the tests to measure.
-LARGEST_ERROR = 1e-3
+#: Relative difference of two gradients, far below that of a wrong kernel: how accurate kernels are is for the tests to
+#: measure. A ReLU whose input rounds to 0 may be on in one and off in the other. That moves the gradient of one of 64
+#: channels by up to 1 / sqrt(16 * 56 * 56 pixels) and so the whole by 6e-4; of 3 million, a few do.
+LARGEST_ERROR = 1e-2
 
 
-def train_one_step(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
+def train_one_step(block: nn.Module, x: Tensor) -> list[Tensor]:
     """The gradients of a step of SGD, with which the parameters are updated."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    F.cross_entropy(model(images), labels).backward()
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+    block(x).square().mean().backward()
     optimizer.step()
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return [parameter.grad for parameter in block.parameters() if parameter.grad is not None]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Checks the installed wheel of resnet_fused.")
-    parser.add_argument("kernels", choices=("cpu", "cuda"), help="the kernels that the wheel must have")
-    arguments = parser.parse_args()
-    if native.missing_reason is not None:
-        sys.exit(native.missing_reason)
-    if native.has_cuda != (arguments.kernels == "cuda"):
-        sys.exit(f"expected {arguments.kernels} kernels, but the wheel has {native.summary()}")
-
-    torch.manual_seed(0)
-    fused = resnet_fused.resnet18(num_classes=10)
-    fused = fused.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    plain = resnet_fused.reference.resnet18(num_classes=10)
+def check(fused: nn.Module, plain: nn.Module, channels: int, kernels: str) -> None:
+    """One kind of block. A whole model would not do: what one ReLU changes, all blocks before it multiply."""
     plain.load_state_dict(fused.state_dict())
-    images = torch.randn(8, 3, 64, 64).to(memory_format=torch.channels_last)
-    labels = torch.arange(8)
-    if reasons := resnet_fused.explain(fused, images):
-        sys.exit(f"not fused: {reasons}")
-    for ours, theirs in zip(
-        train_one_step(fused, images, labels), train_one_step(plain, images, labels), strict=True
-    ):
+    # On a CPU blocks of fewer or smaller images may run as PyTorch's operators, where these were measured to be faster.
+    x = torch.randn(16, channels, 56, 56).to(memory_format=torch.channels_last)
+    unfused = resnet_fused.explain(fused, x)
+    if bool(unfused) != (kernels == "none"):
+        sys.exit(f"not fused: {unfused or 'nothing'}, with {kernels} kernels")
+    for ours, theirs in zip(train_one_step(fused, x), train_one_step(plain, x), strict=True):
         error = float((ours - theirs).norm() / theirs.norm())
         if not error < LARGEST_ERROR:
             sys.exit(f"a gradient of shape {tuple(ours.shape)} differs from plain PyTorch's by {error:.1e}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Checks the installed resnet_fused.")
+    parser.add_argument("kernels", choices=("cpu", "cuda", "none"), help="the kernels that it must have")
+    wanted = parser.parse_args().kernels
+    if wanted != ("none" if not native.is_loaded else "cuda" if native.has_cuda else "cpu"):
+        sys.exit(f"expected {wanted} kernels, but it has {native.summary()}")
+
+    torch.manual_seed(0)
+    check(resnet_fused.BasicBlock(64, 64), resnet_fused.reference.BasicBlock(64, 64), 64, wanted)
+    check(resnet_fused.Bottleneck(256, 64), resnet_fused.reference.Bottleneck(256, 64), 256, wanted)
     print(f"resnet_fused {resnet_fused.__version__} with torch {torch.__version__}: {native.summary()}")
 
 

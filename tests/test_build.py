@@ -15,6 +15,7 @@ import torch
 
 import setup
 from csrc.cuda_toolkit import NoToolkit, Toolkit, find_toolkit
+from resnet_fused import native
 
 ROOT = Path(__file__).parents[1]
 NOWHERE = Path("/nowhere")
@@ -203,7 +204,7 @@ def build(root: Path, cuda: str | None, **environ: str) -> subprocess.CompletedP
         "sys.argv = ['setup.py', '-q', 'build', '--build-lib', 'lib']\n"
         "setup.main()\n"
     )
-    names = ("CUDA_HOME", "CUDA_PATH", "RESNET_FUSED_BUILD", "TORCH_CUDA_ARCH_LIST")
+    names = ("CUDA_HOME", "CUDA_PATH", "CXX", "RESNET_FUSED_BUILD", "TORCH_CUDA_ARCH_LIST")
     clean = {name: value for name, value in os.environ.items() if name not in names}
     command = [sys.executable, "-c", program]
     return subprocess.run(command, cwd=root, env=clean | environ, capture_output=True, text=True, timeout=120)
@@ -242,16 +243,20 @@ def test_a_cuda_build_that_fails(sources: Path, tmp_path: Path, compiles: str) -
 
 
 def test_no_compiler(sources: Path) -> None:
-    done = build(sources, None, CXX="no-such-compiler")
+    """A machine without compilers: the installation succeeds, and importing it warns once and says what to do."""
+    done = build(sources, None, PATH="/nowhere")
     assert done.returncode == 0, done.stderr
     assert not has_extension(sources)
-    reason = "there is no C++ compiler (no-such-compiler): install g++, then resnet_fused again"
+    reason = "there is no C++ compiler (c++): install g++, then resnet_fused again"
     missing = f"built without its extension: {reason}"
     assert recorded(sources) == {"extension": False, "missing": missing, "asked": False}
     info = subprocess.run(
         [sys.executable, "-m", "resnet_fused", "info"], cwd=sources / "lib", capture_output=True, text=True
     )
     assert info.returncode == 0 and missing in info.stdout
+    warned = [line for line in info.stderr.splitlines() if "Warning" in line]
+    message = f"RuntimeWarning: resnet_fused runs plain PyTorch, nothing fused: resnet_fused was {missing}"
+    assert len(warned) == 1 and warned[0].endswith(message), info.stderr
 
 
 def insists_in_vain(mode: str, reason: str) -> None:
@@ -282,6 +287,19 @@ def test_what_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("CXX", "no-such-compiler")
     insists_in_vain("cpu", "there is no C++ compiler (no-such-compiler)")
     assert setup.make_plan("none").extension is None and setup.make_plan("none").asked
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_check_of_a_release(tmp_path: Path, backend: str) -> None:
+    """The program that the release workflow runs with each package: it passes with kernels that run, and else fails."""
+    kernels = "cuda" if native.has_cuda else "cpu" if native.is_loaded else "none"
+    command = [sys.executable, str(ROOT / ".github" / "check_wheel.py"), kernels]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "RESNET_FUSED_BACKEND": backend}
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
+    if backend == "auto" or kernels == "none":
+        assert done.returncode == 0 and done.stdout.startswith("resnet_fused "), done.stderr
+    else:
+        assert done.returncode == 1 and done.stderr.startswith("not fused: "), done.stderr
 
 
 def test_the_sdist_holds_all_sources(tmp_path: Path) -> None:
