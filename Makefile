@@ -10,6 +10,8 @@ OLDEST_TRITON ?= 3.6.0
 CASES ?= 5000
 STEPS ?= 10000
 SEED := $(if $(SEED),$(SEED),$(strip $(shell od -An -N4 -tu4 /dev/urandom)))
+# Of `make packages`: interpreters with torch, of the oldest and the newest versions, say.
+PYTHONS ?= $(VENV)/bin/python
 # The interpreter, with the torch and Triton, of the machine with the GPU that `make gpu-bundle` compiles for.
 PYTHON312 ?= build/py312/bin/python
 
@@ -19,8 +21,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.py')
 NATIVE := csrc tests/emulated_cuda
 
-.PHONY: demo examples test test-interpreter test-oldest-triton soak soak-operands soak-accuracy soak-training memory determinism bench report compatibility docs \
-	docs-check lint format build gpu-bundle clean
+.PHONY: demo examples test test-interpreter test-oldest-triton bench report compatibility docs docs-check lint format \
+	build gpu-bundle clean sanitize properties soak soak-operands soak-accuracy soak-training memory determinism faults \
+	packages mutants
 
 # Threads that wait for each other don't spin: beside other jobs on the same cores a step takes an eighth of the time.
 demo: build
@@ -75,6 +78,10 @@ soak-operands: build
 		OMP_NUM_THREADS=$(THREADS) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 \
 		$(abspath $(BIN))/python -m tests.ops.ill_fitting --memory 0 --cases $(CASES) --log cases.log \
 		|| { tail -n 1 cases.log; exit 1; }
+
+# Builds the sdist and wheels, installs them in new environments and runs them there: with each of PYTHONS, which have torch.
+packages: build
+	$(BIN)/python -m tools.packages $(PYTHONS:%=--python %)
 
 # RESULTS=benchmarks/results/NAME.json keeps the figures; `make report` makes tables and pictures of what is there.
 bench: build
