@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <atomic>
 #include <exception>
 #include <mutex>
 #include <tuple>
@@ -32,6 +34,13 @@ void parallel_for(int64_t tasks, const std::function<void(int64_t)>& body) {
     }
   });
   if (error) std::rethrow_exception(error);
+}
+
+void parallel_for_dynamic(int64_t tasks, const std::function<void(int64_t)>& body) {
+  std::atomic<int64_t> next{0};
+  parallel_for(std::min<int64_t>(tasks, num_threads()), [&](int64_t) {
+    for (int64_t i = next++; i < tasks; i = next++) body(i);
+  });
 }
 
 }  // namespace cpu

@@ -7,8 +7,10 @@
 // linker picks the best one the machine can run. It needs ifunc, hence glibc, and a compiler that knows the
 // levels; elsewhere the function is compiled once. A clone's target does not reach a function that it merely
 // calls, so everything a clone does must be inlined into it: RESNET_FUSED_INLINE on functions,
-// RESNET_FUSED_INLINED after the parameters of a lambda.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+// RESNET_FUSED_INLINED after the parameters of a lambda. A build that defines it empty compiles once:
+// tests/sanitizers.
+#if defined(RESNET_FUSED_CLONES)
+#elif defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define RESNET_FUSED_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define RESNET_FUSED_CLONES

@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "accessible.h"
+
 namespace resnet_fused::cpu {
 namespace {
 
@@ -50,6 +52,7 @@ struct Pool {
   void shrink(size_t needed, size_t bound) {
     size_t gone = 0;
     while (gone < idle.size() && idle_bytes + needed > bound) {
+      set_accessible(idle[gone].buffer, idle[gone].bytes, idle[gone].bytes);
       unmap(idle[gone].buffer, idle[gone].bytes);
       idle_bytes -= idle[gone++].bytes;
     }
@@ -104,8 +107,8 @@ Pool& pool() {
 
 }  // namespace
 
-void* take_large_buffer(size_t bytes) {
-  bytes = (bytes + kGranule - 1) / kGranule * kGranule;
+void* take_large_buffer(size_t requested) {
+  const size_t bytes = (requested + kGranule - 1) / kGranule * kGranule;
   Pool& all = pool();
   const std::lock_guard<std::mutex> lock(all.mutex);
   if (!all.enabled) return nullptr;
@@ -114,6 +117,7 @@ void* take_large_buffer(size_t bytes) {
   all.unmap_stale();
   if (buffer == nullptr) buffer = all.map_anew(bytes);
   if (buffer == nullptr) return nullptr;
+  set_accessible(buffer, requested, bytes);
   all.taken[buffer] = bytes;
   all.in_use += bytes;
   all.most_in_use = std::max(all.most_in_use, all.in_use);
@@ -126,6 +130,7 @@ void give_large_buffer(void* buffer) {
   const auto entry = all.taken.find(buffer);
   const size_t bytes = entry->second;
   all.taken.erase(entry);
+  set_accessible(buffer, 0, bytes);
   all.in_use -= bytes;
   all.idle.push_back({buffer, bytes, all.requests});
   all.idle_bytes += bytes;

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <new>
 
+#include "../accessible.h"
 #include "../large_buffers.h"
 
 namespace resnet_fused::cpu {
@@ -15,7 +16,16 @@ namespace {
 
 constexpr size_t kLine = 64;
 
-size_t bytes_of(int64_t elements) { return (size_t(elements) * sizeof(float) + kLine - 1) / kLine * kLine; }
+size_t bytes_of(int64_t elements) { return size_t(elements) * sizeof(float); }
+
+// Aligned to cache lines; what is left of the last one is not to be accessed.
+void* allocate(size_t bytes) {
+  const size_t capacity = (bytes + kLine - 1) / kLine * kLine;
+  void* data = std::aligned_alloc(kLine, capacity);
+  if (data == nullptr) throw std::bad_alloc();
+  set_accessible(data, bytes, capacity);
+  return data;
+}
 
 struct Scratch {
   float* data = nullptr;
@@ -56,11 +66,9 @@ const ConvKernels& kernels() {
 
 Buffer::Buffer(int64_t elements) {
   const size_t bytes = bytes_of(std::max<int64_t>(elements, 1));
-  void* data = bytes > size_t(kLargeBuffer) ? take_large_buffer(bytes) : nullptr;
-  is_large_ = data != nullptr;
-  if (!is_large_) data = std::aligned_alloc(kLine, bytes);
-  if (data == nullptr) throw std::bad_alloc();
-  data_ = static_cast<float*>(data);
+  void* large = bytes > size_t(kLargeBuffer) ? take_large_buffer(bytes) : nullptr;
+  is_large_ = large != nullptr;
+  data_ = static_cast<float*>(is_large_ ? large : allocate(bytes));
 }
 
 Buffer::~Buffer() { is_large_ ? give_large_buffer(data_) : std::free(data_); }
@@ -86,11 +94,12 @@ float* scratch(int64_t elements) {
   const size_t bytes = bytes_of(elements);
   if (held.bytes < bytes) {
     std::free(held.data);
+    held.data = nullptr;
     held.bytes = 0;
-    held.data = static_cast<float*>(std::aligned_alloc(kLine, bytes));
-    if (held.data == nullptr) throw std::bad_alloc();
+    held.data = static_cast<float*>(allocate(bytes));
     held.bytes = bytes;
   }
+  set_accessible(held.data, bytes, held.bytes);
   return held.data;
 }
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -29,16 +28,6 @@ class Buffer {
 
 // Of this thread, until it asks again.
 float* scratch(int64_t elements);
-
-// Runs body(i) for every i in [0, tasks), each by the next thread that is free: a thread that is held up by
-// another process has fewer. Only where results don't depend on which thread computes what, or when.
-template <class Body>
-void parallel_for_dynamic(int64_t tasks, const Body& body) {
-  std::atomic<int64_t> next{0};
-  parallel_for(std::min<int64_t>(tasks, num_threads()), [&](int64_t) {
-    for (int64_t i = next++; i < tasks; i = next++) body(i);
-  });
-}
 
 // Of a core's second-level cache.
 int64_t cache_bytes();
