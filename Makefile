@@ -6,7 +6,7 @@ THREADS ?= 2
 RESULTS ?= build/bench.json
 # The Triton of torch 2.11, the oldest torch that is supported: kernels are compiled with it too.
 OLDEST_TRITON ?= 3.6.0
-# Of `make soak`: operands that do not fit, steps of training, and the seed of the accuracy tests' random inputs.
+# Of `make soak` and `make sanitize`: operands that do not fit, steps of training, and the seed of all random inputs.
 CASES ?= 5000
 STEPS ?= 10000
 SEED := $(if $(SEED),$(SEED),$(strip $(shell od -An -N4 -tu4 /dev/urandom)))
@@ -19,10 +19,16 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.py')
-NATIVE := csrc tests/emulated_cuda
+NATIVE := csrc tests/emulated_cuda tests/sanitizers
+SANITIZE := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=undefined,float-cast-overflow
+# libstdc++ is loaded early too, so that exceptions are intercepted. Python and torch never free all that they allocate:
+# leaks are looked for without them, by tests/sanitizers.
+ASAN_PYTHON = env -C build/asan LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell gcc -print-file-name=lib$(name).so))" \
+	OMP_NUM_THREADS=$(THREADS) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 \
+	$(abspath $(BIN))/python
 
 .PHONY: demo examples test test-interpreter test-oldest-triton bench report compatibility docs docs-check lint format \
-	build gpu-bundle clean sanitize properties soak soak-operands soak-accuracy soak-training memory determinism faults \
+	build gpu-bundle clean sanitize asan properties soak soak-operands soak-accuracy soak-training memory determinism faults \
 	packages mutants
 
 # Threads that wait for each other don't spin: beside other jobs on the same cores a step takes an eighth of the time.
@@ -58,26 +64,29 @@ determinism: build
 	$(PYTEST) tests/test_determinism.py tests/ops/test_conv3x3.py tests/ops/test_conv_wgrad.py \
 		-k 'test_determinism or test_results_do_not_depend_on_the_threads' --record determinism
 
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
-
 # The random inputs of `make test` are the same every time, these are not. The command that make prints repeats them.
 soak-accuracy: build
 	RESNET_FUSED_TEST_SEED=$(SEED) $(PYTEST) tests/ops tests/reference tests/test_models.py
 	RESNET_FUSED_TEST_SEED=$(SEED) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -m interpreter tests/kernels tests/ops
 
-# Ops with operands that do not fit, from a random seed, with csrc under AddressSanitizer and UBSan: a copy of the package in
-# build/asan has an extension of its own. libstdc++ is loaded early too, so that exceptions are intercepted.
-soak-operands: build
+# Ops with operands that do not fit, from a random seed, with csrc under AddressSanitizer and UBSan.
+soak-operands: asan
+	$(ASAN_PYTHON) -m tests.ops.ill_fitting --memory 0 --seed $(SEED) --cases $(CASES) --log cases.log \
+		|| { tail -n 1 build/asan/cases.log; exit 1; }
+
+# Kernels without Python under AddressSanitizer, UBSan, LeakSanitizer, ThreadSanitizer and valgrind; ops, large buffers,
+# training steps and operands that do not fit under AddressSanitizer and UBSan.
+sanitize: asan
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m tests.sanitizers --python '$(ASAN_PYTHON)' --cases $(CASES) --seed $(SEED)
+
+# A copy of the package in build/asan, whose extension is under both.
+asan: build
 	mkdir -p build/asan
-	rm -rf build/asan/csrc build/asan/resnet_fused build/asan/tests
-	cp -rp csrc resnet_fused tests setup.py pyproject.toml README.md LICENSE build/asan/
+	rm -rf build/asan/csrc build/asan/resnet_fused build/asan/tests build/asan/tools build/asan/benchmarks
+	cp -rp csrc resnet_fused tests tools benchmarks setup.py pyproject.toml README.md LICENSE build/asan/
 	rm -f build/asan/resnet_fused/_C*.so
-	cd build/asan && RESNET_FUSED_BUILD=cpu CFLAGS='$(SANITIZE) -fno-omit-frame-pointer' LDFLAGS='$(SANITIZE)' \
-		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
-	cd build/asan && LD_PRELOAD="$$(for name in asan ubsan stdc++; do gcc -print-file-name=lib$$name.so; done)" \
-		OMP_NUM_THREADS=$(THREADS) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 \
-		$(abspath $(BIN))/python -m tests.ops.ill_fitting --memory 0 --cases $(CASES) --log cases.log \
-		|| { tail -n 1 cases.log; exit 1; }
+	cd build/asan && RESNET_FUSED_BUILD=cpu CFLAGS='$(SANITIZE) -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS' \
+		LDFLAGS='$(SANITIZE)' $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 
 # Builds the sdist and wheels, installs them in new environments and runs them there: with each of PYTHONS, which have torch.
 packages: build

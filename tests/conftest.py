@@ -29,6 +29,7 @@ _SHARING = {
     "tests/compat/test_many_processes.py",
     "tests/emulated_cuda/test_emulated_cuda.py",
     "tests/kernels/test_ahead_of_time.py",
+    "tests/sanitizers/test_sanitizers.py",
     "tests/test_curves.py",
     "tests/test_memory.py",
 }
