@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the program
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("build", ["address", "thread"])
 def test_nothing_is_reported(builds: Builds, build: str, isa: str, passes: Callable[..., None]) -> None:
-    """All kernels, forward and backward, with one, two and three threads: the same bytes, and no report."""
+    """Kernels, forward and backward, with one, two and three threads: the same bytes, and no report."""
     passes(builds[build], isa)
 
 

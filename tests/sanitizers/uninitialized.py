@@ -18,5 +18,5 @@ MEMCHECK = ("valgrind", "--quiet", "--error-exitcode=1", "--max-stackframe=80000
 def test_no_result_depends_on_uninitialized_memory(
     builds: Builds, isa: str, passes: Callable[..., None]
 ) -> None:
-    """All kernels in valgrind's memcheck, which follows what was never written through sums and copies."""
+    """Kernels in valgrind's memcheck, which follows what was never written through sums and copies."""
     passes(builds["plain"], isa, *MEMCHECK)
