@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from resnet_fused import functional
 from resnet_fused.types import BatchNorm
+from tests.accuracy import LAYOUTS
 
 C = 5
 Y = torch.randn(2, C, 4, 4)
@@ -104,3 +106,26 @@ def test_backend_choice_is_checked() -> None:
         resnet_fused.backend("fast"),
     ):
         pass
+
+
+@pytest.mark.parametrize("channels", [11, 70])
+def test_relu_at_zero(channels: int, layout: str) -> None:
+    """A ReLU has no gradient at zero, as in PyTorch: a mask has no bit there."""
+    y = torch.randint(-1, 2, (2, channels, 6, 5)).float().contiguous(memory_format=LAYOUTS[layout])
+    zeros, ones = torch.zeros(channels), torch.ones(channels)
+    norm = BatchNorm(zeros, ones, ones, zeros, False, 0.1, 1e-5)
+    bn = lambda y: F.batch_norm(y, *norm[:7])  # noqa: E731
+    for fused, eager in (
+        (lambda y: functional.bn_relu(y, *norm[:7]), lambda y: F.relu(bn(y))),
+        (lambda y: functional.bn_add_relu(y, 0 * y, *norm[:7]), lambda y: F.relu(bn(y) + 0 * y)),
+        (lambda y: functional.bn_bn_add_relu(y, 0 * y, norm, norm), lambda y: F.relu(bn(y) + bn(0 * y))),
+        (
+            lambda y: functional.bn_relu_maxpool(y, *norm[:7]),
+            lambda y: F.max_pool2d(F.relu(bn(y)), 3, 2, 1),
+        ),
+    ):
+        grads = []
+        for op in (fused, eager):
+            x = y.clone().requires_grad_()
+            grads.append(torch.autograd.grad(op(x).sum(), x)[0])
+        torch.testing.assert_close(*grads)

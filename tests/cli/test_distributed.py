@@ -5,6 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from resnet_fused.cli.data import open_source
+from resnet_fused.cli.distributed import World
+from resnet_fused.cli.learner import Learner
+from resnet_fused.cli.settings import make_settings
 from tests.cli.conftest import SMALL, assert_same_run
 
 ONE_RANK = """
@@ -41,6 +48,25 @@ def test_gloo_ends_before_the_interpreter() -> None:
     own, of_ddp, left = map(int, done.stdout.split())
     assert own > 0 and of_ddp > 0
     assert left <= of_ddp, "the group that ranks agree by has not ended; DDP's may have"
+
+
+class OfTwo(World):
+    """One of two processes that find the same."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        return 2 * values
+
+
+def test_progress_counts_all_processes() -> None:
+    source, settings = open_source("digits", 32, 0), make_settings({}, {})
+    learner = Learner("fused", settings, source, 1, torch.device("cpu"), World())
+    learner.world = OfTwo(size=2)
+    learner._pending.append(torch.tensor([1.5, 3.0], dtype=torch.float64))  # loss, correct
+    learner.count_steps()
+    progress = learner.progress
+    assert (progress.losses, progress.correct) == ([1.5], 6)
+    assert progress.images == 2 * settings.batch_size
+    assert progress.loss == 1.5 * progress.images
 
 
 #: As train.py, but that one of the processes crashes in the second epoch, the first time.

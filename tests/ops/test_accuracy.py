@@ -13,7 +13,7 @@ import resnet_fused
 from resnet_fused.accuracy import element_error, relative_error
 from resnet_fused.layout import dense, is_channels_last, memory_format
 from resnet_fused.ops.bn_stats import batch_norm_stats
-from tests.accuracy import HOSTILE_CASES, Case, Results, assert_accurate, hostile_input
+from tests.accuracy import HOSTILE_CASES, LAYOUTS, Case, Results, assert_accurate, hostile_input
 from tests.ops.steps import (
     OTHERS,
     STEMS,
@@ -122,6 +122,17 @@ def test_statistics_keep_their_digits_far_from_zero(backend: str, layout: str) -
     assert relative_error(mean, exact_mean) < 2 * EPS
     assert relative_error(var, exact_var) < 4 * EPS
     assert relative_error(invstd, torch.rsqrt(exact_var + 1e-5)) < 4 * EPS
+
+
+@on_backends
+def test_statistics_of_many_tasks(backend: str, layout: str) -> None:
+    """Of several parts of different sizes, whose means differ: a merge by wrong counts would show."""
+    x = torch.randn(7, 5, 61, 57, dtype=torch.float64).cumsum(2).contiguous(memory_format=LAYOUTS[layout])
+    with resnet_fused.backend(backend):
+        mean, var, _ = batch_norm_stats(x, 1e-5)
+    exact_var, exact_mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    assert relative_error(mean, exact_mean) < 1e-12
+    assert relative_error(var, exact_var) < 1e-12
 
 
 @pytest.mark.parametrize("value", [0.1, 1e3, -7.7e4, 0.0])

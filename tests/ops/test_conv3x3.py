@@ -138,6 +138,32 @@ def test_strategies(sizes: tuple[int, int, int, int], outputs: int, layout: torc
     assert_accurate(lambda: Convolution(sizes, outputs, residual="masked", weight_format=layout).results())
 
 
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        ConvGeometry(padding=(1, 1), dilation=(2, 1)),
+        ConvGeometry(padding=(1, 1), dilation=(1, 2)),
+        ConvGeometry(padding=(2, 1)),
+        ConvGeometry((1, 2), (1, 1)),
+        ConvGeometry(padding=(1, 1), groups=2),
+    ],
+    ids=str,
+)
+def test_other_geometries_are_the_vendors(geometry: ConvGeometry, always: list[str]) -> None:
+    """The kernels know only stride 1, padding 1, dilation 1 and no groups."""
+    x, weight = random_activation((2, 6, 9, 8)), torch.randn(4, 6 // geometry.groups, 3, 3)
+    y, *_ = conv_bn_stats([*Activation(x)], weight, *geometry, 1e-5, True, None, None, False)
+    torch.testing.assert_close(y, torch.conv2d(x, weight, None, *geometry))
+    dy, rest = Gradient(torch.ones_like(y)), (None, None, (1, 1), [True, True])
+    da, *_, dweight = conv_backward([*dy], [*Activation(x)], weight, *geometry, *rest)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    for ours, theirs in zip(
+        (da, dweight), torch.autograd.grad(torch.conv2d(*leaves, None, *geometry).sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert not always
+
+
 def test_means_far_from_zero() -> None:
     """|mean| / std of 1e3, of the input and of the output."""
 

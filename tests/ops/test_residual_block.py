@@ -354,3 +354,25 @@ def test_last_convolution_with_a_stride() -> None:
     fused.load_state_dict(eager.state_dict())
     x = torch.randn(4, 16, 12, 12, dtype=torch.float64).to(memory_format=torch.channels_last)
     assert relative_error(fused.double()(x), eager.double()(x)) < 1e-10
+
+
+def test_computes_no_gradient_that_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a frozen weight, and of an input that needs none."""
+    needs = []
+    run = block_backward.conv_backward
+    monkeypatch.setattr(block_backward, "conv_backward", lambda *args: needs.append(args[-1]) or run(*args))
+    block, _ = block_pair("basic", torch.channels_last, downsample=False)
+    block.get_submodule("conv2").requires_grad_(False)
+    x = torch.randn(2, 64, 8, 8, dtype=torch.float64).to(memory_format=torch.channels_last)
+    block(x).sum().backward()
+    assert needs == [[True, False], [False, True]]
+
+
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+def test_autocast_leaves_float64_alone(kind: str) -> None:
+    fused, eager = block_pair(kind, torch.channels_last)
+    x = torch.randn(2, 64, 8, 8, dtype=torch.float64).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = fused(x), eager(x)
+    assert ours.dtype == theirs.dtype == torch.float64
+    assert relative_error(ours, theirs) < 1e-10
