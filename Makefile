@@ -92,6 +92,10 @@ asan: build
 packages: build
 	$(BIN)/python -m tools.packages $(PYTHONS:%=--python %)
 
+# Plants faults in a copy of the code, one at a time: tests have to fail. MUTANTS chooses some by words of their names.
+mutants: build
+	$(BIN)/python -m tools.mutants $(MUTANTS)
+
 # RESULTS=benchmarks/results/NAME.json keeps the figures; `make report` makes tables and pictures of what is there.
 bench: build
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest benchmarks --results $(RESULTS)
