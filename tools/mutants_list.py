@@ -56,7 +56,7 @@ BLOCK = "resnet_fused/ops/residual_block.py"
 INFERENCE = "resnet_fused/ops/inference.py"
 TILES = "resnet_fused/kernels/tiles.py"
 
-CHANGED = "tests/compat/test_changed_modules.py"
+CHANGED = "tests/test_changed_modules.py"
 OPS = "tests/ops/test_accuracy.py::test_equals_autograd_in_float64 -k auto"
 NAN = "tests/ops/test_accuracy.py::test_nan_goes_through_as_in_eager -k auto"
 BLOCKS = "tests/ops/test_residual_block.py::test_float64_equals_plain -k auto"
