@@ -70,6 +70,20 @@ def test_an_exact_draw_does_not_make_up_for_the_others() -> None:
         draws(lambda i: 0.0 if i == 0 else 1e-3, lambda i: 1e-7, torch.float32)
 
 
+def test_a_draw_without_any_error_does_not_make_up_for_a_few_eps() -> None:
+    """Which are too small for the rule of one draw."""
+    eps = torch.finfo(torch.float32).eps
+    factors = iter([0.0, 20.0, 20.0, 20.0, 20.0])
+
+    def draw() -> tuple[Results, Results, Results]:
+        eager = torch.randn(1000)
+        fused = (eager + next(factors) * eps * torch.randn(1000, dtype=torch.float64)).float()
+        return {"x": fused}, {"x": eager}, {"x": eager.double()}
+
+    with pytest.raises(Inaccurate, match=r"x: relative_error [^o]* >"):
+        assert_accurate(draw)
+
+
 def test_one_large_error_of_eager_does_not_excuse_the_others() -> None:
     with pytest.raises(Inaccurate):
         draws(lambda i: 1e-2, lambda i: 1.0 if i == 0 else 1e-3, torch.float32)
