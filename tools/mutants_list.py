@@ -217,7 +217,7 @@ MUTANTS: dict[str, list[Mutant]] = {
             "csrc/cpu/masked_grad.cpp",
             "const S dz = active[i] ? da : S(0);",
             "const S dz = active[i] ? da : da;",
-            "tests/ops/test_opcheck.py -k 'masked_grad and equal'",
+            "tests/ops/test_into.py::test_masked_grad -k 'plain and native'",
         ),
         Mutant(
             "mask bits are read in the other order",
