@@ -3,8 +3,8 @@
     relu(bn(conv(x)) + residual) = relu(conv'(x) + bias' + residual)
     weight' = weight * scale,  bias' = bias - running_mean * scale,  scale = gamma / sqrt(running_var + eps)
 
-Each convolution is one kernel, which adds the residual and applies the ReLU too: oneDNN's, or for 3x3 convolutions ours
-where that was measured to be faster (conv3x3). Weights are folded and laid out for the kernel once, see ``_Folded``.
+Each convolution is one kernel, which adds the residual too: oneDNN's, or for 3x3 convolutions ours where that was
+measured to be faster (conv3x3). Weights are folded and laid out for the kernel once, see ``_Folded``.
 """
 
 from __future__ import annotations
@@ -132,15 +132,15 @@ def _conv_bias(x: Tensor, conv: ConvBN, relu: bool, residual: Tensor | None = No
     weight, bias = folded.for_vendor(conv, x), folded.bias
     y: Tensor
     if residual is None or conv.groups > 1:  # there is no sum after a grouped convolution
-        activation = "relu" if relu and residual is None else "none"
-        y = _mkldnn._convolution_pointwise.default(x, weight, bias, *geometry, activation, [], "")
-        if residual is not None:
-            y = y.add_(residual).relu_()
+        y = _mkldnn._convolution_pointwise.default(x, weight, bias, *geometry, "none", [], "")
+        y = y if residual is None else y.add_(residual)
     else:
         bias = bias.to(x.dtype)  # it takes no other
         y = _mkldnn._convolution_pointwise.binary(
-            x, residual, weight, bias, *geometry, "add", 1.0, "relu", [], None
+            x, residual, weight, bias, *geometry, "add", 1.0, None, [], None
         )
+    # Not oneDNN's ReLU, which makes zero of NaN. While the output is in the cache that takes no longer.
+    y = y.relu_() if relu else y
     return y.contiguous(memory_format=torch.channels_last)
 
 

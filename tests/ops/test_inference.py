@@ -311,3 +311,23 @@ def test_stem_by_chunks(layout: torch.memory_format, monkeypatch: pytest.MonkeyP
         model.conv1.register_forward_hook(lambda module, inputs, out: sizes.append(len(out)))
         model._stem(x)
     assert sizes == [5]  # a hook sees the batch
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("where", ["pixel", "weight", "running_var"])
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+def test_nan_is_not_hidden(kind: str, where: str, dtype: torch.dtype, folds: list[Tensor]) -> None:
+    """oneDNN's ReLU makes zero of it: a diverged model would look well."""
+    block, reference = block_pair(kind, torch.channels_last, training=False, downsample=False)
+    x = torch.randn(2, 64, 6, 6, dtype=dtype).to(memory_format=torch.channels_last)
+    if where == "pixel":
+        x[0, 0, 3, 3] = torch.nan
+    for each in (block, reference):
+        each.to(dtype)
+        if where != "pixel":
+            tensor = each.conv1.weight if where == "weight" else each.bn2.running_var
+            tensor.data[0] = torch.nan
+    with torch.no_grad():
+        out, expected = block(x), reference(x)
+    assert folds and expected.isnan().any()
+    assert torch.equal(out.isnan(), expected.isnan())
