@@ -230,7 +230,7 @@ def test_taps_that_see_only_padding_are_left_out(monkeypatch: pytest.MonkeyPatch
         return result
 
     monkeypatch.setattr(module, "taps_inside", noting)
-    sizes, kernels = [(1, 1), (2, 1), (2, 2), (3, 2)], [(3, 3), (1, 3), (7, 4)]
+    sizes, kernels = [(1, 1), (2, 1), (2, 2), (3, 2), (5, 1)], [(3, 3), (1, 3), (7, 4)]
     steps = [(1, 1), (2, 1), (2, 2), (3, 3)]
     for size, kernel, stride, padding, dilation in itertools.product(
         sizes, kernels, steps, [(0, 0), (1, 1), (2, 1), (3, 3)], [(1, 1), (2, 2)]
@@ -246,6 +246,7 @@ def test_taps_that_see_only_padding_are_left_out(monkeypatch: pytest.MonkeyPatch
         assert_equals_reference("conv_backward", arguments)
     assert ((1, 1), (3, 3), NORMAL) in cropped
     assert ((2, 2), (3, 3), ConvGeometry((2, 2), (1, 1))) in cropped
+    assert ((5, 1), (3, 3), ConvGeometry((2, 2), (1, 1))) in cropped
     assert ((2, 2), (3, 3), NORMAL) not in cropped  # all taps see a pixel
 
 
