@@ -120,7 +120,8 @@ def _check(y: Tensor, bn: BatchNorm) -> None:
     for name, value in zip(BatchNorm._fields[:4], bn, strict=False):
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor or None, got {type(value).__name__}")
-    check_bn(bn, y.shape[1])
+    if y.numel() > 0:  # else F.batch_norm refuses less
+        check_bn(bn, y.shape[1])
     for name in ("running_mean", "running_var", "weight", "bias"):
         vector = getattr(bn, name)
         if vector is not None and vector.device != y.device:

@@ -88,6 +88,13 @@ def test_empty_activations(shape: tuple[int, ...], training: bool) -> None:
     assert not buffers[0].any() and (buffers[1] == 1).all()
 
 
+def test_empty_activations_without_running_statistics() -> None:
+    """In evaluation F.batch_norm refuses that only where there is something to normalize."""
+    y = torch.empty(0, C, 4, 4)
+    assert functional.bn_relu(y, None, None).shape == y.shape
+    assert functional.bn_add_relu(y, y, None, None).shape == y.shape
+
+
 def test_half_precision_parameters() -> None:
     """A model cast as a whole to bfloat16 has parameters and buffers of that dtype too."""
     y = Y.bfloat16().requires_grad_()
