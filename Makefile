@@ -49,7 +49,11 @@ test-interpreter: build
 test-oldest-triton: build build/triton-$(OLDEST_TRITON)
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(PYTEST) tests/kernels/test_ahead_of_time.py
 
-soak: soak-operands soak-accuracy soak-training
+# The tests of tests/properties with 10,000 examples that are not those of `make test`; SEED repeats a run.
+properties: build
+	$(PYTEST) tests/properties --hypothesis-profile properties --hypothesis-seed $(SEED) --timeout 3600 --record properties
+
+soak: soak-operands soak-accuracy soak-training properties
 
 # Of one thread: a model that small is slower with two.
 soak-training: build

@@ -1,0 +1,21 @@
+"""How many examples hypothesis tries: the same ones in every `make test`, others in `make properties`."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+
+#: Of the tests in this folder, which try equally many examples.
+TESTS = 5
+
+settings.register_profile(
+    "test", max_examples=500 // TESTS, derandomize=True, deadline=None, database=None, print_blob=True
+)
+settings.register_profile(
+    "properties",
+    max_examples=10_000 // TESTS,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("test")
