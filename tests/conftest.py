@@ -93,14 +93,16 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     outcome: str = report.outcome
     if report.skipped and isinstance(report.longrepr, tuple):
         outcome = report.longrepr[2].removeprefix("Skipped: ")
-    tried = dict(report.user_properties)["docstring"] or report.nodeid.partition("[")[0]
-    _outcomes.setdefault(str(tried), Counter())[outcome] += 1
+    properties: dict[str, Any] = dict(report.user_properties)
+    tried = properties["docstring"] or report.nodeid.partition("[")[0]
+    _outcomes.setdefault(tried, Counter())[outcome] += properties.get("cases", 1)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     check = session.config.getoption("--record")
     if check and not hasattr(session.config, "workerinput"):
-        record(check, dict(sorted(_outcomes.items())), time.monotonic() - _start)
+        seed = session.config.getoption("--hypothesis-seed", None)
+        record(check, dict(sorted(_outcomes.items())), time.monotonic() - _start, seed and int(seed))
 
 
 @pytest.fixture(autouse=True)

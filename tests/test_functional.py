@@ -95,6 +95,23 @@ def test_empty_activations_without_running_statistics() -> None:
     assert functional.bn_add_relu(y, y, None, None).shape == y.shape
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_infinite_weights(training: bool) -> None:
+    """What is centred first is infinite or zero; eager on a CPU subtracts two infinities, which is NaN."""
+    weight, mean = torch.full((C,), torch.inf), Y.mean((0, 2, 3))
+    out = functional.bn_relu(Y, mean, torch.ones(C), weight, None, training, 0.0)
+    centred = Y - mean.view(-1, 1, 1)
+    assert torch.equal(out, torch.where(centred > 0, torch.inf, 0.0))
+
+
+def test_pixels_that_are_no_maximum() -> None:
+    """Infinite ones add nothing to a weight's gradient; in eager zero times infinity is NaN."""
+    y, weight = Y.clone(), torch.ones(C, requires_grad=True)
+    y[0, 1, 2, 2] = -torch.inf
+    functional.bn_relu_maxpool(y, *BUFFERS, weight).sum().backward()
+    assert weight.grad is not None and weight.grad.isfinite().all()
+
+
 def test_half_precision_parameters() -> None:
     """A model cast as a whole to bfloat16 has parameters and buffers of that dtype too."""
     y = Y.bfloat16().requires_grad_()

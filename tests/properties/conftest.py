@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 #: Of the tests in this folder, which try equally many examples.
@@ -19,3 +22,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("test")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For docs/reliability.md: how many cases a test is."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.user_properties.append(("cases", settings.default.max_examples))
