@@ -63,7 +63,8 @@ def assert_as_accurate(
     by_exact, by_moved = (each.run(CONTIGUOUS.place(x)).results(grad) for each in (exact, moved))
     if not all(is_decided(*each).all() for each in zip(exact.decisions, moved.decisions, strict=True)):
         for name in [name for name in by_exact if "gradient" in name]:
-            assert found[name].isfinite().all(), name
+            # Eager's may not be: without a variance gradients grow by 1 / sqrt(eps), beyond float16.
+            assert found[name].isfinite().all() or not by_eager[name].isfinite().all(), name
             del by_exact[name]
     assert_accurate(found, by_eager, by_exact, by_moved, mode.rounds_to)
 
