@@ -92,7 +92,7 @@ def modes(dtypes: tuple[torch.dtype, ...] = DTYPES) -> st.SearchStrategy[Mode]:
     return st.builds(
         lambda both, *rest: Mode(*both, *rest),
         dtypes_and_autocast,
-        st.booleans(),
+        st.sampled_from((True, True, False)),
         st.just(0) | _bits,
         st.just(-1) | _bits,
         grad_modes,
@@ -156,10 +156,10 @@ def blocks(
     dtypes: tuple[torch.dtype, ...] = DTYPES,
 ) -> Block:
     """Blocks whose shortcut fits, mostly."""
-    kind = draw(st.sampled_from(tuple(KINDS)))
+    kind = draw(st.sampled_from(tuple(KINDS)[::-1]))
     stride, downsample = draw(st.sampled_from((1, 1, 2, 3))), draw(st.booleans())
     groups, base_width, dilation, expansion = 1, 64, 1, 1
-    planes = draw(st.sampled_from((1, 2, 3, 4, 7, 8, 13, 16, 33, 64, 130)))
+    planes = draw(st.sampled_from((8, 4, 7, 16, 3, 2, 13, 33, 64, 130, 1)))
     if kind == "bottleneck":
         expansion = 4
         groups = draw(st.sampled_from((1, 1, 1, 2, 3, 4)))
@@ -189,7 +189,7 @@ def blocks(
         draw(placements()),
         draw(placements()),
         draw(st.booleans()),
-        draw(st.booleans()),
+        draw(st.integers(0, 3)) > 0,
         draw(faults),
     )
 

@@ -27,7 +27,7 @@ def pair_of(block: Block) -> tuple[nn.Module, nn.Module, Tensor]:
     return fused, plain, block.x.place(x.to(block.mode.dtype))
 
 
-@given(blocks(2_500, st.just(())))
+@given(blocks(8_000, st.just(())))
 def test_blocks_are_as_accurate_as_eager(block: Block) -> None:
     """Blocks of drawn sizes, strides, groups, dtypes, norms, modes and frozen parts: as accurate as eager PyTorch"""
     assert_as_accurate(*pair_of(block), block.grad, block.mode, block.norms.frozen, block.kernels)
@@ -42,7 +42,7 @@ _operands = (
 )
 
 
-@given(blocks(1_200, faults(_operands), WIDE))
+@given(blocks(4_000, faults(_operands), WIDE))
 def test_blocks_propagate_what_is_not_finite(block: Block) -> None:
     """Infinite and NaN pixels, weights, statistics and gradients of blocks: results are finite where eager's are"""
     assert_propagates(*pair_of(block), block.grad, block.mode, block.faults, block.kernels)
