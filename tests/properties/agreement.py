@@ -129,6 +129,10 @@ def assert_accurate(
         size = float(truth.norm())
         if dtype == torch.float64:
             most = FLOAT64 * (eps * size + by_rounding)
+        elif by_eager > size:
+            # What cancels to nothing, as gradients through a batch norm of two values do: no digit is right in eager.
+            assert ours.isfinite().all(), f"{name} is not finite"
+            continue
         else:
             most = ONE_DRAW * (1.5 * by_eager + 4 * eps * size + by_rounding)
         assert by_fused <= most, (
