@@ -5,18 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 #: Of the tests in this folder, which try equally many examples.
 TESTS = 5
 
+#: Not Phase.explain, which traces every line of what fails: minutes for a model.
+_PHASES = (Phase.explicit, Phase.generate, Phase.shrink)
 settings.register_profile(
-    "test", max_examples=500 // TESTS, derandomize=True, deadline=None, database=None, print_blob=True
+    "test",
+    max_examples=500 // TESTS,
+    derandomize=True,
+    deadline=None,
+    phases=_PHASES,
+    database=None,
+    print_blob=True,
 )
 settings.register_profile(
     "properties",
     max_examples=10_000 // TESTS,
     deadline=None,
+    phases=_PHASES,
     database=None,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow],

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.properties.model_cases import Model, models
 from tests.properties.module_checks import assert_as_accurate, assert_propagates
-from tests.properties.strategies import CONTIGUOUS, faults
+from tests.properties.strategies import CONTIGUOUS, Fault, faults
 
-_PLACES = (
-    "input",
-    "conv1.weight",
-    "layer1.0.conv2.weight",
-    "bn1.running_mean",
-    "layer1.0.bn2.running_var",
-    "fc.weight",
-)
+_PLACES = ("input", "layer1.0.conv2.weight", "layer1.0.bn2.running_var", "fc.weight")
 
 
-@given(models(st.just(()) | faults(st.sampled_from(_PLACES))))
+def _nan_before_maxpool(drawn: tuple[Fault, ...]) -> tuple[Fault, ...]:
+    """Only NaN as a pixel: whether a maximum is infinite or NaN decides which pixel has its gradient."""
+    return tuple(fault._replace(value=math.nan) if fault.operand == "input" else fault for fault in drawn)
+
+
+@given(models(st.just(()) | faults(st.sampled_from(_PLACES)).map(_nan_before_maxpool)))
 def test_models_agree_with_eager(model: Model) -> None:
     """Small fused ResNets of drawn sizes, dtypes and modes: as accurate as eager PyTorch, and finite where it is"""
     pair = model.make()
