@@ -43,14 +43,14 @@ def read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
         if action.dest in given:
             raise UserError(f"{path}: {key} is given twice")
         try:
-            given[action.dest] = _parse(action, value)
+            given[action.dest] = parse_value(action, value)
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise UserError(f"{path}: {key}: {error}") from error
     return given
 
 
-def _parse(action: argparse.Action, value: Any) -> Any:
-    """The value of an option.
+def parse_value(action: argparse.Action, value: Any) -> Any:
+    """A value that is not from the command line, as the option's parser would return it.
 
     Raises:
         ValueError, argparse.ArgumentTypeError: it is not valid.
