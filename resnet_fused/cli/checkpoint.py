@@ -6,15 +6,18 @@ goes on with are then under `trained`, and the number of steps in the average un
 
 from __future__ import annotations
 
+import functools
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
+from resnet_fused.cli.checkpoint_contents import check_contents
 from resnet_fused.cli.errors import UserError
-from resnet_fused.cli.files import write_atomically
+from resnet_fused.cli.files import write_all_atomically
 
 FORMAT = "resnet_fused training 2"
 KEYS = {
@@ -41,24 +44,28 @@ UNREADABLE = (
 )
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes a checkpoint atomically.
+def save(states: Mapping[Path, dict[str, Any]]) -> None:
+    """Writes checkpoints that belong together atomically.
 
     Args:
-        path: a file there is replaced only by a whole new one.
-        state: `KEYS` except `format`, and more: tensors, numbers, strings, and lists and dictionaries of them.
+        states: for each path `KEYS` except `format`, and more: tensors, numbers, strings, and lists and dictionaries
+            of them. A file there is replaced only by a whole new one.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: a file cannot be written.
     """
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+    write_all_atomically({path: functools.partial(_write, state) for path, state in states.items()})
+
+
+def _write(state: dict[str, Any], file: IO[bytes]) -> None:
+    torch.save({"format": FORMAT, **state}, file)
 
 
 def load(path: Path) -> dict[str, Any]:
     """Reads a checkpoint that `save` wrote.
 
     Raises:
-        UserError: there is no file, it is damaged, or it is something else.
+        UserError: there is no file, it is damaged, or it holds something else.
     """
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: give the path of a last.pt or best.pt")
@@ -81,10 +88,16 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} is not a checkpoint of `python -m resnet_fused train`: it lacks {', '.join(missing)}. "
             "Give a last.pt or best.pt that it wrote"
         )
-    if state["format"] != FORMAT:
+    if not isinstance(state["format"], str) or state["format"] != FORMAT:
         raise UserError(
             f"{path} has the format {state['format']!r}; this version reads {FORMAT!r}: start afresh"
         )
+    try:
+        check_contents(state)
+    except ValueError as error:
+        raise UserError(
+            f"{path} holds what `train` does not write ({error}): use another checkpoint, such as best.pt"
+        ) from error
     return state
 
 

@@ -17,7 +17,7 @@ from resnet_fused.backend import why_plain
 from resnet_fused.cli.data import Batches
 from resnet_fused.cli.files import write_text
 from resnet_fused.cli.learner import Learner, set_training
-from resnet_fused.cli.text import shown, table
+from resnet_fused.cli.text import say, shown, table
 from resnet_fused.measure import Memory, milliseconds, quantiles, saved_storages
 
 TYPICAL_SIZE = 224  # pixels; activations of smaller images move less memory
@@ -75,9 +75,9 @@ def conclude(out: Path, title: str, learners: Sequence[Learner], batches: Batche
     }
     if learners[0].world.main:
         write_text(out / "compare.json", json.dumps(summary, indent=2) + "\n")
-        print(report(summary))
-        print(f"curves: {out / 'compare.png'}, table: {out / 'compare.json'}")
-        print(conclusion(summary), flush=True)
+        say(report(summary))
+        say(f"curves: {out / 'compare.png'}, table: {out / 'compare.json'}")
+        say(conclusion(summary))
 
 
 def measure(learner: Learner, batches: Batches) -> dict[str, Any]:

@@ -8,7 +8,6 @@ at the next step, which needs no state of a DataLoader and lets the number of wo
 from __future__ import annotations
 
 import math
-import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,10 +22,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from resnet_fused.cli.augment import make_policy
 from resnet_fused.cli.distributed import World
 from resnet_fused.cli.errors import UserError, require
+from resnet_fused.cli.image_files import class_files, class_names
 from resnet_fused.cli.normalization import Channels, normalization
 from resnet_fused.cli.signals import detach_worker
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 CROP = 7 / 8  # of the shorter side, as torchvision evaluates: 256 pixels, of which 224 are seen
 
 Key = tuple[int, int]  # epoch, index
@@ -236,47 +235,6 @@ def _folder(root: Path, size: int, seed: int, augment: str) -> Source:
         Folder(class_files(val, classes), size, seed, "none"),
         *normalization(str(root)),
     )
-
-
-def class_names(part: Path, least: int = 2) -> list[str]:
-    """The folders in a folder, which are its classes, sorted.
-
-    Raises:
-        UserError: they cannot be read, or are fewer than ``least``.
-    """
-    try:
-        names = sorted(
-            entry.name for entry in part.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-        )
-    except OSError as error:
-        raise UserError(f"cannot read {part}: {error.strerror}") from error
-    if not names:
-        raise UserError(
-            f"{part} holds no class folders: put the images of each class into a folder of its own"
-        )
-    if len(names) < least:
-        raise UserError(f"{part} holds one class ({names[0]}): at least two are needed")
-    return names
-
-
-def class_files(part: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
-    """The images of each class, with its place among the classes.
-
-    Raises:
-        UserError: a class has none.
-    """
-    files: list[tuple[str, int]] = []
-    for label, name in enumerate(classes):
-        paths = [
-            os.path.join(folder, file)
-            for folder, _, inside in os.walk(part / name, followlinks=True)
-            for file in inside
-            if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
-        ]
-        if not paths:
-            raise UserError(f"{part / name} holds no images: {', '.join(IMAGE_SUFFIXES)} are read")
-        files += [(path, label) for path in sorted(paths)]
-    return files
 
 
 class TrainingOrder(Sampler[list[Key]]):

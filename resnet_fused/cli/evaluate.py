@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.backend import summary
-from resnet_fused.cli.data import Digits, Folder, class_files, class_names, collate, good, open_source
+from resnet_fused.cli.data import Digits, Folder, collate, good, open_source
 from resnet_fused.cli.errors import UserError, require
 from resnet_fused.cli.files import check_file, write_text
+from resnet_fused.cli.image_files import class_files, class_names
 from resnet_fused.cli.settings import BY_DATA, Settings
 from resnet_fused.cli.text import abbreviate, table
 from resnet_fused.cli.trained import FOR_FOLDERS, Trained, make_loader, open_trained

@@ -31,6 +31,12 @@ from resnet_fused.cli.optimizers import clip_gradients, load_optimizer, make_opt
 from resnet_fused.cli.precision import PRECISIONS
 from resnet_fused.cli.settings import Settings
 from resnet_fused.cli.text import abbreviate
+from resnet_fused.cli.unfinished import Unfinished
+
+
+class NotFinite(UserError):
+    """A loss or a weight that is not finite: this state is not to be saved."""
+
 
 LIBRARIES = {"fused": resnet_fused, "reference": reference}
 
@@ -127,6 +133,7 @@ class Learner:
             )
         self._normalize = Normalize(source.mean, source.std, device, self.memory_format)
         self._pending: list[Tensor] = []  # [loss, correct] of each step that `count_steps` has not read yet
+        self._unfinished = Unfinished()
 
     @property
     def steps_done(self) -> int:
@@ -168,7 +175,10 @@ class Learner:
         set_training(self._parallel, self.settings)
         step, size = self.progress.step, self.settings.accumulate
         last = (step + 1) % size == 0 or step + 1 == self.steps_per_epoch
+        if step % size == 0:
+            self._unfinished.begin(self.model, step)
         if self._graphed is not None:
+            self._unfinished.updating = True
             loss, logits = self._graphed(images, labels)
         else:
             loss, logits = self._run(images, labels, first=step % size == 0, last=last)
@@ -177,6 +187,8 @@ class Learner:
         correct = (logits.detach().argmax(1) == dominant(labels)).sum()
         self._pending.append(torch.stack([loss.detach().double(), correct.double()]))
         self.progress.step += 1
+        if last:
+            self._unfinished.end()
 
     def _run(self, images: Tensor, labels: Tensor, first: bool, last: bool) -> tuple[Tensor, Tensor]:
         """Kernel by kernel; the batch may be the first and the last one of a group."""
@@ -197,6 +209,7 @@ class Learner:
             if self.settings.clip_grad:
                 self.scaler.unscale_(self.optimizer)
                 clip_gradients(self.optimizer, self.settings.clip_grad)
+            self._unfinished.updating = True
             self.scaler.step(self.optimizer)
             self.scaler.update()
         return loss, logits
@@ -212,7 +225,7 @@ class Learner:
         """Adds the steps since the last call to the progress, over all ranks. Waits for the device.
 
         Raises:
-            UserError: a loss was not finite, on any rank.
+            NotFinite: a loss was not finite, on any rank.
         """
         if not self._pending:
             return
@@ -222,13 +235,44 @@ class Learner:
         bad = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), None)
         if bad is not None:
             step = self.progress.step - len(losses) + 1 + bad
-            instead = "" if self.settings.precision == "fp32" else " or --precision fp32"
-            raise UserError(
-                f"the loss of the {self.label} model is {losses[bad]} at epoch {self.progress.epoch + 1}, "
-                f"step {step}: training stopped, the last checkpoint is untouched; "
-                f"try a lower --lr (it is {self.settings.lr:g}){instead}"
-            )
+            raise self._not_finite(f"loss is {losses[bad]} at epoch {self.progress.epoch + 1}, step {step}")
         self.progress.count(losses, int(counts[:, 1].sum()), self.settings.batch_size * self.world.size)
+
+    def _not_finite(self, what: str) -> NotFinite:
+        instead = "" if self.settings.precision == "fp32" else " or --precision fp32"
+        return NotFinite(
+            f"the {self.label} model's {what}: training stopped, the last checkpoint is untouched; "
+            f"try a lower --lr (it is {self.settings.lr:g}){instead}"
+        )
+
+    def check_finite(self) -> None:
+        """Checks the weights: the update after the last loss may have overflowed.
+
+        Raises:
+            NotFinite: one is not finite.
+        """
+        for name, value in self.model.state_dict().items():
+            if not value.isfinite().all():
+                raise self._not_finite(f"{name} is not finite after step {self.steps_done}")
+
+    def return_to_last_step(self) -> bool:
+        """After an error: makes the state that of the last step of the optimizer.
+
+        Returns:
+            Whether that was possible: not where the error came while the optimizer changed the weights, nor, with
+            several ranks, where steps are not counted yet, which the others would have to take part in.
+        """
+        if self._unfinished.updating:
+            return False
+        start = self._unfinished.start
+        if start is not None:
+            self._unfinished.undo(self.model)
+            del self._pending[len(self._pending) - (self.progress.step - start) :]
+            self.progress.step = start
+        if self._pending and self.world.size > 1:
+            return False
+        self.count_steps()
+        return True
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch | None]) -> tuple[float, float]:
@@ -249,12 +293,16 @@ class Learner:
         loss_sum, correct_sum, count = self.world.sum(total).tolist()
         return loss_sum / count, correct_sum / count
 
-    def state(self) -> dict[str, Any]:
-        """All that a checkpoint holds. Call `count_steps` first, on every rank."""
+    def share_buffers(self) -> None:
+        """Gives every rank the buffers of rank 0, those of which checkpoints hold."""
         self.world.share_buffers(self.model)
-        average: dict[str, Any] = {}
         if self._average is not None:
             self.world.share_buffers(self._average.module)
+
+    def state(self) -> dict[str, Any]:
+        """All that a checkpoint holds. Call `count_steps` first, on every rank."""
+        average: dict[str, Any] = {}
+        if self._average is not None:
             average = {"trained": self.model.state_dict(), "n_averaged": int(self._average.n_averaged)}
         return {
             "model": self.evaluated.state_dict(),
@@ -275,7 +323,7 @@ class Learner:
         """Continues from a checkpoint; the schedule is that of the present settings.
 
         Raises:
-            UserError: it is of another architecture, other classes, or another division into steps.
+            UserError: it is of another architecture, other classes, or another division into steps, or does not fit.
         """
         if state["arch"] != self.settings.arch:
             raise UserError(
@@ -287,6 +335,11 @@ class Learner:
                 f"but --data has {abbreviate(self.source.classes)}: give the data it was trained on"
             )
         progress = Progress.from_state(state["progress"])
+        epochs = progress.epoch + bool(progress.step)
+        if epochs > self.settings.epochs:
+            raise UserError(
+                f"{path} stands in epoch {epochs}: give --epochs {epochs} or more, not {self.settings.epochs}"
+            )
         before = (state["steps_per_epoch"], state["settings"]["seed"])
         if progress.step and before != (self.steps_per_epoch, self.settings.seed):
             raise UserError(
@@ -307,12 +360,12 @@ class Learner:
             load_optimizer(self.optimizer, state["optimizer"])
             if state["scaler"]:  # empty where the checkpoint was not trained in fp16
                 self.scaler.load_state_dict(state["scaler"])
+            checkpoint.set_random_state(state["random"])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"{path} does not fit a {self.settings.arch} ({reason}): use another checkpoint"
             ) from error
-        checkpoint.set_random_state(state["random"])
         self.progress = progress
         total = self.settings.epochs * self.steps_per_epoch
         self._schedule = make_schedule(self.optimizer, self.settings, total)

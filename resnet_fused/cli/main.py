@@ -25,6 +25,7 @@ from resnet_fused.cli.options import (
 )
 from resnet_fused.cli.settings import Invocation
 from resnet_fused.cli.signals import Stopped
+from resnet_fused.cli.text import say
 from resnet_fused.environment import SCRIPT
 
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, without the program's name; those of the process by default.
 
     Returns:
-        The exit code: 0, 2 for a user's mistake (one line on stderr), 130 or 143 after Ctrl-C or SIGTERM.
+        The exit code: 0, 2 for a user's mistake (one line on stderr), 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP.
     """
     try:
         arguments = vars(make_parser().parse_args(argv))
@@ -46,16 +47,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if error.everywhere and not from_environment().main:
             return 2
-        print(f"resnet_fused: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        say_error(str(error))
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        say_error(f"{error.filename}: {error.strerror}")  # such as of a folder whose server is gone
         return 2
     except Stopped as stopped:
         return 128 + stopped.signal if stopped.signal else 0
     except KeyboardInterrupt:
-        print(
-            "resnet_fused: interrupted at once; the last checkpoint is as it was", file=sys.stderr, flush=True
-        )
+        say("resnet_fused: interrupted at once; the last checkpoint is as it was", sys.stderr)
         return 128 + signal.SIGINT
     return 0
+
+
+def say_error(text: str) -> None:
+    """On one line."""
+    say(f"resnet_fused: error: {' '.join(text.split())}", sys.stderr)
 
 
 def program() -> str:
@@ -153,7 +162,8 @@ def _bench(arguments: dict[str, Any]) -> None:
 
 
 def _train(arguments: dict[str, Any]) -> None:
-    from resnet_fused.cli.train import last_checkpoint, train
+    from resnet_fused.cli.run_folder import last_checkpoint
+    from resnet_fused.cli.train import train
 
     names = {field.name for field in fields(Invocation)}
     own = {name: arguments.pop(name) for name in names if name in arguments}

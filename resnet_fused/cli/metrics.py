@@ -8,6 +8,17 @@ from typing import Any
 import torch
 
 Record = dict[str, float]  # one epoch
+RECORD_KEYS = {
+    "epoch",
+    "step",
+    "learning_rate",
+    "train_loss",
+    "train_accuracy",
+    "val_loss",
+    "val_accuracy",
+    "images_per_second",
+    "seconds",
+}
 
 
 @dataclass
@@ -38,7 +49,8 @@ class Progress:
 
     def count(self, losses: list[float], correct: int, batch: int) -> None:
         """Adds steps of `batch` images each: their mean losses, and the correct predictions of all together."""
-        self.loss += batch * sum(losses)
+        for loss in losses:  # one by one: the sum must not depend on how many steps are read at a time
+            self.loss += batch * loss
         self.losses += losses
         self.correct += correct
         self.images += batch * len(losses)

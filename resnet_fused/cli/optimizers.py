@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -41,13 +42,32 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, object]) -> None:
     """Loads what is remembered of the gradients; the hyperparameters stay those that the optimizer was made with.
 
     Raises:
-        ValueError, KeyError: the state is of other parameters.
+        ValueError, KeyError: the state is of other parameters, or of another optimizer.
     """
     saved = state["param_groups"]
     assert isinstance(saved, list)
     own = [{key: x for key, x in group.items() if key != "params"} for group in optimizer.param_groups]
     groups = [{**mine, "params": theirs["params"]} for mine, theirs in zip(own, saved, strict=True)]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    # PyTorch would run into these at the next step.
+    for parameter, values in optimizer.state.items():
+        lacks = [name for name in _remembered(optimizer) if values.get(name) is None]
+        if lacks:
+            raise ValueError(f"the optimizer's state lacks {', '.join(lacks)}")
+        for name, value in values.items():
+            expected = torch.Size() if name == "step" else parameter.shape
+            if value is not None and value.shape != expected:
+                raise ValueError(f"{name} of the optimizer has the shape {[*value.shape]}, not {[*expected]}")
+
+
+def _remembered(optimizer: Optimizer) -> Sequence[str]:
+    """What the optimizer cannot do without, of each parameter that has been in a step."""
+    if isinstance(optimizer, AdamW):
+        return "step", "exp_avg", "exp_avg_sq"
+    if isinstance(optimizer, RMSprop):
+        with_momentum = optimizer.param_groups[0]["momentum"] > 0
+        return "step", "square_avg", *(["momentum_buffer"] if with_momentum else [])
+    return ()  # SGD starts its momentum at the next gradient
 
 
 def make_schedule(optimizer: Optimizer, settings: Settings, steps: int) -> SequentialLR:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -185,7 +186,7 @@ def check_saved(settings: Mapping[str, Any]) -> None:
         except (ValueError, argparse.ArgumentTypeError):
             is_valid = False
         if not is_valid:
-            raise ValueError(f"settings: {value!r} is no --{name.replace('_', '-')}")
+            raise ValueError(f"settings: {name} is {reprlib.repr(value)}")
 
 
 def _add_weights_options(add: Callable[..., Any]) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.cli.data import CROP, IMAGE_SUFFIXES, BadImage, Folder, Sample
+from resnet_fused.cli.data import CROP, BadImage, Folder, Sample
 from resnet_fused.cli.errors import UserError, require
 from resnet_fused.cli.files import check_file, write_text
+from resnet_fused.cli.image_files import image_files
 from resnet_fused.cli.settings import BY_DATA, Settings
 from resnet_fused.cli.trained import FOR_FOLDERS, Trained, make_loader, open_trained
 
@@ -86,18 +87,10 @@ def _images(path: str) -> Iterator[str]:
     Raises:
         UserError: a folder has none.
     """
-    if not os.path.isdir(path):
+    if os.path.isdir(path):
+        yield from image_files(path)
+    else:
         yield path
-        return
-    found = sorted(
-        os.path.join(folder, file)
-        for folder, _, inside in os.walk(path, followlinks=True)
-        for file in inside
-        if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
-    )
-    if not found:
-        raise UserError(f"{path} holds no images: {', '.join(IMAGE_SUFFIXES)} are read")
-    yield from found
 
 
 def _with_bad_ones(samples: list[Sample]) -> list[Sample]:

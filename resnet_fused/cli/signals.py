@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that the training loop handles between two steps."""
+"""Ctrl-C, SIGTERM and SIGHUP as a request that the training loop handles between two steps."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Stopped(Exception):
         self.signal = signum
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
-    """The first SIGINT or SIGTERM, as a handler that remembers it.
+    """The first of `SIGNALS`, as a handler that remembers it.
 
     Another signal, more than a second later, interrupts at once: the user does not want to wait for the step.
     (A launcher and a terminal may both deliver the same Ctrl-C, hence the second.)
@@ -45,12 +45,19 @@ class StopRequest:
             self._since = time.monotonic()
 
 
+def _handled() -> Iterator[signal.Signals]:
+    """The signals, but not SIGHUP where nohup has it ignored."""
+    for signum in SIGNALS:
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+            yield signum
+
+
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Handles both signals while the context lasts; only the main thread can."""
+    """Handles the signals while the context lasts; only the main thread can."""
     request = StopRequest()
     is_main = threading.current_thread() is threading.main_thread()
-    previous = {signum: signal.signal(signum, request) for signum in SIGNALS if is_main}
+    previous = {signum: signal.signal(signum, request) for signum in _handled() if is_main}
     try:
         yield request
     finally:
@@ -66,5 +73,5 @@ def detach_worker(worker: int) -> None:
     those that are left and waits for them.
     """
     os.setpgrp()
-    for signum in SIGNALS:
+    for signum in _handled():
         signal.signal(signum, signal.SIG_DFL)  # instead of the handler that came with the fork

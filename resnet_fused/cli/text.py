@@ -1,8 +1,11 @@
-"""Aligned columns of text."""
+"""Aligned columns of text, and printing it."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 
 def columns(rows: Sequence[Sequence[str]], numbers: bool = False) -> list[str]:
@@ -32,3 +35,18 @@ def shown(form: str, *values: float | None) -> str:
 def abbreviate(names: Sequence[str]) -> str:
     """How many classes there are, and the first of them."""
     return f"{len(names)} classes ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Prints to stdout, or to that file.
+
+    Output that cannot be written (to a terminal that was closed, say) doesn't end a run: all that follows is discarded.
+    """
+    file = file or sys.stdout
+    try:
+        print(text, file=file, flush=True)
+    except OSError:
+        # Below the file object: it still holds the text, and would fail again when the interpreter exits.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, file.fileno())
+        os.close(nowhere)

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import platform
-import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from resnet_fused.backend import summary
-from resnet_fused.cli import checkpoint, compare
+from resnet_fused.cli import checkpoint, compare, run_folder
 from resnet_fused.cli.data import Batch, Batches, open_source
 from resnet_fused.cli.distributed import World, from_environment, pick_device, process_group
 from resnet_fused.cli.errors import UserError, require
-from resnet_fused.cli.files import make_folder, write_atomically, write_text
+from resnet_fused.cli.files import CannotWrite, write_text
 from resnet_fused.cli.initial_weights import read_initial_weights
-from resnet_fused.cli.learner import Learner, why_no_cuda_graph
+from resnet_fused.cli.learner import Learner, NotFinite, why_no_cuda_graph
 from resnet_fused.cli.metrics import describe
 from resnet_fused.cli.plots import plot_curves
 from resnet_fused.cli.precision import check_precision
+from resnet_fused.cli.run_folder import LEARNERS, Resumed
 from resnet_fused.cli.settings import Invocation, Settings, command_to_resume, make_settings
 from resnet_fused.cli.signals import Stopped, StopRequest, stop_request
 from resnet_fused.cli.tensorboard import Scalars
+from resnet_fused.cli.text import say
 
-LEARNERS = {"fused": ("fused",), "reference": ("reference",), "compare": ("fused", "reference")}
 SECONDS_BETWEEN_PLOTS = 30  # plotting takes most of a second
 GPU_STEPS_BETWEEN_READS = 10  # reading a loss waits for the GPU
 
@@ -46,11 +46,11 @@ def train(given: dict[str, Any], invocation: Invocation) -> None:
         Stopped: a signal or --max-steps ended the run; it is saved.
     """
     world = from_environment()
-    with stop_request() as stop:
-        states: dict[str, dict[str, Any]] = {}
+    with stop_request() as stop, contextlib.ExitStack() as claims:
+        resumed: dict[str, Resumed] = {}
         if invocation.resume is not None:
-            invocation, states = load_states(invocation, given.get("impl"))
-        settings = make_settings(given, next(iter(states.values()))["settings"] if states else {})
+            invocation, resumed = run_folder.read_checkpoints(invocation, given.get("impl"))
+        settings = make_settings(given, next(iter(resumed.values())).state["settings"] if resumed else {})
         for package in ("numpy", "tqdm", "matplotlib"):
             require(package)  # now, not after an hour
         if settings.tensorboard:
@@ -61,16 +61,16 @@ def train(given: dict[str, Any], invocation: Invocation) -> None:
         on_gpu = device.type == "cuda"
         batches = Batches(source, settings.batch_size, settings.seed, settings.workers, world, pin=on_gpu)
         initial = None
-        if not states:  # now: what cannot be loaded must not cost the run that --overwrite replaces
+        if not resumed:  # now: what cannot be loaded must not cost the run that --overwrite replaces
             on_terminal = world.main and sys.stderr.isatty()
             initial = read_initial_weights(settings, len(source.classes), progress=on_terminal)
         if world.main:
-            prepare_out(invocation, settings, world)
+            claims.enter_context(run_folder.claim(invocation, settings.impl))
             if initial is not None:
-                print(f"weights: {initial.description}", flush=True)
+                say(f"weights: {initial.description}")
             reason = why_no_cuda_graph(device, world) if settings.cuda_graph else None
             if reason is not None:
-                print(f"resnet_fused: trains without --cuda-graph: {reason}", file=sys.stderr, flush=True)
+                say(f"resnet_fused: trains without --cuda-graph: {reason}", sys.stderr)
         if on_gpu:
             torch.backends.cudnn.benchmark = True
         with process_group(world, device):
@@ -80,70 +80,13 @@ def train(given: dict[str, Any], invocation: Invocation) -> None:
             ]
             try:
                 for learner in learners:
-                    if learner.name in states:
-                        learner.restore(states[learner.name], str(invocation.resume))
-                Run(settings, invocation, world, device, batches, learners, stop).start()
+                    if learner.name in resumed:
+                        resumed[learner.name].check_is_latest()
+                        learner.restore(resumed[learner.name].state, str(resumed[learner.name].path))
+                Run(settings, invocation, world, device, batches, learners, stop).start(resumed)
             finally:
                 for learner in learners:
                     learner.release_process_group()
-
-
-def last_checkpoint(out: Path, impl: str | None) -> Path:
-    """What a run in `out` is resumed from: a file where it can be."""
-    compared = impl if impl in LEARNERS["compare"] else "fused"
-    candidates = (out / "last.pt", out / str(compared) / "last.pt")
-    return next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
-
-
-def load_states(invocation: Invocation, impl: str | None) -> tuple[Invocation, dict[str, dict[str, Any]]]:
-    """The checkpoints to resume from, by implementation, and where the run's files go.
-
-    Raises:
-        UserError: there is none, it cannot be read, or two that belong together stand at different steps.
-    """
-    path = invocation.resume
-    assert path is not None
-    if path.is_dir():
-        path = last_checkpoint(path, impl)
-    state = checkpoint.load(path)
-    was = state["settings"]["impl"]
-    out = path.parent.parent if was == "compare" else path.parent
-    if impl == "compare" and was != "compare":
-        raise UserError(
-            f"{path} is of a run with --impl {was}, which --impl compare cannot go on with: start afresh"
-        )
-    if was != "compare" or impl not in (None, "compare"):
-        out, states = path.parent, {impl or was: state}
-    else:
-        states = {name: checkpoint.load(out / name / path.name) for name in LEARNERS["compare"]}
-        steps = {name: (s["progress"]["epoch"], s["progress"]["step"]) for name, s in states.items()}
-        if len(set(steps.values())) > 1:
-            raise UserError(
-                f"the two checkpoints in {out} stand at different steps ({steps}): start afresh with "
-                "--overwrite, or go on with one of them by --impl fused or --impl reference"
-            )
-    return replace(invocation, resume=path, out=invocation.out or out), states
-
-
-def prepare_out(invocation: Invocation, settings: Settings, world: World) -> None:
-    """Makes the folder and writes `config.json`.
-
-    Raises:
-        UserError: it cannot be written, or it holds a run that this one would replace.
-    """
-    out = invocation.folder
-    make_folder(out)
-    for old in (out / part / file for part in ("", *LEARNERS["compare"]) for file in ("last.pt", "best.pt")):
-        if invocation.resume is None and old.exists():
-            if not invocation.overwrite:
-                raise UserError(
-                    f"{out} already holds a run ({old.name}): "
-                    "add --resume or --overwrite, or choose another --out"
-                )
-            old.unlink()
-    versions = {"torch": torch.__version__, "python": platform.python_version(), "processes": world.size}
-    config = {"settings": vars(settings), "versions": versions}
-    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 @dataclass
@@ -182,20 +125,26 @@ class Run:
         """Of a learner's checkpoints."""
         return self.invocation.folder / learner.name if self.comparing else self.invocation.folder
 
-    def start(self) -> None:
+    def start(self, resumed: Mapping[str, Resumed]) -> None:
         """Trains to the end.
+
+        Args:
+            resumed: what learners were restored from, by name.
 
         Raises:
             UserError: a loss is not finite, an image cannot be read, a file cannot be written.
             Stopped: a signal or --max-steps ended it.
         """
         if self.world.main:
+            run_folder.begin(self.invocation, self.settings, self.world.size)
             for learner in self.learners:
-                make_folder(self.folder(learner))
-                self.copy_best(learner)
-            print(self.headline(), flush=True)
+                if learner.name in resumed:
+                    best = self.folder(learner) / "best.pt"
+                    run_folder.restore_best(best, resumed[learner.name], learner.progress)
+                    self.write_metrics(learner)
+            say(self.headline())
             if self.learners[0].name == "fused":
-                print(f"resnet_fused {summary(self.device.type)}", flush=True)
+                say(f"resnet_fused {summary(self.device.type)}")
         self.bar = require("tqdm").tqdm(
             total=self.total,
             initial=self.steps_done,
@@ -207,27 +156,24 @@ class Run:
             self.scalars = [
                 Scalars(self.folder(one) / "tensorboard", one.steps_done) for one in self.learners
             ]
+        if self.steps_done == self.total:  # a kill may have come before the plot of the last epoch
+            self.plot()
         try:
             while self.learners[0].progress.epoch < self.settings.epochs:
                 self.epoch()
         except Stopped as stopped:
             if stopped.signal or not self.comparing:
                 raise
+        except (NotFinite, CannotWrite):
+            raise
+        except Exception:
+            self.save_after_error()
+            raise
         finally:
             self.bar.close()
             for scalars in self.scalars:
                 scalars.close()
         self.finish()
-
-    def copy_best(self, learner: Learner) -> None:
-        """Where a run is resumed into another folder, its best checkpoint belongs there too."""
-        resume = self.invocation.resume
-        if resume is not None:
-            folder = resume.parent.parent / learner.name if self.comparing else resume.parent
-            old, new = folder / "best.pt", self.folder(learner) / "best.pt"
-            if old.is_file() and not new.exists():
-                with open(old, "rb") as source:
-                    write_atomically(new, lambda file: shutil.copyfileobj(source, file))
 
     def epoch(self) -> None:
         """The steps left in this epoch, then the held-out images."""
@@ -246,12 +192,16 @@ class Run:
         self.read_losses(mark)
         # A signal may cut evaluations short: no learner ends its epoch before all of them are done.
         results = [learner.evaluate(self.until_stopped(self.batches.held_out())) for learner in self.learners]
-        for learner, result in zip(self.learners, results, strict=True):
-            better = learner.progress.finish_epoch(learner.learning_rate, *result)
-            self.save(learner, better)
-            if self.world.main:
+        better = [
+            learner.progress.finish_epoch(learner.learning_rate, *result)
+            for learner, result in zip(self.learners, results, strict=True)
+        ]
+        self.save(better)
+        if self.world.main:
+            for learner in self.learners:
                 line = describe(learner.progress.history[-1], self.settings.epochs)
-                self.bar.write(self.prefix(learner) + line)
+                with self.bar.external_write_mode():
+                    say(self.prefix(learner) + line)
         for scalars, learner in zip(self.scalars, self.learners, strict=False):
             scalars.epoch(learner.progress.history[-1])
         if time.monotonic() - self.plotted > SECONDS_BETWEEN_PLOTS or self.steps_done == self.total:
@@ -291,26 +241,66 @@ class Run:
         limited = self.limit < self.total and self.steps_done >= self.limit
         if not (signum or limited) or (self.steps_done == self.total and not self.learners[0].progress.step):
             return
-        for learner in self.learners:
-            if learner.progress.step:  # else the end of the epoch has just saved it
-                self.save(learner, better=False)
+        if self.learners[0].progress.step:  # else the end of the epoch has just saved it
+            self.save()
         self.plot()
         self.bar.close()
         if self.world.main:
-            print(f"stopped at step {self.steps_done} of {self.total}; to go on:")
-            print(f"  {command_to_resume(self.invocation.folder, self.world)}", flush=True)
+            self.say_how_to_go_on()
         raise Stopped(signum)
 
-    def save(self, learner: Learner, better: bool) -> None:
-        """Writes `last.pt`, and `best.pt` where it is better, and the metrics. Every rank must call it."""
-        state = learner.state()
+    def say_how_to_go_on(self) -> None:
+        """After the run was saved before its end."""
+        say(f"stopped at step {self.steps_done} of {self.total}; to go on:")
+        say(f"  {command_to_resume(self.invocation.folder, self.world)}")
+
+    def save(self, better: Sequence[bool] = ()) -> None:
+        """Writes `last.pt` of each learner, `best.pt` of those that are better, and metrics. Every rank must call it.
+
+        Args:
+            better: for each learner, where an epoch has ended.
+        """
+        for learner in self.learners:
+            learner.share_buffers()
+        self.write(better)
+
+    def save_after_error(self) -> None:
+        """Saves the steps of this epoch so far, where it can be done without the other ranks.
+
+        Those may wait for this one in the middle of a step, or may have ended.
+        """
+        try:
+            returned = [learner.return_to_last_step() for learner in self.learners]
+            # One of two learners may be a step ahead: a run goes on from checkpoints of the same step alone.
+            if not all(returned) or len({learner.steps_done for learner in self.learners}) > 1:
+                return
+            if self.learners[0].progress.step:
+                self.write()
+                self.bar.close()
+                if self.world.main:
+                    self.say_how_to_go_on()
+        except Exception as error:  # the one that ends the run is reported too
+            say(f"resnet_fused: the steps since the last checkpoint are not saved: {error}", sys.stderr)
+
+    def write(self, better: Sequence[bool] = ()) -> None:
+        """As `save`, without the other ranks.
+
+        In this order: `run_folder.restore_best` makes up for what a kill has left out.
+        """
+        for learner in self.learners:
+            learner.check_finite()
         if self.world.main:
-            folder = self.folder(learner)
-            for name in ("last.pt", "best.pt") if better else ("last.pt",):
-                checkpoint.save(folder / name, state)
-            # The whole file each time, so that it agrees with the checkpoint beside it.
-            lines = [json.dumps(record) + "\n" for record in learner.progress.history]
-            write_text(folder / "metrics.jsonl", "".join(lines))
+            checkpoint.save({self.folder(learner) / "last.pt": learner.state() for learner in self.learners})
+            for learner, is_better in zip(self.learners, better, strict=False):
+                if is_better:
+                    checkpoint.save({self.folder(learner) / "best.pt": learner.state()})
+            for learner in self.learners:
+                self.write_metrics(learner)
+
+    def write_metrics(self, learner: Learner) -> None:
+        """The whole file each time, so that it agrees with the checkpoint beside it."""
+        lines = [json.dumps(record) + "\n" for record in learner.progress.history]
+        write_text(self.folder(learner) / "metrics.jsonl", "".join(lines))
 
     def plot(self) -> None:
         """Plots the curves so far."""
@@ -327,12 +317,12 @@ class Run:
         elif self.world.main:
             progress = self.learners[0].progress
             last = progress.history[-1]["val_accuracy"]
-            print(f"held-out accuracy {last:.2%}, best {progress.best:.2%}; see {self.invocation.folder}")
+            say(f"held-out accuracy {last:.2%}, best {progress.best:.2%}; see {self.invocation.folder}")
         for learner in self.learners:
             digests = self.world.digests(learner.evaluated)
             if self.world.main and self.world.size > 1:
                 weights = ", ".join(f"rank {rank} {digest}" for rank, digest in enumerate(digests))
-                print(f"{self.prefix(learner)}sha256 of the weights: {weights}")
+                say(f"{self.prefix(learner)}sha256 of the weights: {weights}")
 
     def prefix(self, learner: Learner) -> str:
         """Before a line about one of two learners."""

@@ -26,7 +26,7 @@ def test_crash_leaves_the_old_checkpoint(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "last.pt"
-    checkpoint.save(path, {"model": torch.ones(3)})
+    checkpoint.save({path: {"model": torch.ones(3)}})
     old = path.read_bytes()
 
     def crash(*_: object) -> None:
@@ -34,7 +34,7 @@ def test_crash_leaves_the_old_checkpoint(
 
     monkeypatch.setattr(os, moment, crash)
     with pytest.raises(Crash):
-        checkpoint.save(path, {"model": torch.zeros(3)})
+        checkpoint.save({path: {"model": torch.zeros(3)}})
     assert path.read_bytes() == old
     assert torch.equal(load(path)["model"], torch.ones(3))
 
@@ -72,6 +72,7 @@ def test_bytes_are_on_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.M
 def test_model_loads_into_the_library(train: Cli, tmp_path: Path) -> None:
     assert train().code == 0
     assert sorted(os.listdir(tmp_path / "out")) == [
+        ".lock",
         "best.pt",
         "config.json",
         "curves.png",
