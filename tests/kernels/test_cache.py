@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +70,7 @@ def test_source_is_that_of_the_kernels(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(hashes) == 4
 
 
+FRESH = CONV._replace(kernel="conv_wgrad")
 #: Before a test replaces it.
 SHIPPED_TABLES = cache.SHIPPED_TABLES
 
@@ -129,16 +134,91 @@ def write_source(source: str, tmp_path: Path) -> Path:
 
 
 def test_cache_that_cannot_be_read_is_ignored(sim: SimulatedGPU, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> bytes:
-        raise (
-            PermissionError(13, "Permission denied", str(path)) if path == cache_file() else FileNotFoundError
-        )
+    sim.choose()
+    search.forget_measurements()
+    measured, real = sim.measured.total(), os.open
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    monkeypatch.setattr(cache, "_source_hash", lambda: "0")
+    def refuse(path: str, flags: int, mode: int = 0o777) -> int:
+        if str(path) == str(cache_file()):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, flags, mode)
+
+    monkeypatch.setattr(cache.os, "open", refuse)
     with only_warning(str(cache_file()), "Permission denied", "delete it"):
         assert sim.choose() == SECOND
         assert sim.choose(DGRAD) == SECOND
+    assert sim.measured.total() == 3 * measured
+
+
+@pytest.mark.parametrize("name", ["cache", "lock"])
+def test_fifo_in_the_cache(sim: SimulatedGPU, name: str) -> None:
+    """A FIFO in the place of the tuning cache, or of its lock."""
+    path = cache_file() if name == "cache" else cache_file().with_suffix(".lock")
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    with only_warning(*(["is no regular file", "delete"] if name == "cache" else ["are not stored"])):
+        assert sim.choose() == SECOND
+        assert sim.choose(DGRAD) == SECOND
+    search.forget_measurements()
+    sim.times = {}
+    if name == "cache":
+        assert sim.choose() == SECOND, "the cache was not written again"
+
+
+def test_locked_cache(sim: SimulatedGPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tuning cache while a process that was stopped holds its lock: one wait, one warning, then as ever."""
+    monkeypatch.setattr(cache, "LOCK_SECONDS", 0.5)
+    path = cache_file()
+    path.parent.mkdir(parents=True)
+    with open(path.with_suffix(".lock"), "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        began = time.monotonic()
+        with only_warning("not stored", "another process holds", ".lock"):
+            assert sim.choose() == SECOND
+            assert time.monotonic() - began > 0.5
+            began = time.monotonic()
+            assert sim.choose(DGRAD) == SECOND
+            assert time.monotonic() - began < 0.5
+    assert not path.exists()
+    sim.choose(FRESH)
+    assert path.exists()
+
+
+def test_lock_that_is_soon_released(sim: SimulatedGPU) -> None:
+    """The tuning cache while another process stores to it."""
+    path = cache_file()
+    path.parent.mkdir(parents=True)
+    with open(path.with_suffix(".lock"), "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        release = threading.Timer(0.2, fcntl.flock, (held, fcntl.LOCK_UN))
+        release.start()
+        assert sim.choose() == SECOND
+        release.join()
+    assert path.exists()
+
+
+def test_temporary_file_of_a_process_that_was_killed(sim: SimulatedGPU) -> None:
+    """A kill while the tuning cache is written: the next process removes what is left, and other caches' files stay."""
+    path = cache_file()
+    path.parent.mkdir(parents=True)
+    left, other = path.with_name(f".{path.name}.1.tmp"), path.with_name(".another.json.1.tmp")
+    left.touch()
+    other.touch()
+    sim.choose()
+    assert set(path.parent.iterdir()) == {path, path.with_suffix(".lock"), other}
+
+
+def test_full_disk_leaves_no_temporary_file(sim: SimulatedGPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full while the tuning cache is written."""
+
+    def fill(path: Path, text: str) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", fill)
+    with only_warning("not stored", "No space left"):
+        assert sim.choose() == SECOND
+    assert [*cache_file().parent.iterdir()] == [cache_file().with_suffix(".lock")]
 
 
 @pytest.mark.parametrize("source", ["cache", "table"])

@@ -6,14 +6,18 @@ measured again.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
+import glob
 import hashlib
 import json
 import os
 import re
+import stat
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from resnet_fused.kernels.launch import Config
 
 KERNELS = Path(__file__).parents[1]
 SHIPPED_TABLES = KERNELS / "tuned"
+LOCK_SECONDS = 5.0  # another process holds the lock for milliseconds, unless it was stopped
 _loaded: dict[Path, dict[TuningKey, Timings]] = {}
 _warned: set[str] = set()
 
@@ -108,8 +113,9 @@ def store(device: torch.device, key: TuningKey, timings: Timings) -> None:
     path = cache_path(expected)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".lock"), "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _locked(path):
+            for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+                left.unlink()  # of a process that was killed: others would have the lock
             _loaded[path] = read_table(path, lambda actual: actual == expected) | {key: timings}
             write_table(path, expected, _loaded[path])
     except OSError as error:
@@ -117,19 +123,58 @@ def store(device: torch.device, key: TuningKey, timings: Timings) -> None:
         warn_once(str(path.parent), f"{failed}; set XDG_CACHE_HOME to a folder that can be written")
 
 
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keeps other processes from storing to the file while the context lasts.
+
+    Raises:
+        OSError: they don't end, or the folder cannot be written.
+    """
+    lock = path.with_suffix(".lock")
+    # Once it took too long, it may again: measurements of other kernels don't wait.
+    deadline = time.monotonic() + (0 if str(path.parent) in _warned else LOCK_SECONDS)
+    with open(lock, "ab", opener=_open_regular) as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(f"another process holds {lock}") from error
+                time.sleep(LOCK_SECONDS / 100)
+        yield
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """An opener of regular files: of others a FIFO, for one, blocks until another process opens it.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is no regular file")
+    return descriptor
+
+
 def write_table(path: Path, header: Mapping[str, str], table: Mapping[TuningKey, Timings]) -> None:
     """Replaces the file atomically; one tuning key a line."""
     lines = [json.dumps(key._asdict() | {"timings": timings_to_json(table[key])}) for key in sorted(table)]
     text = f'{{"header": {json.dumps(header)},\n"entries": [\n' + ",\n".join(lines) + "\n]}\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_table(path: Path, fits: Callable[[dict[str, Any]], bool]) -> dict[TuningKey, Timings]:
     """The entries of a file whose header ``fits``; none, and a warning, where it is damaged or does not fit."""
     try:
-        content = json.loads(path.read_bytes())
+        with open(path, "rb", opener=_open_regular) as file:
+            content = json.loads(file.read())
         if not fits(content["header"]):
             raise ValueError("it was written by another version or for another device")
         return {
