@@ -100,6 +100,10 @@ packages: build
 mutants: build
 	$(BIN)/python -m tools.mutants $(MUTANTS)
 
+# Fifty kills of the trainer, full disks, lost ranks, damaged checkpoints and the like; `make test` has fewer of each.
+faults: build
+	KILLS=50 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --record faults tests/cli/test_faults*.py tests/cli/test_distributed.py
+
 # RESULTS=benchmarks/results/NAME.json keeps the figures; `make report` makes tables and pictures of what is there.
 bench: build
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest benchmarks --results $(RESULTS)

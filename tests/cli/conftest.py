@@ -15,6 +15,10 @@ import torch
 
 from resnet_fused.cli.main import main
 
+#: How often a run is killed; `make faults` does so more often, and tries more than fits into `make test`.
+KILLS = int(os.environ.get("KILLS", "2"))
+MANY = KILLS > 9
+only_many = pytest.mark.skipif(not MANY, reason="`make faults` runs it")
 Cli = Callable[..., "Result"]
 SMALL = ["--image-size", "16", "--batch-size", "4", "--epochs", "2", "--workers", "0", "--device", "cpu"]
 

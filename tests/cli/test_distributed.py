@@ -69,29 +69,31 @@ def test_progress_counts_all_processes() -> None:
     assert progress.loss == 1.5 * progress.images
 
 
-#: As train.py, but that one of the processes crashes in the second epoch, the first time.
-CRASHING = """
+#: As train.py, but that one of the processes is killed in the second epoch, the first time.
+KILLED = """
 import os
+import signal
 import sys
 from resnet_fused.cli.learner import Learner
 from resnet_fused.cli.main import main
 
 step = Learner.step
 
-def crash(self, *batch):
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1" and self.progress.epoch == 1:
-        os._exit(1)
+def kill(self, *batch):
+    first, here = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0", (self.progress.epoch, self.progress.step)
+    if first and os.environ["RANK"] == "1" and here == (1, 1):
+        os.kill(os.getpid(), signal.SIGKILL)
     step(self, *batch)
 
-Learner.step = crash
+Learner.step = kill
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_elastic_restart(images: Path, tmp_path: Path) -> None:
-    """torchrun starts the processes again, and they go on from the checkpoint of the first epoch."""
-    script = tmp_path / "crashing.py"
-    script.write_text(CRASHING)
+def test_killed_rank(images: Path, tmp_path: Path) -> None:
+    """A rank that is killed in mid-epoch: the other saves the last step, and torchrun's restart goes on from it."""
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = ["train", "--data", str(images), *SMALL, "--resume", "auto", "--out"]
     environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
@@ -101,8 +103,14 @@ def test_elastic_restart(images: Path, tmp_path: Path) -> None:
     }
     for name, command in commands.items():
         done = subprocess.run(
-            [*command, *options, str(tmp_path / name)], env=environment, capture_output=True, text=True
+            [*command, *options, str(tmp_path / name)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
         )
         assert done.returncode == 0, done.stderr
-        assert ("exitcode: 1" in done.stderr or "failed" in done.stderr) == (name == "restarted")
+        assert ("exitcode: -9" in done.stderr) == (name == "restarted")
+        assert ("stopped at step 3 of 4; to go on:" in done.stdout) == (name == "restarted")
     assert_same_run(tmp_path / "whole" / "last.pt", tmp_path / "restarted" / "last.pt")
+    assert_same_run(tmp_path / "whole" / "best.pt", tmp_path / "restarted" / "best.pt")
