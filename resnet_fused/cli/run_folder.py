@@ -75,11 +75,11 @@ class Resumed:
 
 
 def _written(path: Path) -> tuple[int, int]:
-    """Of the file that has this name now; zeros where there is none."""
-    with contextlib.suppress(FileNotFoundError):
-        status = path.stat()
-        return status.st_ino, status.st_mtime_ns
-    return 0, 0
+    """When the file of this name was written, and its size; zeros where there is none."""
+    if not path.is_file():
+        return 0, 0
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
 
 
 def last_checkpoint(out: Path, impl: str | None) -> Path:
