@@ -71,7 +71,9 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"no checkpoint at {path}: give the path of a last.pt or best.pt")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not compare checksums
+            # torch.save compresses nothing, and whatever else is taken for compressed fails in many ways.
+            compressed = (member.filename for member in archive.infolist() if member.compress_type)
+            damaged = next(compressed, None) or archive.testzip()  # torch.load does not compare checksums
         if damaged:
             raise UserError(f"the checkpoint {path} is damaged (in {damaged}): use another, such as best.pt")
         state = torch.load(path, map_location="cpu", weights_only=True)

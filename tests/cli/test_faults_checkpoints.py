@@ -247,6 +247,17 @@ def test_flipped_bits(flips: int, small: Path) -> None:
         read_or_refuse(small, expected)
 
 
+def test_flipped_compression(small: Path) -> None:
+    """A checkpoint in which a flipped bit says that a part is compressed."""
+    content = bytearray(small.read_bytes())
+    content[content.index(b"PK\1\2") + 10] ^= (
+        8  # the method in the central directory, from stored to deflated
+    )
+    small.write_bytes(content)
+    with pytest.raises(UserError, match=r"last\.pt is damaged"):
+        checkpoint.load(small)
+
+
 def test_truncated_anywhere(small: Path) -> None:
     """Checkpoints that end early: refused."""
     whole = small.read_bytes()
