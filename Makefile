@@ -102,7 +102,7 @@ mutants: build
 
 # Fifty kills of the trainer, full disks, lost ranks, damaged checkpoints and the like; `make test` has fewer of each.
 faults: build
-	KILLS=50 OMP_NUM_THREADS=1 $(PYTEST) --record faults tests/cli/test_faults*.py tests/cli/test_distributed.py
+	RESNET_FUSED_TEST_KILLS=50 OMP_NUM_THREADS=1 $(PYTEST) --record faults tests/cli/test_faults*.py tests/cli/test_distributed.py
 
 # RESULTS=benchmarks/results/NAME.json keeps the figures; `make report` makes tables and pictures of what is there.
 bench: build

@@ -16,7 +16,7 @@ import torch
 from resnet_fused.cli.main import main
 
 #: How often a run is killed; `make faults` does so more often, and tries more than fits into `make test`.
-KILLS = int(os.environ.get("KILLS", "2"))
+KILLS = int(os.environ.get("RESNET_FUSED_TEST_KILLS", "2"))
 MANY = KILLS > 9
 only_many = pytest.mark.skipif(not MANY, reason="`make faults` runs it")
 Cli = Callable[..., "Result"]
