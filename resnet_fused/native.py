@@ -132,7 +132,7 @@ def release_buffers() -> int:
 
 
 def use_buffers(enabled: bool) -> bool:
-    """Whether results of 1 MiB and more on the CPU use memory again, which PyTorch's profiler doesn't see.
+    """Whether results of more than 4 MiB on the CPU use memory again, which PyTorch's profiler doesn't see.
 
     Args:
         enabled: else PyTorch allocates them.

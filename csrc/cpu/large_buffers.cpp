@@ -1,17 +1,14 @@
 #include "large_buffers.h"
 
-#if defined(__linux__)
 #include <pthread.h>
 #include <sys/mman.h>
-#else
-#include <cstdlib>
-#endif
 
 #include <algorithm>
+#include <iterator>
+#include <map>
 #include <mutex>
 #include <unordered_map>
 #include <utility>
-#include <vector>
 
 #include "accessible.h"
 
@@ -19,66 +16,105 @@ namespace resnet_fused::cpu {
 namespace {
 
 constexpr size_t kGranule = 64 << 10;
-// Requests of any size after which an idle buffer is unmapped: several training steps of the deepest network.
-constexpr uint64_t kPatience = 2048;
+// Buffers of any size taken or given back until an idle one is unmapped: several training steps of the
+// deepest network.
+constexpr uint64_t kPatience = 4096;
 
-#if defined(__linux__)
-void* map(size_t bytes) {
+char* map(size_t bytes) {
   void* buffer = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  return buffer == MAP_FAILED ? nullptr : buffer;
+  return buffer == MAP_FAILED ? nullptr : static_cast<char*>(buffer);
 }
-void unmap(void* buffer, size_t bytes) { munmap(buffer, bytes); }
-#else
-void* map(size_t bytes) { return std::aligned_alloc(4096, bytes); }
-void unmap(void* buffer, size_t) { std::free(buffer); }
-#endif
 
 struct Idle {
-  void* buffer;
   size_t bytes;
-  uint64_t since;
+  uint64_t since;  // the call that gave it back
 };
 
 struct Pool {
+  // By address. Any whole granules can be taken, and unmapped, whatever was mapped or given back at once.
+  using Pieces = std::map<char*, Idle>;
+
   std::mutex mutex;
   bool enabled = true;
-  uint64_t requests = 0;
+  uint64_t calls = 0;
   size_t in_use = 0, idle_bytes = 0, most_in_use = 0;
-  std::vector<Idle> idle;  // in the order they were given back
+  Pieces idle;
   std::unordered_map<void*, size_t> taken;
 
-  // Unmaps idle buffers, the oldest first, until those that are left and `needed` bytes are no more than
+  Pieces::iterator oldest() {
+    return std::min_element(idle.begin(), idle.end(),
+                            [](const auto& a, const auto& b) { return a.second.since < b.second.since; });
+  }
+
+  // Unmaps the end of a piece.
+  void unmap(Pieces::iterator piece, size_t bytes) {
+    Idle& rest = piece->second;
+    rest.bytes -= bytes;
+    set_accessible(piece->first + rest.bytes, bytes, bytes);
+    munmap(piece->first + rest.bytes, bytes);
+    idle_bytes -= bytes;
+    if (rest.bytes == 0) idle.erase(piece);
+  }
+
+  // Unmaps idle pieces, the oldest first, until those that are left and `needed` bytes are no more than
   // `bound`.
   void shrink(size_t needed, size_t bound) {
-    size_t gone = 0;
-    while (gone < idle.size() && idle_bytes + needed > bound) {
-      set_accessible(idle[gone].buffer, idle[gone].bytes, idle[gone].bytes);
-      unmap(idle[gone].buffer, idle[gone].bytes);
-      idle_bytes -= idle[gone++].bytes;
+    while (!idle.empty() && idle_bytes + needed > bound) {
+      const auto piece = oldest();
+      unmap(piece, std::min(piece->second.bytes, idle_bytes + needed - bound));
     }
-    idle.erase(idle.begin(), idle.begin() + static_cast<std::ptrdiff_t>(gone));
   }
 
   void unmap_stale() {
-    while (!idle.empty() && idle.front().since + kPatience < requests) shrink(0, idle_bytes - 1);
+    while (!idle.empty()) {
+      const auto piece = oldest();
+      if (piece->second.since + kPatience >= calls) return;
+      unmap(piece, piece->second.bytes);
+    }
   }
 
-  void* reuse(size_t bytes) {
-    // The latest one: most of it may still be in a cache.
-    for (size_t i = idle.size(); i-- > 0;) {
-      if (idle[i].bytes != bytes) continue;
-      void* buffer = idle[i].buffer;
-      idle.erase(idle.begin() + static_cast<std::ptrdiff_t>(i));
-      idle_bytes -= bytes;
-      return buffer;
+  // Takes the smallest piece that is large enough, else the shortest run of pieces side by side.
+  char* reuse(size_t bytes) {
+    auto best = idle.end();
+    for (auto piece = idle.begin(); piece != idle.end(); ++piece) {
+      if (piece->second.bytes < bytes) continue;
+      // Of equal ones the latest: most of it may still be in a cache.
+      const auto key = [](const Idle& x) { return std::make_pair(x.bytes, ~x.since); };
+      if (best == idle.end() || key(piece->second) < key(best->second)) best = piece;
     }
-    return nullptr;
+    if (best != idle.end()) return take(best, bytes);
+    size_t shortest = 0;
+    for (auto first = idle.begin(), piece = first; piece != idle.end(); ++piece) {
+      if (piece != first && end_of(std::prev(piece)) != piece->first) first = piece;
+      while (first != piece && size_t(end_of(piece) - std::next(first)->first) >= bytes) ++first;
+      const size_t run = size_t(end_of(piece) - first->first);
+      if (run < bytes || (best != idle.end() && run >= shortest)) continue;
+      best = first;
+      shortest = run;
+    }
+    return best == idle.end() ? nullptr : take(best, bytes);
+  }
+
+  static char* end_of(Pieces::iterator piece) { return piece->first + piece->second.bytes; }
+
+  // Takes bytes from the beginning of a piece on, which those behind it must have.
+  char* take(Pieces::iterator piece, size_t bytes) {
+    char* const buffer = piece->first;
+    idle_bytes -= bytes;
+    for (size_t missing = bytes; missing > 0;) {
+      const auto [start, found] = *piece;
+      piece = idle.erase(piece);
+      const size_t part = std::min(missing, found.bytes);
+      missing -= part;
+      if (part < found.bytes) idle.emplace(start + part, Idle{found.bytes - part, found.since});
+    }
+    return buffer;
   }
 
   // A step of training takes the same sizes again: all that it had in use at once may stay, and no more.
-  void* map_anew(size_t bytes) {
+  char* map_anew(size_t bytes) {
     shrink(in_use + bytes, std::max(most_in_use, in_use + bytes));
-    void* buffer = map(bytes);
+    char* buffer = map(bytes);
     if (buffer == nullptr && !idle.empty()) {
       shrink(0, 0);
       buffer = map(bytes);
@@ -91,7 +127,6 @@ struct Pool {
 Pool& pool() {
   static Pool* const instance = [] {
     Pool* const pool_of_process = new Pool;
-#if defined(__linux__)
     // A child is a copy of the thread that forked: another one may not be left holding the mutex in it. Pages
     // that it shared with its parent would be copied when the parent writes to them.
     pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); },
@@ -99,7 +134,6 @@ Pool& pool() {
                      pool().shrink(0, 0);
                      pool().mutex.unlock();
                    });
-#endif
     return pool_of_process;
   }();
   return *instance;
@@ -112,8 +146,8 @@ void* take_large_buffer(size_t requested) {
   Pool& all = pool();
   const std::lock_guard<std::mutex> lock(all.mutex);
   if (!all.enabled) return nullptr;
-  all.requests++;
-  void* buffer = all.reuse(bytes);
+  all.calls++;
+  char* buffer = all.reuse(bytes);
   all.unmap_stale();
   if (buffer == nullptr) buffer = all.map_anew(bytes);
   if (buffer == nullptr) return nullptr;
@@ -132,7 +166,7 @@ void give_large_buffer(void* buffer) {
   all.taken.erase(entry);
   set_accessible(buffer, 0, bytes);
   all.in_use -= bytes;
-  all.idle.push_back({buffer, bytes, all.requests});
+  all.idle.emplace(static_cast<char*>(buffer), Idle{bytes, ++all.calls});
   all.idle_bytes += bytes;
 }
 
