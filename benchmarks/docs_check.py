@@ -12,7 +12,7 @@ from benchmarks import compatibility, launch_plan, report, scaling_page, trainin
 from benchmarks.page import ROOT
 from benchmarks.roofline_model import step
 from resnet_fused.plan import plan
-from tools import dependencies, kernel_instructions
+from tools import dependencies, kernel_instructions, reliability
 
 PAGES = (
     *report.PAGES,
@@ -22,6 +22,7 @@ PAGES = (
     scaling_page.PAGE,
     kernel_instructions.PAGE,
     dependencies.PAGE,
+    reliability.PAGE,
 )
 
 
