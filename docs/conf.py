@@ -14,6 +14,7 @@ include_patterns = [
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "SECURITY.md",
     "docs/*.md",
     "examples/README.md",
     "benchmarks/RESULTS.md",
