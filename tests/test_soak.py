@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 import resnet_fused
 from resnet_fused import native, reference
 
-STEPS = int(os.environ.get("RESNET_FUSED_TEST_STEPS", "60"))
+STEPS = int(os.environ.get("RESNET_FUSED_TEST_STEPS", "30"))
 SEED = int(os.environ.get("RESNET_FUSED_TEST_SEED", "0"))
 #: Losses are compared as means of so many.
 WINDOW = max(STEPS // 100, 5)

@@ -31,7 +31,7 @@ OPS = [
 PARTS: dict[str, tuple[bool, list[str]]] = {
     "kernels without Python, under AddressSanitizer, UBSan, LeakSanitizer, ThreadSanitizer and valgrind": (
         False,
-        ["tests/sanitizers/test_sanitizers.py", "tests/sanitizers/uninitialized.py"],
+        [f"tests/sanitizers/{name}.py" for name in ("test_sanitizers", "races", "uninitialized")],
     ),
     # Where memory is missing, AddressSanitizer's operator new ends the process instead of raising an exception.
     "ops, under AddressSanitizer and UBSan": (
