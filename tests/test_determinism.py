@@ -96,7 +96,7 @@ def assert_same_bits(results: Sequence[Tensor], expected: Sequence[Tensor]) -> N
     assert not differ, f"{len(differ)} of {len(expected)} tensors, the first is number {differ[0]}"
 
 
-@by_dtype
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS[:2], ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize("name", NATIVE)
 def test_ops_with_any_number_of_threads(name: str, layout: Any, dtype: str) -> None:
