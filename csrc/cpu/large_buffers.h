@@ -3,7 +3,8 @@
 // The C library maps every block of more than 32 MiB afresh and unmaps it when it is freed, so each training
 // step pays for the same page faults again: 18 ms and more for 51 MB, of which writing it takes 3. Smaller
 // blocks it takes from a heap, where results that live for a moment leave holes between those that are saved
-// for backward: steps of ResNet-50 took up to 0.66 of eager's memory with those in the heap, and take 0.58.
+// for backward: steps of ResNet-50 took up to 0.66 of eager's memory with those in the heap, and take up to
+// 0.60.
 #pragma once
 
 #include <cstddef>
