@@ -87,15 +87,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         )
 
 
+def outcome_of(report: pytest.TestReport) -> str:
+    """How a test ended, with the reason where it was skipped."""
+    if report.skipped and isinstance(report.longrepr, tuple):
+        return str(report.longrepr[2]).removeprefix("Skipped: ")
+    return str(report.outcome)
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when != "call" and report.passed:
         return
-    outcome: str = report.outcome
-    if report.skipped and isinstance(report.longrepr, tuple):
-        outcome = report.longrepr[2].removeprefix("Skipped: ")
     properties: dict[str, Any] = dict(report.user_properties)
     tried = properties["docstring"] or report.nodeid.partition("[")[0]
-    _outcomes.setdefault(tried, Counter())[outcome] += properties.get("cases", 1)
+    _outcomes.setdefault(tried, Counter())[outcome_of(report)] += properties.get("cases", 1)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -127,6 +131,14 @@ def _poisoned_memory() -> Iterator[None]:
     yield
     native.use_buffers(buffers)
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def buffers(_poisoned_memory: None) -> Iterator[None]:
+    """Large results use memory again, as outside of tests, which no NaN poisons then."""
+    before = native.use_buffers(True)
+    yield
+    native.use_buffers(before)
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from resnet_fused import native
 
+pytestmark = pytest.mark.usefixtures("buffers")
+
 OPS = torch.ops.resnet_fused
 MB = 1 << 20
 
@@ -29,14 +31,6 @@ def taken(bytes_: int = ABOVE) -> Tensor:
     out: Tensor = OPS.fresh_like(like, n=bytes_ // MB)
     assert out.numel() * 4 == bytes_
     return out
-
-
-@pytest.fixture(autouse=True)
-def _buffers() -> Iterator[None]:
-    """Switched on; other tests have PyTorch allocate, which poisons memory."""
-    before = native.use_buffers(True)
-    yield
-    native.use_buffers(before)
 
 
 @pytest.fixture

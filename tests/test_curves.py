@@ -21,6 +21,7 @@ from resnet_fused.cli.data import Batch, Batches, Source, open_source
 from resnet_fused.cli.distributed import World
 from resnet_fused.cli.learner import Learner
 from resnet_fused.cli.settings import Settings, make_settings
+from tests.threads import threads
 
 # Whole epochs: after fewer steps the running statistics have not arrived and accuracy is chance.
 SEEDS, EPOCHS, STEPS, HELD_OUT = 2, 3, 14, 4
@@ -90,19 +91,17 @@ def run(variant: str, settings: Settings, data: Data) -> Curve:
 @pytest.fixture(scope="module")
 def curves() -> Iterator[dict[str, Curve]]:
     """Of each variant, the runs from all seeds one after the other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
     curves = {name: Curve([], [], []) for name in VARIANTS}
-    for seed in range(SEEDS):
-        recipe = {"arch": "resnet18", "epochs": EPOCHS, "seed": seed, "image_size": 16, "batch_size": 64}
-        settings = make_settings(recipe, {})
-        data = load(settings)
-        for name, curve in curves.items():
-            one = run(name, settings, data)
-            curve.losses += one.losses
-            curve.epochs += one.epochs
-            curve.accuracies += one.accuracies
-    torch.set_num_threads(before)
+    with threads(2):
+        for seed in range(SEEDS):
+            recipe = {"arch": "resnet18", "epochs": EPOCHS, "seed": seed, "image_size": 16, "batch_size": 64}
+            settings = make_settings(recipe, {})
+            data = load(settings)
+            for name, curve in curves.items():
+                one = run(name, settings, data)
+                curve.losses += one.losses
+                curve.epochs += one.epochs
+                curve.accuracies += one.accuracies
     yield curves
 
 

@@ -7,7 +7,7 @@ so in eager PyTorch too.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import resnet_fused
 from tests.model_pairs import KINDS, make_model
-from tests.ops.operands import LAYOUTS, NATIVE, OPS, native_arguments, tensors
+from tests.ops.operands import LAYOUTS, NATIVE, OPS, copied, native_arguments, tensors
+from tests.threads import assert_independent_of_threads, assert_same_bits, threads
 
-THREADS = (1, 2, 3, 4)  # as in ops.convolutions, whose tests belong to this check
 DTYPES = {
     "fp64": torch.float64,
     "fp32": torch.float32,
@@ -29,16 +29,6 @@ DTYPES = {
 }
 by_dtype = pytest.mark.parametrize("dtype", DTYPES)
 by_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 #: What ops call of the vendor's convolutions.
@@ -89,26 +79,18 @@ def trained(kind: str, dtype: str, device: str = "cpu", steps: int = 1) -> list[
     return [*found, *model.state_dict().values()]
 
 
-def assert_same_bits(results: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    differ = [
-        i for i, (one, other) in enumerate(zip(results, expected, strict=True)) if not torch.equal(one, other)
-    ]
-    assert not differ, f"{len(differ)} of {len(expected)} tensors, the first is number {differ[0]}"
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS[:2], ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize("name", NATIVE)
 def test_ops_with_any_number_of_threads(name: str, layout: Any, dtype: str) -> None:
     """Batch norm, ReLU, addition and max-pooling in csrc: with 1, 2, 3 and 4 threads"""
     arguments = native_arguments(name, layout, DTYPES[dtype], True, (5, 24, 30, 31))
-    expected: list[Tensor] = []
-    for count in THREADS:
-        given = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
-        with threads(count):
-            found = tensors([getattr(OPS, name)(*given), given])  # also those that are written
-        expected = expected or found
-        assert_same_bits(found, expected)
+
+    def run() -> list[Tensor]:
+        given = copied(arguments)
+        return tensors([getattr(OPS, name)(*given), given])  # also those that are written
+
+    assert_independent_of_threads(run)
 
 
 @by_dtype
@@ -116,18 +98,13 @@ def test_ops_with_any_number_of_threads(name: str, layout: Any, dtype: str) -> N
 def test_training_twice(kind: str, dtype: str) -> None:
     """Steps of training on a CPU: two runs with two threads"""
     with threads(2):
-        assert_same_bits(trained(kind, dtype), trained(kind, dtype))
+        assert_same_bits(trained(kind, dtype), trained(kind, dtype), "in the second run")
 
 
 @by_kind
 def test_training_in_float64(kind: str) -> None:
     """Steps of training in float64 on a CPU: with 1, 2, 3 and 4 threads"""
-    expected: list[Tensor] = []
-    for count in THREADS:
-        with threads(count):
-            found = trained(kind, "fp64")
-        expected = expected or found
-        assert_same_bits(found, expected)
+    assert_independent_of_threads(lambda: trained(kind, "fp64"))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -138,14 +115,14 @@ def test_all_but_convolutions(kind: str, dtype: str) -> None:
     blocks = nn.Sequential(model.layer1, model.layer2, model.layer3, model.layer4)
     x = torch.randn(6, 64, 12, 12).to(memory_format=torch.channels_last).requires_grad_()
     leaves = [x, *blocks.parameters()]
-    expected: list[Tensor] = []
-    for count in THREADS:
-        with threads(count), convolutions_on_one_thread():
-            with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "fp32"):
-                out = blocks(x)
-            found = [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
-        expected = expected or found
-        assert_same_bits(found, expected)
+
+    def run() -> list[Tensor]:
+        with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "fp32"):
+            out = blocks(x)
+        return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
+
+    with convolutions_on_one_thread():
+        assert_independent_of_threads(run)
 
 
 @pytest.mark.gpu
@@ -153,4 +130,4 @@ def test_all_but_convolutions(kind: str, dtype: str) -> None:
 @by_kind
 def test_training_twice_on_a_gpu(kind: str, dtype: str) -> None:
     """Steps of training on a GPU: two runs"""
-    assert_same_bits(trained(kind, dtype, "cuda"), trained(kind, dtype, "cuda"))
+    assert_same_bits(trained(kind, dtype, "cuda"), trained(kind, dtype, "cuda"), "in the second run")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
 import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import resnet_fused
-from resnet_fused import native, reference
+from resnet_fused import reference
+from tests.test_memory import MB, resident
+from tests.threads import threads
+
+pytestmark = pytest.mark.usefixtures("buffers")
 
 STEPS = int(os.environ.get("RESNET_FUSED_TEST_STEPS", "30"))
 SEED = int(os.environ.get("RESNET_FUSED_TEST_SEED", "0"))
@@ -34,7 +36,6 @@ FACTOR = 2.0
 LONG = 1000
 #: High: a run with 0.4 more diverges, fused or not.
 LEARNING_RATE = 0.1
-MB = 1 << 20
 
 VARIANTS: dict[str, tuple[Any, torch.memory_format]] = {
     "fused": (resnet_fused, torch.channels_last),
@@ -42,14 +43,6 @@ VARIANTS: dict[str, tuple[Any, torch.memory_format]] = {
     "contiguous": (reference, torch.contiguous_format),
 }
 on_linux = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="reads /proc")
-
-
-@pytest.fixture(autouse=True)
-def _buffers() -> Iterator[None]:
-    """Memory is used again, as outside of tests."""
-    before = native.use_buffers(True)
-    yield
-    native.use_buffers(before)
 
 
 def make_model(seed: int, variant: str = "fused") -> nn.Module:
@@ -93,9 +86,7 @@ class Trained:
 
 
 def used() -> tuple[int, int]:
-    ctypes.CDLL(None).malloc_trim(0)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))
+    return resident(), len(os.listdir("/proc/self/fd"))
 
 
 def train(model: nn.Module, images: Images, dtype: torch.dtype = torch.float32, workers: int = 0) -> Trained:
@@ -159,14 +150,6 @@ def in_threads(*functions: Callable[[], Any]) -> list[Any]:
         return list(pool.map(run, functions))
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def assert_same(one: Trained, other: Trained) -> None:
     assert one.losses == other.losses
     for name, weight in one.weights.items():
@@ -212,7 +195,7 @@ def test_forked_workers() -> None:
         with torch.no_grad():
             return images + teacher(images).mean()
 
-    with one_thread():
+    with threads(1):
         images = Images(SEED, steps, transform)
         alone = train(make_model(SEED), images)
         assert_same(train(make_model(SEED), images, workers=2), alone)
@@ -223,7 +206,7 @@ def test_a_forked_child_trains() -> None:
     """A process that is forked after its parent has trained, and trains: the bits of the parent"""
     steps = max(STEPS // 10, 20)
     images = Images(SEED, steps)
-    with one_thread():  # more than one hang in a forked process: GNU OpenMP's threads are not forked
+    with threads(1):  # more than one hang in a forked process: GNU OpenMP's threads are not forked
         alone = train(make_model(SEED), images)
         child = os.fork()
         if child == 0:

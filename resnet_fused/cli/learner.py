@@ -260,7 +260,7 @@ class Learner:
 
         Returns:
             Whether that was possible: not where the error came while the optimizer changed the weights, nor, with
-            several ranks, where steps are not counted yet, which the others would have to take part in.
+            several ranks, where steps are not counted yet: that is a collective of all ranks.
         """
         if self._unfinished.updating:
             return False

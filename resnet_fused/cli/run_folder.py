@@ -34,6 +34,7 @@ from resnet_fused.cli.errors import UserError
 from resnet_fused.cli.files import CannotWrite, copy_atomically, make_folder, remove_temporaries, write_text
 from resnet_fused.cli.metrics import Progress
 from resnet_fused.cli.settings import Invocation, Settings
+from resnet_fused.cli.text import say
 
 LEARNERS = {"fused": ("fused",), "reference": ("reference",), "compare": ("fused", "reference")}
 LOCK = ".lock"
@@ -167,11 +168,7 @@ def _lock(file: TextIO, folder: Path) -> bool:
             ) from error
         if error.errno not in WITHOUT_LOCKS:
             raise
-        print(
-            f"resnet_fused: the file system of {folder} has no locks: start no other run into it",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"resnet_fused: the file system of {folder} has no locks: start no other run into it", sys.stderr)
         return False
     try:
         file.truncate(0)

@@ -290,10 +290,11 @@ class Run:
         for learner in self.learners:
             learner.check_finite()
         if self.world.main:
-            checkpoint.save({self.folder(learner) / "last.pt": learner.state() for learner in self.learners})
-            for learner, is_better in zip(self.learners, better, strict=False):
+            states = {self.folder(learner): learner.state() for learner in self.learners}
+            checkpoint.save({folder / "last.pt": state for folder, state in states.items()})
+            for (folder, state), is_better in zip(states.items(), better, strict=False):
                 if is_better:
-                    checkpoint.save({self.folder(learner) / "best.pt": learner.state()})
+                    checkpoint.save({folder / "best.pt": state})
             for learner in self.learners:
                 self.write_metrics(learner)
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import outcome_of
+
 _OPTION = "--compat-results"
 #: What the results are of.
 _PACKAGES = (
@@ -37,10 +39,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     file, _, test = report.nodeid.partition("::")
     if not file.startswith("tests/compat/") or (report.when != "call" and report.passed):
         return
-    outcome: str = report.outcome
-    if report.skipped and isinstance(report.longrepr, tuple):
-        outcome = report.longrepr[2].removeprefix("Skipped: ")
-    _outcomes.setdefault(f"{file}::{test.partition('[')[0]}", Counter())[outcome] += 1
+    _outcomes.setdefault(f"{file}::{test.partition('[')[0]}", Counter())[outcome_of(report)] += 1
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -1,11 +1,11 @@
-"""What the tests of the CPU's native convolutions share: random operands, numbers of threads, instruction sets."""
+"""What the tests of the CPU's native convolutions share: random operands, instruction sets."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -42,19 +42,6 @@ def random_gradient(sizes: Sequence[int], gradient: str) -> Gradient:
         if "running" not in gradient:
             dy = dy._replace(sum_dz=torch.randn(channels), sum_dz_xhat=torch.randn(channels))
     return dy
-
-
-def assert_independent_of_threads(run: Callable[[], Sequence[Tensor]]) -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = run()
-        for count in (2, 3, 4):
-            torch.set_num_threads(count)
-            for i, (result, one) in enumerate(zip(run(), expected, strict=True)):
-                assert torch.equal(result, one), (count, i)
-    finally:
-        torch.set_num_threads(before)
 
 
 def run_with(isa: str, tests: str) -> None:

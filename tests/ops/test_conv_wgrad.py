@@ -21,13 +21,13 @@ from resnet_fused.types import Activation, ConvGeometry, Gradient
 from tests.accuracy import Results, assert_accurate
 from tests.ops.convolutions import (
     GRADIENTS,
-    assert_independent_of_threads,
     random_activation,
     random_bn,
     random_gradient,
     random_mask,
     run_with,
 )
+from tests.threads import assert_independent_of_threads
 
 pytestmark = pytest.mark.skipif(not native.is_loaded, reason="needs the extension")
 

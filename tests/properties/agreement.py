@@ -38,6 +38,21 @@ def outcome(compute: Callable[[], Any]) -> Any:
         return error
 
 
+def fails_alike(fused: Any, eager: Any) -> bool:
+    """Whether eager raised an exception, as ``outcome`` returns it: then the fused one has to raise its type.
+
+    Raises:
+        Exception: the fused one did, and eager did not.
+    """
+    if isinstance(eager, Exception):
+        assert type(fused) is type(eager), f"{fused!r} instead of {eager!r}"
+        return True
+    if isinstance(fused, Exception):
+        raise fused
+    assert fused.out.requires_grad == eager.out.requires_grad
+    return False
+
+
 class _Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:

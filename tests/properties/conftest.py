@@ -23,11 +23,9 @@ settings.register_profile(
 )
 settings.register_profile(
     "properties",
+    settings.get_profile("test"),
     max_examples=10_000 // TESTS,
-    deadline=None,
-    phases=_PHASES,
-    database=None,
-    print_blob=True,
+    derandomize=False,
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("test")
