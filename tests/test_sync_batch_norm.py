@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from resnet_fused.ops.bn_stats import merge_across
 from tests.conftest import RESIDUAL_BLOCK
 from tests.model_pairs import KINDS, make_model
 
-#: Images of each process: their number differs, as in the last batch of an epoch.
-SHARES = (3, 2)
+#: Images of each process: their number differs, as in the last batch of an epoch. Of so many and so large ones only the
+#: first process folds 1x1 convolutions; the second computes their outputs again. Both save those of others.
+SHARES, SIZE = (3, 2), 64
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
@@ -29,7 +31,7 @@ def model(kind: str) -> nn.Module:
 
 def batch(layout: str) -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
-    images = torch.randn(sum(SHARES), 3, 32, 32, dtype=torch.float64)
+    images = torch.randn(sum(SHARES), 3, SIZE, SIZE, dtype=torch.float64)
     return images.to(memory_format=LAYOUTS[layout]), torch.arange(sum(SHARES))
 
 
@@ -42,7 +44,13 @@ def gradients_and_buffers(trained: nn.Module, images: Tensor, labels: Tensor) ->
 def work(rank: int, folder: str) -> None:
     """One step's forward and backward on this process's images, of all models and layouts."""
     torch.set_num_threads(1)
-    vars(RESIDUAL_BLOCK).update(FOLD_BYTES=0, RECOMPUTE_BYTES=0)
+    policy, policies = RESIDUAL_BLOCK.output_policy, set[str]()
+
+    def noted_policy(*args: Any) -> str:
+        policies.add(policy(*args))
+        return policy(*args)
+
+    vars(RESIDUAL_BLOCK).update(FOLD_BYTES=0, RECOMPUTE_BYTES=0, output_policy=noted_policy)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(SHARES))
     mine = slice(sum(SHARES[:rank]), sum(SHARES[: rank + 1]))
     try:
@@ -52,6 +60,7 @@ def work(rank: int, folder: str) -> None:
             images, labels = batch(layout)
             found = gradients_and_buffers(synced, images[mine], labels[mine])
             torch.save(found, f"{folder}/{kind}-{layout}-{rank}.pt")
+        assert policies == {"saved", "recomputed"} | ({"folded"} if rank == 0 else set())
     finally:
         dist.destroy_process_group()
 
