@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +105,25 @@ def train(cli: Cli, images: Path, tmp_path: Path) -> Cli:
         return cli("train", "--data", images, *SMALL, "--out", tmp_path / out, *arguments)
 
     return call
+
+
+def torchrun(*arguments: object) -> Result:
+    """Runs torchrun's module with two processes of one thread each; they succeed."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def digests(printed: str) -> list[str]:
+    """Of the weights that each rank ends with, as `train` prints them."""
+    return re.findall(r"rank \d ([0-9a-f]{16})", printed)
 
 
 def load(path: Path) -> dict[str, Any]:

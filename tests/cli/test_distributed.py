@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from resnet_fused.cli.data import open_source
 from resnet_fused.cli.distributed import World
 from resnet_fused.cli.learner import Learner
 from resnet_fused.cli.settings import make_settings
-from tests.cli.conftest import SMALL, assert_same_run
+from tests.cli.conftest import SMALL, assert_same_run, digests, load, torchrun
 
 ONE_RANK = """
 import os
@@ -90,27 +91,27 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_killed_rank(images: Path, tmp_path: Path) -> None:
-    """A rank that is killed in mid-epoch: the other saves the last step, and torchrun's restart goes on from it."""
+def test_two_processes(images: Path, tmp_path: Path) -> None:
+    """Equal weights on both; the nine held-out images are counted once. A rank that is killed in mid-epoch changes
+    nothing: the other saves the last step, and torchrun's restart goes on from it.
+    """
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    options = ["train", "--data", str(images), *SMALL, "--resume", "auto", "--out"]
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    commands = {
-        "whole": [*start, "-m", "resnet_fused"],
-        "restarted": [*start, "--max-restarts", "1", str(script)],
-    }
-    for name, command in commands.items():
-        done = subprocess.run(
-            [*command, *options, str(tmp_path / name)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        assert done.returncode == 0, done.stderr
-        assert ("exitcode: -9" in done.stderr) == (name == "restarted")
-        assert ("stopped at step 3 of 4; to go on:" in done.stdout) == (name == "restarted")
-    assert_same_run(tmp_path / "whole" / "last.pt", tmp_path / "restarted" / "last.pt")
-    assert_same_run(tmp_path / "whole" / "best.pt", tmp_path / "restarted" / "best.pt")
+    options = ("train", "--data", images, *SMALL, "--resume", "auto", "--out")
+    whole, restarted = tmp_path / "whole", tmp_path / "restarted"
+    printed = torchrun("-m", "resnet_fused", *options, whole)
+    assert printed.out.count("epoch 1/2") == 1
+    first, second = digests(printed.out)
+    assert first == second
+    records = load(whole / "last.pt")["progress"]["history"]
+    assert [record["step"] for record in records] == [2, 4]
+    for record in records:
+        assert record["val_accuracy"] * 9 == pytest.approx(round(record["val_accuracy"] * 9), abs=1e-9)
+        assert record["train_accuracy"] * 16 == pytest.approx(round(record["train_accuracy"] * 16), abs=1e-9)
+    printed = torchrun("--max-restarts", 1, script, *options, restarted)
+    assert "exitcode: -9" in printed.err
+    assert "stopped at step 3 of 4; to go on:" in printed.out
+    assert f"torchrun --nproc-per-node 2 -m resnet_fused train --out {restarted} --resume" in printed.out
+    assert digests(printed.out) == [first, second]
+    assert_same_run(whole / "last.pt", restarted / "last.pt")
+    assert_same_run(whole / "best.pt", restarted / "best.pt")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ from resnet_fused.cli.data import open_source
 from resnet_fused.cli.distributed import World
 from resnet_fused.cli.learner import Learner
 from resnet_fused.cli.settings import make_settings
-from tests.cli.conftest import Cli, assert_same_run, load
+from tests.cli.conftest import SMALL, Cli, assert_same_run, digests, load, torchrun
 from tests.cli.test_bad_input import assert_refused
-from tests.cli.test_train import torchrun
 from tests.published_weights import publish
 
 State = dict[str, Tensor]
@@ -150,13 +148,13 @@ def test_resumed_equals_uninterrupted(
 def test_two_processes(images: Path, tmp_path: Path) -> None:
     """Every rank starts from the weights, and freezes the backbone."""
     state = save_weights(tmp_path / "mine.pt", classes=3)
-    small = ("--data", images, "--image-size", 16, "--batch-size", 4, "--epochs", 1, "--workers", 0)
+    small = ("--data", images, *SMALL, "--epochs", 1)
     how = ("--weights", tmp_path / "mine.pt", "--finetune", "--freeze-backbone")
-    printed = torchrun(*small, *how, "--out", tmp_path / "out")
-    assert printed.count("weights: /") == 1
+    printed = torchrun("-m", "resnet_fused", "train", *small, *how, "--out", tmp_path / "out")
+    assert printed.out.count("weights: /") == 1
     assert differing(load(tmp_path / "out" / "last.pt")["model"], state) == {"fc.weight", "fc.bias"}
-    digests = re.findall(r"rank \d ([0-9a-f]{16})", printed)
-    assert len(digests) == 2 and digests[0] == digests[1]
+    first, second = digests(printed.out)
+    assert first == second
 
 
 def test_resuming_with_another_start(begun: Path, train: Cli) -> None:

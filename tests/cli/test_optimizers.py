@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ from resnet_fused.cli.learner import Learner
 from resnet_fused.cli.optimizers import make_optimizer, make_schedule
 from resnet_fused.cli.settings import Settings, make_settings
 from tests import torchvision_ops  # noqa: F401  before torchvision
-from tests.cli.conftest import Cli, assert_same_run, load
-from tests.cli.test_train import torchrun
+from tests.cli.conftest import SMALL, Cli, assert_same_run, digests, load, torchrun
 from tests.graphed_steps import StepOnCPU
 
 Pair = tuple[Tensor, Tensor]
@@ -303,9 +301,9 @@ def test_compared(train: Cli, tmp_path: Path) -> None:
 
 def test_two_processes(images: Path, tmp_path: Path) -> None:
     """Gradients of a whole group are summed, and rank 0's running statistics are everyone's: weights stay equal."""
-    small = ("--data", images, "--image-size", 16, "--batch-size", 2, "--epochs", 1, "--workers", 0)
+    small = ("--data", images, *SMALL, "--epochs", 1, "--batch-size", 2)
     recipe = [str(option) for option in RECIPE if option not in ("--augment", "trivial")]
-    printed = torchrun(*small, *recipe, "--out", tmp_path / "out")
-    digests = re.findall(r"rank \d ([0-9a-f]{16})", printed)
-    assert len(digests) == 2 and digests[0] == digests[1]
+    printed = torchrun("-m", "resnet_fused", "train", *small, *recipe, "--out", tmp_path / "out")
+    first, second = digests(printed.out)
+    assert first == second
     assert load(tmp_path / "out" / "last.pt")["n_averaged"] == 2

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +12,7 @@ import torch
 from resnet_fused.cli.learner import Learner
 from resnet_fused.cli.optimizers import make_schedule
 from resnet_fused.cli.settings import BY_DATA, Settings, make_settings
-from tests.cli.conftest import Cli, assert_same_run, load, make_images
+from tests.cli.conftest import Cli, load, make_images
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -96,34 +92,3 @@ def test_settings_come_from_the_command_then_the_checkpoint_then_the_defaults() 
     assert (settings.lr, settings.seed, settings.epochs) == (0.5, 4, 7)
     assert settings.image_size == BY_DATA["image_size"][0]
     assert make_settings({"data": "elsewhere"}, {}).image_size == BY_DATA["image_size"][1]
-
-
-def torchrun(*arguments: object) -> str:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, "-m", "resnet_fused", "train", "--device", "cpu", *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_two_processes(images: Path, tmp_path: Path) -> None:
-    """Equal weights on both; the nine held-out images are counted once; resuming in mid-epoch changes nothing."""
-    small = ("--data", images, "--image-size", 16, "--batch-size", 4, "--epochs", 2, "--workers", 0)
-    printed = torchrun(*small, "--out", tmp_path / "whole")
-    digests = re.findall(r"rank \d ([0-9a-f]{16})", printed)
-    assert len(digests) == 2 and digests[0] == digests[1]
-    assert printed.count("epoch 1/2") == 1
-    records = load(tmp_path / "whole" / "last.pt")["progress"]["history"]
-    assert [record["step"] for record in records] == [2, 4]
-    for record in records:
-        assert record["val_accuracy"] * 9 == pytest.approx(round(record["val_accuracy"] * 9), abs=1e-9)
-        assert record["train_accuracy"] * 16 == pytest.approx(round(record["train_accuracy"] * 16), abs=1e-9)
-    stopped = torchrun(*small, "--out", tmp_path / "out", "--max-steps", 3)
-    assert f"torchrun --nproc-per-node 2 -m resnet_fused train --out {tmp_path / 'out'} --resume" in stopped
-    assert digests[0] in torchrun("--out", tmp_path / "out", "--resume")
-    assert_same_run(tmp_path / "whole" / "last.pt", tmp_path / "out" / "last.pt")

@@ -23,11 +23,13 @@ from resnet_fused.types import Activation, ConvGeometry, Gradient
 from tests.accuracy import Results, assert_accurate
 from tests.ops.convolutions import (
     GRADIENTS,
+    SIDES,
     random_activation,
     random_bn,
     random_gradient,
     random_mask,
     run_with,
+    widths_for,
 )
 from tests.threads import assert_independent_of_threads
 
@@ -103,15 +105,11 @@ def named(forward: tuple[Tensor, ...], backward: tuple[Tensor, ...]) -> dict[str
     return {name: x for name, x in zip(names, (*forward, *backward), strict=True) if x.numel()}
 
 
-SIDES = range(1, 21)
-#: Of an image with one row, only the middle row of taps sees pixels: what is left is no 3x3 convolution.
-HEIGHTS = SIDES[1:]
-
-
-@pytest.mark.parametrize("height", HEIGHTS)
+# Of an image with one row, only the middle row of taps sees pixels: what is left is no 3x3 convolution.
+@pytest.mark.parametrize("height", SIDES[1:])
 def test_every_size(height: int, always: list[str]) -> None:
     """Images of 2x1 to 20x20, and channels that fill no vector."""
-    for width in SIDES:
+    for width in widths_for(height):
         assert_accurate(lambda: Convolution((3, 6, height, width), 11).results())  # noqa: B023
     assert {*always} == {"conv3x3_bn_stats", "conv3x3_dgrad", "conv3x3_wgrad"}
 

@@ -21,11 +21,13 @@ from resnet_fused.types import Activation, ConvGeometry, Gradient
 from tests.accuracy import Results, assert_accurate
 from tests.ops.convolutions import (
     GRADIENTS,
+    SIDES,
     random_activation,
     random_bn,
     random_gradient,
     random_mask,
     run_with,
+    widths_for,
 )
 from tests.threads import assert_independent_of_threads
 
@@ -94,11 +96,11 @@ def gradients(
 
 
 @pytest.mark.parametrize("convolution", CONVOLUTIONS)
-@pytest.mark.parametrize("height", range(1, 21))
+@pytest.mark.parametrize("height", SIDES)
 def test_every_size(convolution: str, height: int, calls: list[int]) -> None:
     """Images of up to 20x20, and channels that fill no vector."""
     size, geometry = CONVOLUTIONS[convolution]
-    for width in range(1, 21):
+    for width in widths_for(height):
         if min(geometry.out_size(torch.empty(1, 1, height, width), torch.empty(1, 1, size, size))) > 0:
             before = len(calls)
             assert_accurate(lambda: gradients((3, 6, height, width), 11, convolution))  # noqa: B023

@@ -16,6 +16,7 @@ from resnet_fused import models, native
 from resnet_fused.ops import conv3x3, inference
 from tests.accuracy import HOSTILE_CASES, Results, assert_accurate, relative_error
 from tests.model_pairs import block_pair
+from tests.ops.convolutions import SIDES, widths_for
 from tests.ops.test_residual_block import BLOCKS, fused, make_case, plain
 
 pytestmark = pytest.mark.skipif(not native.is_loaded, reason="needs the extension")
@@ -62,9 +63,6 @@ def test_accuracy_of_each_convolution(name: str, is_faster: bool, monkeypatch: p
     check(name, "plain", torch.float32)
 
 
-SIDES = range(1, 21)
-
-
 @pytest.mark.parametrize("height", SIDES)
 def test_every_size(height: int) -> None:
     """Of the convolution, with channels that fill no vector; with a residual and without."""
@@ -87,7 +85,7 @@ def test_every_size(height: int) -> None:
         }
         return ours, eager(torch.float32), eager(torch.float64)
 
-    for width in SIDES:
+    for width in widths_for(height):
         assert_accurate(lambda: draw(width))  # noqa: B023
 
 
