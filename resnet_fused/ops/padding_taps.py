@@ -17,8 +17,13 @@ def _taps_of_dimension(
     size: int, outputs: int, kernel: int, stride: int, padding: int, dilation: int
 ) -> range:
     """The taps of one dimension that see a pixel, if a convolution with them alone has as many outputs; else all."""
-    firsts = range(-padding, outputs * stride - padding, stride)
-    inside = [t for t in range(kernel) if any(0 <= first + t * dilation < size for first in firsts)]
+
+    def sees_a_pixel(tap: int) -> bool:
+        place = tap * dilation - padding  # of the first output; output k's is k * stride further
+        k = max(0, -(place // stride))  # the first whose place is not negative
+        return k < outputs and place + k * stride < size
+
+    inside = [tap for tap in range(kernel) if sees_a_pixel(tap)]
     if not inside or inside[0] * dilation > padding:
         return range(kernel)
     taps = range(inside[0], inside[-1] + 1)

@@ -224,6 +224,15 @@ def test_strides_that_end_a_process_in_onednn(stride: tuple[int, int]) -> None:
         OPS.conv_backward(dy, a, weight, *geometry, None, None, (1, 1), [True, True])
 
 
+@pytest.mark.timeout(60)
+def test_padding_of_2_to_the_31() -> None:
+    """Where an image is smaller than the kernel, not every output is gone through to find the taps that see a pixel."""
+    m, geometry = Maker(torch.float64, (1, 5)), ((1, 1), (2**31 - 1, 1), (1, 1), 1)
+    weight = m.weight(operands.OUTPUTS, operands.INPUTS, 3)
+    with pytest.raises(RuntimeError, match="Output size is too small"):
+        OPS.conv_bn_stats(m.plain(), weight, *geometry, 1e-5, True, None, None, False)
+
+
 @pytest.mark.parametrize(("width", "stride"), [(1, 2), (1, 3), (2, 3)])
 def test_images_narrower_than_the_stride(width: int, stride: int) -> None:
     """In bfloat16 oneDNN makes their weight gradients of memory that nobody has written; it often holds NaN here."""
