@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from resnet_fused import models
 from resnet_fused.backend import why_not_triton
 from resnet_fused.kernels.launch import Launch, observe_launches
+from resnet_fused.ops.block_forward import SAMPLE
 from resnet_fused.ops.dispatch import IMPLEMENTATIONS, clear_cache
 from resnet_fused.reference.resnet import ARCHITECTURES
 
@@ -69,7 +70,9 @@ class _Recorder(TorchDispatchMode):
         self.planned: list[Planned] = []
 
     def is_activation(self, x: Tensor) -> bool:
-        return x.dim() == 4 and len(x) == self.batch and x.shape not in self.weights and x[0, 0].numel() > 1
+        """Of more pixels than pooling leaves and than a mean is estimated from."""
+        is_large = x.dim() == 4 and x[0, 0].numel() > SAMPLE * SAMPLE
+        return is_large and len(x) == self.batch and x.shape not in self.weights
 
     def record_launch(self, launch: Launch) -> None:
         is_pass = launch.name in PASSES

@@ -19,8 +19,8 @@ from resnet_fused.ops.folded_conv_bn import conv1x1_bn_add_relu, input_covarianc
 from resnet_fused.ops.vendor_conv import materialize
 from resnet_fused.types import Activation, BatchStats, ConvGeometry, InputCovariance, Pair, make_bn_coeffs
 
-#: Pixels from which the mean of a folded shortcut's input is estimated.
-SAMPLE = 4096
+#: Rows and columns of each image from which the mean of a folded shortcut's input is estimated.
+SAMPLE = 4
 
 
 class Parameters(NamedTuple):
@@ -135,7 +135,7 @@ def forward(x: Tensor, skip: Tensor | None, block: BlockSpec, parameters: list[P
     source = x if skip is None else skip
     if len(block.convs) > chain + 1:
         spec = block.convs[-1]
-        shift = _sample_mean(source) if _is_centered(spec) else None
+        shift = _sample_mean(source, spec.input_stride) if _is_centered(spec) else None
         a = Activation(source, shift=shift)
         branches.append(_branch(a, shift, weights[-1].to(x.dtype), parameters[-1], spec, triton))
     main, other = branches[0], branches[1] if len(branches) > 1 else _Branch(Activation(source))
@@ -212,10 +212,12 @@ def _relu_mean(p: Parameters, stats: BatchStats) -> Tensor:
     return mean
 
 
-def _sample_mean(x: Tensor) -> Tensor:
+def _sample_mean(x: Tensor, input_stride: Pair) -> Tensor:
     """An approximate mean of the input of a folded shortcut, used as shift: that of some pixels.
 
-    An approximation is enough: the remaining mean is corrected exactly.
+    An approximation is enough: the remaining mean is corrected exactly. But they are pixels that the convolution sees:
+    others may be infinite.
     """
-    rows = x.permute(0, 2, 3, 1).flatten(0, 2)
-    return rows[:: -(-len(rows) // SAMPLE)].mean(0).to(statistics_dtype(x.dtype))
+    seen = x[:, :, :: input_stride[0], :: input_stride[1]]
+    rows, cols = (-(-size // SAMPLE) for size in seen.shape[2:])
+    return seen[:, :, ::rows, ::cols].mean((0, 2, 3)).to(statistics_dtype(x.dtype))

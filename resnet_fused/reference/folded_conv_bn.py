@@ -170,9 +170,9 @@ def fold_gradients(
     if fold.mean is None or fold.covariance is None:
         return factor * q, dgamma, scaled, weight.new_empty(0), invstd.new_empty(0)
     slope, offset = -invstd * dgamma / pixels, -sum_dz / pixels
-    dweight = factor * (
-        q + (slope * pixels)[:, None] * (wide @ fold.covariance) - torch.outer(sum_dz, fold.mean)
-    )
+    # A covariance is symmetric. Kernels read its rows, and so does this, for operands that are none.
+    by_rows = wide @ fold.covariance.t()
+    dweight = factor * (q + (slope * pixels)[:, None] * by_rows - torch.outer(sum_dz, fold.mean))
     matrix = (wide.t() @ (factor * slope[:, None] * wide)).to(weight.dtype)
     # Of both matrices as they are rounded: then dc sums to zero over the pixels as dy does.
     vector = offset @ scaled.to(wide.dtype) - matrix.to(wide.dtype) @ fold.mean

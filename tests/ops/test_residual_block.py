@@ -356,6 +356,17 @@ def test_last_convolution_with_a_stride() -> None:
     assert relative_error(fused.double()(x), eager.double()(x)) < 1e-10
 
 
+def test_an_infinite_pixel_that_a_stride_skips() -> None:
+    """The statistics of a folded shortcut stay finite: it is centered by pixels that it sees."""
+    shortcut = nn.Sequential(nn.Conv2d(16, 32, 1, stride=2, bias=False), nn.BatchNorm2d(32))
+    block = models.Bottleneck(16, 8, 2, shortcut).double()
+    x = torch.randn(2, 16, 16, 16, dtype=torch.float64).to(memory_format=torch.channels_last)
+    x[:, :, 1::2] = torch.inf
+    x[:, :, :, 1::2] = torch.inf
+    block(x)
+    assert all(buffer.isfinite().all() for buffer in shortcut.buffers())
+
+
 def test_computes_no_gradient_that_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a frozen weight, and of an input that needs none."""
     needs = []
