@@ -45,6 +45,11 @@ BUFFERS = (torch.zeros(C), torch.ones(C))
         ((Y, torch.zeros(3), torch.ones(3)), RuntimeError, "running_mean should contain 5 elements not 3"),
         ((Y, *BUFFERS, torch.ones(4)), RuntimeError, "weight should contain 5 elements not 4"),
         (
+            (Y, torch.zeros(C, dtype=torch.complex64), BUFFERS[1], None, None, True),
+            RuntimeError,
+            "running_mean should be of a floating-point dtype not torch.complex64",
+        ),
+        (
             (Y, *BUFFERS, torch.ones(C, device="meta")),
             ValueError,
             "weight is on meta but the activation on cpu",

@@ -105,7 +105,7 @@ def stats_for(y: Tensor, bn: BatchNorm) -> BatchStats:
 
 
 def check_bn(bn: BatchNorm, channels: int) -> None:
-    """Raises what F.batch_norm does: kernels read as many elements as there are channels, without checking sizes."""
+    """Raises what F.batch_norm does: kernels read as many elements as there are channels, without checking."""
     if bn.training and (bn.running_mean is None) != (bn.running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     for name in ("running_mean", "running_var", "weight", "bias"):
@@ -115,6 +115,8 @@ def check_bn(bn: BatchNorm, channels: int) -> None:
                 raise RuntimeError(f"{name} must be defined in evaluation mode")
         elif vector.numel() != channels:
             raise RuntimeError(f"{name} should contain {channels} elements not {vector.numel()}")
+        elif not vector.is_floating_point():
+            raise RuntimeError(f"{name} should be of a floating-point dtype not {vector.dtype}")
 
 
 def check_pixels(shape: Sequence[int], group: dist.ProcessGroup | None) -> None:

@@ -45,7 +45,10 @@ def register_op(
     qualified = f"resnet_fused::{name}"
     torch.library.define(qualified, schema.removeprefix(name), tags=(torch.Tag.pt2_compliant_tag,))
     handle = getattr(torch.ops.resnet_fused, name).default
-    needed = [i for i, x in enumerate(handle._schema.arguments) if isinstance(x.type, torch.TensorType)]
+    arguments = handle._schema.arguments
+    needed = [
+        i for i, x in enumerate(arguments) if isinstance(x.type, torch.TensorType) or x.name in ("a", "dy")
+    ]
     if operands is not None:
         reference, fake = _typed(operands, reference), _typed(operands, fake)
         implementation = None if implementation is None else _typed(operands, implementation)
@@ -92,8 +95,11 @@ def _checked(
 
 
 def _needs_tensors(name: str, needed: Sequence[int], *args: Any) -> bool:
-    """The check of a reference whose native kernel has its own: the dispatcher takes None for any tensor."""
-    if any(args[i] is None for i in needed):
+    """The check of a reference whose native kernel has its own: the dispatcher takes None for any tensor.
+
+    Of an Activation or a Gradient, which ops take as lists, the first field is needed.
+    """
+    if any(args[i] is None or (isinstance(args[i], list) and args[i][:1] in ([], [None])) for i in needed):
         raise TypeError(f"{name}: expected tensors as operands {needed}, got None for one of them")
     return True
 

@@ -348,6 +348,8 @@ def outcome(call: Call) -> tuple[str, str | None]:
     # What is not finite may spread, multiplied with the zeros of a padding.
     finite = all(x.layout != torch.strided or bool(x.isfinite().all()) for x in floats)
     pairs = [*_tensors([results, ours])], [*_tensors([expected, theirs])]
+    # What is too large for float16 by its rounding alone may spread, too.
+    finite = finite and all(bool(x.isfinite().all()) for x in pairs[1] if x.dtype == torch.float16)
     if len(pairs[0]) != len(pairs[1]):
         return "returned", f"returned {len(pairs[0])} tensors where the reference returns {len(pairs[1])}"
     differences = (_difference(a, b, exact, finite) for a, b in zip(*pairs, strict=True))

@@ -209,6 +209,11 @@ def test_meta_tensors_beside_real_ones(name: str) -> None:
     assert all(x.is_meta for x in tensors(getattr(OPS, name)(*args)))
 
 
+def test_a_meta_tensor_beside_a_missing_activation() -> None:
+    with pytest.raises(TypeError, match="input_covariance: expected tensors as operands"):
+        OPS.input_covariance([None] * 5 + [torch.empty(8, device="meta"), None], [1, 1])
+
+
 @pytest.mark.parametrize("stride", [(1, 2**15), (2**31 - 1, 1)])
 def test_strides_that_end_a_process_in_onednn(stride: tuple[int, int]) -> None:
     m = Maker(torch.float32, (1, 1))
