@@ -168,11 +168,14 @@ def rectified_mean_kernel(
     ratio = tl.minimum(tl.maximum(center / tl.maximum(std, 1e-30), -30.0), 30.0)
     density = tl.exp(-0.5 * ratio * ratio) * 0.3989422804014327  # 1 / sqrt(2 pi)
     probability = 0.5 * (1.0 + tl.erf(ratio * 0.7071067811865476))  # 1 / sqrt(2)
-    tl.store(mean + channel_offs, center * probability + std * density, channel_valid)
+    value = center * probability + std * density
+    tl.store(mean + channel_offs, tl.where(tl.abs(value) < float("inf"), value, 0.0), channel_valid)
 
 
 def rectified_mean(weight: Tensor, bias: Tensor) -> Tensor:
     """The mean of relu(bn(y)) if y is normally distributed: the shift that centers it, before y is known.
+
+    Zero where it is infinite or NaN.
 
     Args:
         weight, bias: of the batch norm, (C,), float32.

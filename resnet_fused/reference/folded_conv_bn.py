@@ -182,7 +182,8 @@ def fold_gradients(
 def rectified_mean(weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
     """E[relu(bias + weight * g)], g a standard normal: near the mean of relu(bn(y)), and known before y is.
 
-    bias * Phi(bias/|weight|) + |weight| * phi(bias/|weight|). None where the batch norm has no parameters.
+    bias * Phi(bias/|weight|) + |weight| * phi(bias/|weight|); zero where that is infinite or NaN, so that it can be
+    subtracted: relu of a bias of -inf is zero. None where the batch norm has no parameters.
     """
     if weight is None or bias is None:
         return None
@@ -191,7 +192,8 @@ def rectified_mean(weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
     density = (
         torch.exp(-0.5 * ratio.square()) / 6.283185307179586**0.5
     )  # torch.compile makes a symbol of a named 2 pi
-    return bias * torch.special.ndtr(ratio) + spread * density
+    mean = bias * torch.special.ndtr(ratio) + spread * density
+    return mean.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _rows(x: Tensor) -> Tensor:

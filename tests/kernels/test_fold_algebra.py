@@ -159,6 +159,7 @@ def test_rectified_mean() -> None:
     def draw() -> tuple[Named, Named, Named]:
         weight, bias = torch.randn(200), torch.randn(200)
         weight[:3], bias[:3] = 0.0, torch.tensor([-1.0, 0.0, 2.0])
+        bias[3:6] = torch.tensor([-torch.inf, torch.inf, torch.nan])
         eager = reference.rectified_mean(weight, bias)
         exact = reference.rectified_mean(weight.double(), bias.double())
         assert eager is not None and exact is not None

@@ -367,6 +367,15 @@ def test_an_infinite_pixel_that_a_stride_skips() -> None:
     assert all(buffer.isfinite().all() for buffer in shortcut.buffers())
 
 
+def test_a_bias_of_minus_infinity() -> None:
+    """It makes zeros of a channel, also before a folded convolution."""
+    fused, eager = block_pair("bottleneck", torch.channels_last)
+    x = torch.randn(2, 64, 24, 24, dtype=torch.float64).to(memory_format=torch.channels_last)
+    for block in (fused, eager):
+        block.get_parameter("bn2.bias").data[3] = -torch.inf
+    assert relative_error(fused(x), eager(x)) < 1e-10
+
+
 def test_computes_no_gradient_that_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a frozen weight, and of an input that needs none."""
     needs = []

@@ -9,7 +9,7 @@ rounding of the dtype at hand (Monte Carlo arithmetic). With errors as norms,
 
 where 8 is what the rule has for one of several draws. In float64 eager is the exact result, and the limit
 1000 * (eps * |exact| + e_rounded): more than sums of 5000 terms need, and far less than one wrong element adds to a
-norm.
+norm. There values are moved by sixteen times as much, lest the moves be rounded away, and e_rounded is a sixteenth.
 
 Rounding also decides on which side of zero the input of a ReLU lies, and which of two equal maxima a window has. There
 a gradient depends on luck: it is compared where rounding decides nothing (``is_decided``).
@@ -26,8 +26,13 @@ from torch import Tensor
 from tests.accuracy import ONE_DRAW
 
 Results = Mapping[str, Tensor]
-#: Of ``eps * |exact| + e_rounded``, in float64.
-FLOAT64 = 1000.0
+#: Of ``eps * |exact| + e_rounded``, in float64; and how many eps values are moved by.
+FLOAT64, MOVES = 1000.0, 16.0
+
+
+def moves_by(dtype: torch.dtype) -> float:
+    """What Monte Carlo arithmetic, which is done in float64, moves values of a dtype by."""
+    return torch.finfo(dtype).eps * (MOVES if dtype == torch.float64 else 1.0)
 
 
 def outcome(compute: Callable[[], Any]) -> Any:
@@ -143,7 +148,7 @@ def assert_accurate(
         )
         size = float(truth.norm())
         if dtype == torch.float64:
-            most = FLOAT64 * (eps * size + by_rounding)
+            most = FLOAT64 * (eps * size + by_rounding / MOVES)
         elif by_eager > size:
             # What cancels to nothing, as gradients through a batch norm of two values do: no digit is right in eager.
             assert ours.isfinite().all(), f"{name} is not finite"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from tests.model_pairs import KINDS
-from tests.properties.agreement import batch_norm_rounded, rounded
+from tests.properties.agreement import batch_norm_rounded, moves_by, rounded
 from tests.properties.strategies import (
     CHANNELS,
     DTYPES,
@@ -275,9 +275,9 @@ class Exact:
     def __init__(self, module: nn.Module, mode: Mode, moves: bool) -> None:
         self.module = copy.deepcopy(module).double()
         self.mode = mode._replace(autocast=False)
-        self.eps = torch.finfo(mode.rounds_to).eps if moves else 0.0
+        self.eps = moves_by(mode.rounds_to) if moves else 0.0
         wide = torch.float64 if mode.dtype == torch.float64 else torch.float32
-        self.wide_eps = torch.finfo(wide).eps if moves else 0.0
+        self.wide_eps = moves_by(wide) if moves else 0.0
         self.decisions: list[Tensor] = []
 
     def run(self, x: Tensor) -> Run:

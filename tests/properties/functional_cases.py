@@ -12,7 +12,7 @@ from torch import Tensor
 
 from resnet_fused import functional
 from resnet_fused.types import BatchNorm
-from tests.properties.agreement import batch_norm_rounded, rounded
+from tests.properties.agreement import batch_norm_rounded, moves_by, rounded
 from tests.properties.strategies import (
     DTYPES,
     GRAD_MODES,
@@ -215,7 +215,7 @@ class Rounding:
 
     def __init__(self, call: Call) -> None:
         wide = torch.float64 if call.dtype == torch.float64 else torch.float32
-        self.eps, self.wide_eps = torch.finfo(call.dtype).eps, torch.finfo(wide).eps
+        self.eps, self.wide_eps = moves_by(call.dtype), moves_by(wide)
 
     def batch_norm(self, *args: Any) -> Tensor:
         return rounded(batch_norm_rounded(*args, eps=self.wide_eps), self.eps)
