@@ -265,10 +265,10 @@ def residual_block(
     dtype = autocast_dtype(device) or x.dtype
     if x.dtype == torch.float64:
         dtype = x.dtype  # autocast leaves it alone
-    x = dense(x.to(dtype))
+    x = dense(x).to(dtype)  # in this order: the other dtype of an expanded tensor would be contiguous
     if not is_channels_last(x):
         raise ValueError("a block as one op takes channels_last: use x.to(memory_format=torch.channels_last)")
-    source = x if skip is None else dense(skip.to(dtype))
+    source = x if skip is None else dense(skip).to(dtype)
     shortcut = [] if downsample is None else [downsample]
     shape = convolved_shape(x.shape, convs)
     if shape is None or shape != convolved_shape(source.shape, shortcut):

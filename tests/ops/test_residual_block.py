@@ -367,6 +367,14 @@ def test_an_infinite_pixel_that_a_stride_skips() -> None:
     assert all(buffer.isfinite().all() for buffer in shortcut.buffers())
 
 
+def test_an_expanded_input_under_autocast() -> None:
+    """Channels are innermost in it, also once it is dense and of autocast's dtype."""
+    fused, eager = (block.float() for block in block_pair("basic", torch.channels_last))
+    x = torch.randn(2, 9, 1, 64).permute(0, 3, 1, 2).expand(2, 64, 9, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(fused(x), eager(x)) < 0.02
+
+
 def test_a_bias_of_minus_infinity() -> None:
     """It makes zeros of a channel, also before a folded convolution."""
     fused, eager = block_pair("bottleneck", torch.channels_last)

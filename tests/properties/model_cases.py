@@ -57,7 +57,8 @@ class Model(NamedTuple):
         x = torch.randn(self.batch, 3, self.height, self.width_of_images)
         put_faults(self.faults, plain, x)
         prepare(plain, self.mode)
-        return fuse(copy.deepcopy(plain)), plain, self.x.place(x.to(self.mode.dtype))
+        place = self.x.varied() if self.faults else self.x
+        return fuse(copy.deepcopy(plain)), plain, place.place(x.to(self.mode.dtype))
 
 
 _sides = st.sampled_from((1, 2, 5, 8, 13, 16, 23, 32))

@@ -71,6 +71,10 @@ class Placement(NamedTuple):
     offset: int = 0
     negated: bool = False
 
+    def varied(self) -> Placement:
+        """Not expanded: where all values are equal a variance is zero, and rounding grows by 1 / sqrt(eps) a norm."""
+        return self._replace(expanded=())
+
     def narrow(self, values: Tensor) -> Tensor:
         """With equal values along the dimensions that are expanded."""
         for axis in self.expanded:

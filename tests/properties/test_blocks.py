@@ -24,7 +24,8 @@ def pair_of(block: Block) -> tuple[nn.Module, nn.Module, Tensor]:
     fused.load_state_dict(plain.state_dict())
     for module in (fused, plain):
         prepare(module, block.mode)
-    return fused, plain, block.x.place(x.to(block.mode.dtype))
+    place = block.x.varied() if block.faults else block.x
+    return fused, plain, place.place(x.to(block.mode.dtype))
 
 
 @given(blocks(8_000, st.just(())))
