@@ -232,7 +232,7 @@ def test_memory_that_runs_out() -> None:
         torch.ops.resnet_fused.conv3x3_wgrad(g, *nothing, x, *nothing[:4])
         print(*sorted(ends), sep="|")
     """
-    # All but small blocks are mapped: holes in the heap, of which there are some by chance, have no room for them.
+    # All but small blocks are mapped: none is taken from free memory of the heap, of which there is some by chance.
     printed = run_alone(code, MALLOC_MMAP_THRESHOLD_=str(1 << 16))
     assert printed.strip().split("|") == ["conv3x3_wgrad: out of memory", "done"]
 

@@ -47,8 +47,9 @@ def work(rank: int, folder: str) -> None:
     policy, policies = RESIDUAL_BLOCK.output_policy, set[str]()
 
     def noted_policy(*args: Any) -> str:
-        policies.add(policy(*args))
-        return policy(*args)
+        chosen: str = policy(*args)
+        policies.add(chosen)
+        return chosen
 
     vars(RESIDUAL_BLOCK).update(FOLD_BYTES=0, RECOMPUTE_BYTES=0, output_policy=noted_policy)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(SHARES))

@@ -218,6 +218,6 @@ def _sample_mean(x: Tensor, input_stride: Pair) -> Tensor:
     An approximation is enough: the remaining mean is corrected exactly. But they are pixels that the convolution sees:
     others may be infinite.
     """
-    seen = x[:, :, :: input_stride[0], :: input_stride[1]]
-    rows, cols = (-(-size // SAMPLE) for size in seen.shape[2:])
-    return seen[:, :, ::rows, ::cols].mean((0, 2, 3)).to(statistics_dtype(x.dtype))
+    subsampled = x[:, :, :: input_stride[0], :: input_stride[1]]
+    rows, cols = (-(-size // SAMPLE) for size in subsampled.shape[2:])
+    return subsampled[:, :, ::rows, ::cols].mean((0, 2, 3)).to(statistics_dtype(x.dtype))

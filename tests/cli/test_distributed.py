@@ -101,6 +101,7 @@ def test_two_processes(images: Path, tmp_path: Path) -> None:
     whole, restarted = tmp_path / "whole", tmp_path / "restarted"
     printed = torchrun("-m", "resnet_fused", *options, whole)
     assert printed.out.count("epoch 1/2") == 1
+    assert "exitcode: -9" not in printed.err and "stopped at step" not in printed.out
     first, second = digests(printed.out)
     assert first == second
     records = load(whole / "last.pt")["progress"]["history"]

@@ -1,4 +1,7 @@
-"""Operands at the edge of what fits: no elements, no channels, bytes and strides of the caller's, too little memory."""
+"""Operands at the edge of what fits: no elements or channels, bytes and strides of the caller's, too little memory.
+
+And inputs and biases of blocks that are infinite or expanded.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from resnet_fused import models
 from resnet_fused.ops.dispatch import IMPLEMENTATIONS
 from resnet_fused.ops.registry import register_op
 from resnet_fused.types import ConvGeometry, Gradient
+from tests.accuracy import relative_error
+from tests.model_pairs import block_pair
 from tests.ops import operands
 from tests.ops.operands import (
     CASES,
@@ -250,3 +256,34 @@ def test_images_narrower_than_the_stride(width: int, stride: int) -> None:
         freed = [torch.full((1 << n,), torch.nan) for n in range(4, 16) for _ in range(4)]
         del freed
         assert float((OPS.conv_backward(*args)[-1] - exact).norm() / exact.norm()) < 0.01
+
+
+# Blocks
+
+
+def test_an_infinite_pixel_that_a_stride_skips() -> None:
+    """The statistics of a folded shortcut stay finite: it is centered by pixels that it sees."""
+    shortcut = nn.Sequential(nn.Conv2d(16, 32, 1, stride=2, bias=False), nn.BatchNorm2d(32))
+    block = models.Bottleneck(16, 8, 2, shortcut).double()
+    x = torch.randn(2, 16, 16, 16, dtype=torch.float64).to(memory_format=torch.channels_last)
+    x[:, :, 1::2] = torch.inf
+    x[:, :, :, 1::2] = torch.inf
+    block(x)
+    assert all(buffer.isfinite().all() for buffer in shortcut.buffers())
+
+
+def test_an_expanded_input_under_autocast() -> None:
+    """Channels are innermost in it, also once it is dense and of autocast's dtype."""
+    fused, eager = (block.float() for block in block_pair("basic", torch.channels_last))
+    x = torch.randn(2, 9, 1, 64).permute(0, 3, 1, 2).expand(2, 64, 9, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(fused(x), eager(x)) < 0.02
+
+
+def test_a_bias_of_minus_infinity() -> None:
+    """It makes zeros of a channel, also before a folded convolution."""
+    fused, eager = block_pair("bottleneck", torch.channels_last)
+    x = torch.randn(2, 64, 24, 24, dtype=torch.float64).to(memory_format=torch.channels_last)
+    for block in (fused, eager):
+        block.get_parameter("bn2.bias").data[3] = -torch.inf
+    assert relative_error(fused(x), eager(x)) < 1e-10

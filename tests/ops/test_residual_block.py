@@ -356,34 +356,6 @@ def test_last_convolution_with_a_stride() -> None:
     assert relative_error(fused.double()(x), eager.double()(x)) < 1e-10
 
 
-def test_an_infinite_pixel_that_a_stride_skips() -> None:
-    """The statistics of a folded shortcut stay finite: it is centered by pixels that it sees."""
-    shortcut = nn.Sequential(nn.Conv2d(16, 32, 1, stride=2, bias=False), nn.BatchNorm2d(32))
-    block = models.Bottleneck(16, 8, 2, shortcut).double()
-    x = torch.randn(2, 16, 16, 16, dtype=torch.float64).to(memory_format=torch.channels_last)
-    x[:, :, 1::2] = torch.inf
-    x[:, :, :, 1::2] = torch.inf
-    block(x)
-    assert all(buffer.isfinite().all() for buffer in shortcut.buffers())
-
-
-def test_an_expanded_input_under_autocast() -> None:
-    """Channels are innermost in it, also once it is dense and of autocast's dtype."""
-    fused, eager = (block.float() for block in block_pair("basic", torch.channels_last))
-    x = torch.randn(2, 9, 1, 64).permute(0, 3, 1, 2).expand(2, 64, 9, 9)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert relative_error(fused(x), eager(x)) < 0.02
-
-
-def test_a_bias_of_minus_infinity() -> None:
-    """It makes zeros of a channel, also before a folded convolution."""
-    fused, eager = block_pair("bottleneck", torch.channels_last)
-    x = torch.randn(2, 64, 24, 24, dtype=torch.float64).to(memory_format=torch.channels_last)
-    for block in (fused, eager):
-        block.get_parameter("bn2.bias").data[3] = -torch.inf
-    assert relative_error(fused(x), eager(x)) < 1e-10
-
-
 def test_computes_no_gradient_that_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a frozen weight, and of an input that needs none."""
     needs = []

@@ -14,7 +14,7 @@ from torchvision.models import ResNet, resnet
 from resnet_fused import fuse
 from tests.model_pairs import KINDS
 from tests.properties.block_cases import Mode, Norms, modes, norms, prepare, put_faults, randomize
-from tests.properties.strategies import Fault, Placement, placements, rarely
+from tests.properties.strategies import Fault, Placement, place_with, placements, rarely
 
 
 class Model(NamedTuple):
@@ -57,8 +57,7 @@ class Model(NamedTuple):
         x = torch.randn(self.batch, 3, self.height, self.width_of_images)
         put_faults(self.faults, plain, x)
         prepare(plain, self.mode)
-        place = self.x.varied() if self.faults else self.x
-        return fuse(copy.deepcopy(plain)), plain, place.place(x.to(self.mode.dtype))
+        return fuse(copy.deepcopy(plain)), plain, place_with(self.faults, self.x, x.to(self.mode.dtype))
 
 
 _sides = st.sampled_from((1, 2, 5, 8, 13, 16, 23, 32))

@@ -71,10 +71,6 @@ class Placement(NamedTuple):
     offset: int = 0
     negated: bool = False
 
-    def varied(self) -> Placement:
-        """Not expanded: where all values are equal a variance is zero, and rounding grows by 1 / sqrt(eps) a norm."""
-        return self._replace(expanded=())
-
     def narrow(self, values: Tensor) -> Tensor:
         """With equal values along the dimensions that are expanded."""
         for axis in self.expanded:
@@ -130,6 +126,14 @@ class Fault(NamedTuple):
     def put_into(self, values: Tensor) -> None:
         if values.numel():
             values.view(-1)[int(self.place * values.numel())] = self.value
+
+
+def place_with(faults: tuple[Fault, ...], placement: Placement, values: Tensor) -> Tensor:
+    """The values at their place, which is not expanded where there are faults.
+
+    Of equal values the variance is zero, and rounding, which faults are compared beyond, grows by 1 / sqrt(eps) a norm.
+    """
+    return (placement._replace(expanded=()) if faults else placement).place(values)
 
 
 def faults(operands: st.SearchStrategy[str]) -> st.SearchStrategy[tuple[Fault, ...]]:

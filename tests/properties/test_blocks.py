@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from resnet_fused import models, reference
 from tests.properties.block_cases import Block, blocks, prepare, put_faults, randomize
 from tests.properties.module_checks import assert_as_accurate, assert_propagates
-from tests.properties.strategies import WIDE, faults
+from tests.properties.strategies import WIDE, faults, place_with
 
 
 def pair_of(block: Block) -> tuple[nn.Module, nn.Module, Tensor]:
@@ -24,8 +24,7 @@ def pair_of(block: Block) -> tuple[nn.Module, nn.Module, Tensor]:
     fused.load_state_dict(plain.state_dict())
     for module in (fused, plain):
         prepare(module, block.mode)
-    place = block.x.varied() if block.faults else block.x
-    return fused, plain, place.place(x.to(block.mode.dtype))
+    return fused, plain, place_with(block.faults, block.x, x.to(block.mode.dtype))
 
 
 @given(blocks(8_000, st.just(())))
