@@ -19,7 +19,7 @@ from resnet_fused.ops.folded_conv_bn import conv1x1_bn_add_relu, input_covarianc
 from resnet_fused.ops.vendor_conv import materialize
 from resnet_fused.types import Activation, BatchStats, ConvGeometry, InputCovariance, Pair, make_bn_coeffs
 
-#: Rows and columns of each image from which the mean of a folded shortcut's input is estimated.
+#: Rows and columns of each image from which the mean of a folded convolution's input is estimated.
 SAMPLE = 4
 
 
@@ -129,13 +129,13 @@ def forward(x: Tensor, skip: Tensor | None, block: BlockSpec, parameters: list[P
         ys.append(y)
         finalized.append(stats_of_y)
         if i + 1 == chain and _is_centered(block.convs[chain]):
-            shift = _relu_mean(p, stats_of_y.stats)
+            shift = _mean_after_bn(y, stats_of_y.stats, p, spec)
         a = after_bn(y, stats_of_y.stats, p, shift, block.convs[i + 1].lazy)
     branches = [_branch(a, shift, weights[chain].to(x.dtype), parameters[chain], block.convs[chain], triton)]
     source = x if skip is None else skip
     if len(block.convs) > chain + 1:
         spec = block.convs[-1]
-        shift = _sample_mean(source, spec.input_stride) if _is_centered(spec) else None
+        shift = _sample_mean(Activation(source), spec.input_stride) if _is_centered(spec) else None
         a = Activation(source, shift=shift)
         branches.append(_branch(a, shift, weights[-1].to(x.dtype), parameters[-1], spec, triton))
     main, other = branches[0], branches[1] if len(branches) > 1 else _Branch(Activation(source))
@@ -204,20 +204,25 @@ def _is_centered(spec: ConvSpec) -> bool:
     return spec.folded and spec.running_stats is None
 
 
-def _relu_mean(p: Parameters, stats: BatchStats) -> Tensor:
-    """An approximate mean of relu(bn(y)), used as shift; it takes no pass over y."""
+def _mean_after_bn(y: Tensor, stats: BatchStats, p: Parameters, spec: ConvSpec) -> Tensor:
+    """An approximate mean of relu(bn(y)), used as shift; with statistics of the batch it takes no pass over y."""
+    if spec.running_stats is not None:
+        return _sample_mean(Activation(y, stats.mean, stats.invstd, p.gamma, p.beta), (1, 1))
     gamma = torch.ones_like(stats.mean) if p.gamma is None else p.gamma
     beta = torch.zeros_like(stats.mean) if p.beta is None else p.beta
     mean: Tensor = rectified_mean(gamma, beta)
     return mean
 
 
-def _sample_mean(x: Tensor, input_stride: Pair) -> Tensor:
-    """An approximate mean of the input of a folded shortcut, used as shift: that of some pixels.
+def _sample_mean(a: Activation, input_stride: Pair) -> Tensor:
+    """An approximate mean of the input of a folded convolution, used as shift: that of some pixels.
 
     An approximation is enough: the remaining mean is corrected exactly. But they are pixels that the convolution sees:
     others may be infinite.
     """
-    subsampled = x[:, :, :: input_stride[0], :: input_stride[1]]
+    subsampled = a.x[:, :, :: input_stride[0], :: input_stride[1]]
     rows, cols = (-(-size // SAMPLE) for size in subsampled.shape[2:])
-    return subsampled[:, :, ::rows, ::cols].mean((0, 2, 3)).to(statistics_dtype(x.dtype))
+    pixels = subsampled[:, :, ::rows, ::cols]
+    if a.mean is not None:
+        pixels = materialize(a._replace(x=pixels.contiguous(memory_format=torch.channels_last)))
+    return pixels.mean((0, 2, 3)).to(statistics_dtype(a.x.dtype))
