@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -28,6 +29,10 @@ from tests.properties.strategies import (
     rarely,
     seeds,
 )
+
+#: Of fewer channels, oneDNN's weight gradient of a channels_last 1x1 convolution of stride 2 writes outside its buffers
+#: if it has two threads or more: in eager as well, the heap is corrupted.
+FEWEST_OF_SHORTCUT = 16
 
 
 class Norms(NamedTuple):
@@ -148,6 +153,15 @@ class Block(NamedTuple):
             yield
 
 
+def three_for_two(batch: int, pixels: int, mode: Mode) -> int:
+    """Images of a batch, so that no norm but those in float64 has two values a channel.
+
+    Of these a batch norm makes 1 and -1: in 16 bits rounding may decide which is which, and gradients cancel to what
+    rounding left, a hundred times more or less of it by luck, in eager as well.
+    """
+    return 3 if batch * pixels == 2 and mode.rounds_to != torch.float64 else batch
+
+
 @st.composite
 def blocks(
     draw: st.DrawFn,
@@ -170,11 +184,15 @@ def blocks(
         inputs = draw(st.sampled_from(CHANNELS))
     elif not draw(rarely):
         stride = 1
+    mode = draw(modes(dtypes))
+    if downsample and stride > 1 and mode.rounds_to != torch.float64:
+        inputs = max(inputs, FEWEST_OF_SHORTCUT)
     widest = max(inputs, planes * expansion, planes * base_width * groups // 64)
     n, _, h, w = draw(activation_shapes(elements, widest))
-    mode = draw(modes(dtypes))
     if mode.rounds_to.itemsize == 2 and 0 < w < stride:
         w = stride  # for narrower images oneDNN's weight gradients are made of memory that nobody has written
+    for pixels in (h * w, math.ceil(h / stride) * math.ceil(w / stride)):
+        n = three_for_two(n, pixels, mode)
     return Block(
         kind,
         (n, inputs, h, w),
