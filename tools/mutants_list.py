@@ -503,8 +503,8 @@ MUTANTS: dict[str, list[Mutant]] = {
         Mutant(
             "partial sums have the wrong stride",
             "resnet_fused/kernels/reductions.py",
-            "tile_squares = tl.load(pointers + channels * tiles, valid",
-            "tile_squares = tl.load(pointers + channels * (tiles - 1), valid",
+            "tile_squares = tl.load(pointers + 2 * channels * tiles, valid",
+            "tile_squares = tl.load(pointers + 2 * channels * (tiles - 1), valid",
             MERGES,
             interpreted=True,
         ),

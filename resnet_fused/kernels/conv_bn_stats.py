@@ -1,8 +1,8 @@
 """Forward convolution as an implicit GEMM, with relu(bn(x)) in its prologue and batch norm statistics in its epilogue.
 
 A program computes BLOCK_M pixels x BLOCK_N channels of y; its loop goes over kernel positions (taps) and the input's
-channels. While the tile of y is in registers, the program computes its mean and its sum of squared deviations per
-channel; reductions.norm_statistics merges those of all tiles by Chan's formula.
+channels. While the tile of y is in registers, the program computes its mean and its sums of deviations and of squared
+deviations per channel; reductions.norm_statistics merges those of all tiles.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def conv_bn_stats_kernel(
     x_shift,  # (channels,) or None
     weight,  # (outputs, KERNEL_H, KERNEL_W, channels)
     y,  # (N, out_height, out_width, outputs)
-    tile_stats,  # (2, outputs, tiles of pixels) float32: mean and sum of squared deviations; or None
+    tile_stats,  # (3, outputs, tiles of pixels) float32: mean, sum of deviations and that of their squares; or None
     height,
     width,
     channels,
@@ -110,7 +110,9 @@ def conv_bn_stats_kernel(
         tiles_m = tl.cdiv(pixels, BLOCK_M)
         pointers = tile_stats + output_offs * tiles_m + tile_m
         tl.store(pointers, tile_mean, output_valid)
-        tl.store(pointers + outputs * tiles_m, tl.sum(deviation * deviation, 0), output_valid)
+        # Not zero: the mean is rounded, by much of a deviation where |mean| >> std.
+        tl.store(pointers + outputs * tiles_m, tl.sum(deviation, 0), output_valid)
+        tl.store(pointers + 2 * outputs * tiles_m, tl.sum(deviation * deviation, 0), output_valid)
 
 
 def configs(a: Activation, weight: Tensor, geometry: ConvGeometry, *_: object) -> list[Config]:
@@ -144,7 +146,7 @@ def conv_bn_stats(
     y = new_activation(a.x, weight.shape[0], height, width)
     pixels, outputs = y.shape[0] * height * width, weight.shape[0]
     tiles = cdiv(pixels, config.block_m)
-    tile_stats = new_sums(y, 2, outputs, tiles) if training else None
+    tile_stats = new_sums(y, 3, outputs, tiles) if training else None
     Launch(
         conv_bn_stats_kernel,
         (tiles * cdiv(outputs, config.block_n),),

@@ -21,7 +21,7 @@ ELEMENTS, MAX_SPLITS, MAX_CHANNELS = 4096, 64, 8
 
 @triton.jit
 def norm_statistics_kernel(
-    tile_stats,  # (2, channels, tiles) float32: mean and sum of squared deviations of each tile
+    tile_stats,  # (3, channels, tiles) float32: of each tile the mean, sum of deviations and that of their squares
     gamma,  # (channels,) or None
     beta,  # (channels,) or None
     mean,  # (channels,) float32
@@ -47,10 +47,11 @@ def norm_statistics_kernel(
         tile_pixels = tl.maximum(tl.minimum(TILE_PIXELS, pixels - tile * TILE_PIXELS), 0)[None, :]
         pointers = tile_stats + channel_offs[:, None] * tiles + tile[None, :]
         valid = channel_valid[:, None] & (tile < tiles)[None, :]
-        deviation = tl.load(pointers, valid, other=0.0).to(tl.float64) - origin[:, None]
-        total += deviation * tile_pixels
-        tile_squares = tl.load(pointers + channels * tiles, valid, other=0.0)
-        squares += tile_squares + deviation * deviation * tile_pixels
+        offset = tl.load(pointers, valid, other=0.0).to(tl.float64) - origin[:, None]
+        tile_sum = tl.load(pointers + channels * tiles, valid, other=0.0)
+        tile_squares = tl.load(pointers + 2 * channels * tiles, valid, other=0.0)
+        total += tile_sum + offset * tile_pixels
+        squares += tile_squares + offset * (2 * tile_sum + offset * tile_pixels)
     shift = tl.sum(total, 1) / pixels
     center = origin + shift
     variance = tl.sum(squares, 1) / pixels - shift * shift
@@ -65,13 +66,14 @@ def norm_statistics_kernel(
 def norm_statistics(
     tile_stats: Tensor, tile_pixels: int, pixels: int, eps: float, gamma: Tensor | None, beta: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Statistics of the pixels of all tiles, merged by Chan's formula.
+    """Statistics of the pixels of all tiles.
 
-    Chan, Golub, LeVeque: Updating formulae and a pairwise algorithm for computing sample variances, 1979.
+    Their deviations from a tile's mean as it is rounded to float32 are shifted to the first tile's. The formula is that
+    of shifted data in Chan, Golub, LeVeque: Algorithms for computing the sample variance, 1983.
 
     Args:
-        tile_stats: (2, C, T) float32, of each tile of ``tile_pixels`` pixels the mean and the sum of squared
-            deviations; the last tile has the rest of ``pixels``.
+        tile_stats: (3, C, T) float32, of each tile of ``tile_pixels`` pixels the mean, the sum of deviations from it as
+            it is rounded, and the sum of their squares; the last tile has the rest of ``pixels``.
         gamma, beta: (C,) float32, weight and bias of the batch norm.
 
     Returns:
