@@ -38,6 +38,14 @@ def random_bn(channels: int) -> list[Tensor]:
     return [torch.randn(channels), torch.rand(channels) + 0.5, torch.randn(channels), torch.randn(channels)]
 
 
+def random_normed(sizes: Sequence[int]) -> list[Tensor]:
+    """An activation and its batch norm, whose output is nowhere so near to zero that rounding decides about a ReLU."""
+    x, norm = random_activation(sizes), random_bn(sizes[1])
+    mean, invstd, weight, bias = (vector.view(-1, 1, 1) for vector in norm)
+    scale = invstd * weight
+    return [torch.where(((x - mean) * scale + bias).abs() < 1e-3, x + 2e-3 / scale, x), *norm]
+
+
 def random_mask(like: Tensor) -> Tensor:
     return pack_mask(torch.rand(like.shape) < 0.6, like)
 
@@ -45,10 +53,10 @@ def random_mask(like: Tensor) -> Tensor:
 def random_gradient(sizes: Sequence[int], gradient: str) -> Gradient:
     """One of GRADIENTS."""
     channels = sizes[1]
-    g, y = random_activation(sizes), random_activation(sizes)
+    g = random_activation(sizes)
     dy = Gradient(g, random_mask(g) if "masked" in gradient else None)
     if "bn" in gradient:
-        dy = Gradient(g, dy.mask, y, *random_bn(channels))
+        dy = Gradient(g, dy.mask, *random_normed(sizes))
         if "running" not in gradient:
             dy = dy._replace(sum_dz=torch.randn(channels), sum_dz_xhat=torch.randn(channels))
     return dy

@@ -28,6 +28,7 @@ from tests.ops.convolutions import (
     random_bn,
     random_gradient,
     random_mask,
+    random_normed,
     run_with,
     widths_for,
 )
@@ -73,7 +74,7 @@ class Convolution:
         weight_format: torch.memory_format = torch.channels_last,
     ) -> None:
         batch, inputs, height, width = sizes
-        self.a = Activation(random_activation(sizes), *(random_bn(inputs) if normed else ()))
+        self.a = Activation(*random_normed(sizes)) if normed else Activation(random_activation(sizes))
         self.weight = (torch.randn(outputs, inputs, 3, 3) / 3).contiguous(memory_format=weight_format)
         self.dy = random_gradient((batch, outputs, height, width), gradient)
         self.residual = None if residual == "none" else random_activation(sizes)

@@ -23,9 +23,9 @@ from tests.ops.convolutions import (
     GRADIENTS,
     SIDES,
     random_activation,
-    random_bn,
     random_gradient,
     random_mask,
+    random_normed,
     run_with,
     widths_for,
 )
@@ -77,7 +77,7 @@ def gradients(
 ) -> tuple[Results, Results, Results]:
     """All that ``conv_backward`` computes of random operands, of those that the names ask for."""
     size, geometry = CONVOLUTIONS[convolution]
-    a = Activation(random_activation(sizes), *(random_bn(sizes[1]) if normed else ()))
+    a = Activation(*random_normed(sizes)) if normed else Activation(random_activation(sizes))
     weight = (torch.randn(outputs, sizes[1], size, size) / size).contiguous(memory_format=torch.channels_last)
     dy = random_gradient((sizes[0], outputs, *geometry.out_size(a.x, weight)), gradient)
     rest = None, None, (1, 1), [True, True]
@@ -178,9 +178,8 @@ def test_input_covariance(calls: list[int]) -> None:
 )
 def test_results_do_not_depend_on_the_threads(sizes: tuple[int, int, int, int], outputs: int) -> None:
     """Weight gradients of other convolutions in csrc: with 1, 2, 3 and 4 threads"""
-    x = random_activation(sizes)
     g = random_activation((sizes[0], outputs, *sizes[2:]))
-    operands = Gradient(g, random_mask(g)), Activation(x, *random_bn(sizes[1])), (1, 1), ConvGeometry(), True
+    operands = Gradient(g, random_mask(g)), Activation(*random_normed(sizes)), (1, 1), ConvGeometry(), True
     assert_independent_of_threads(lambda: conv_wgrad.conv_wgrad(*operands))
 
 
