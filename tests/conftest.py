@@ -107,15 +107,17 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when != "call" and report.passed:
         return
     properties: dict[str, Any] = dict(report.user_properties)
-    tried = properties["docstring"] or report.nodeid.partition("[")[0]
+    # Without properties: a worker crashed.
+    tried = properties.get("docstring") or report.nodeid.partition("[")[0]
     _outcomes.setdefault(tried, Counter())[outcome_of(report)] += properties.get("cases", 1)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     check = session.config.getoption("--record")
     if check and not hasattr(session.config, "workerinput"):
-        seed = session.config.getoption("--hypothesis-seed", None)
-        record(check, dict(sorted(_outcomes.items())), time.monotonic() - _start, seed and int(seed))
+        seed = int(session.config.getoption("--hypothesis-seed", None) or os.environ[_SEED])
+        # Of seed 0 inputs are the same in every run.
+        record(check, dict(sorted(_outcomes.items())), time.monotonic() - _start, seed or None)
 
 
 @pytest.fixture(autouse=True)
