@@ -20,7 +20,7 @@ STEM = (
 PARTIAL = "partial sums of the splits"
 #: Of each line: its name, our kernel, the end of the model's names, and why they differ.
 LINES = (
-    ("convolution", "conv_bn_stats", "conv", "mean and squares of every tile, for the statistics"),
+    ("convolution", "conv_bn_stats", "conv", "mean and sums of every tile, for the statistics"),
     ("covariance", "input_covariance", "covariance", f"{PARTIAL}, float32"),
     ("folded convolutions, BN, add, ReLU", "conv1x1_bn_add_relu", "bn+add+relu", ""),
     ("Q of folded convolutions", "folded_wgrad", "folded wgrad", PARTIAL),
