@@ -17,6 +17,8 @@ from resnet_fused.layout import dense
 from resnet_fused.ops import block_backward
 from resnet_fused.types import BatchNorm, ConvBN
 from tests.accuracy import (
+    DRAWS,
+    DRAWS_OF_MEAN,
     HOSTILE_CASES,
     Results,
     assert_accurate,
@@ -228,7 +230,7 @@ def check_accuracy(
         by_fused, by_eager, exact = ({n: t for n, t in f.items() if n not in left_out} for f in found)
         return by_fused, by_eager, exact
 
-    assert_accurate(draw, dtype)
+    assert_accurate(draw, dtype, DRAWS_OF_MEAN if hostile == "mean" else DRAWS)
 
 
 def shift_betas(case: Case, training: bool) -> None:
