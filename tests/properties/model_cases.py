@@ -14,7 +14,7 @@ from torchvision.models import ResNet, resnet
 from resnet_fused import fuse
 from tests.model_pairs import KINDS
 from tests.properties.block_cases import (
-    FEWEST_OF_SHORTCUT,
+    FEWEST_CHANNELS,
     Mode,
     Norms,
     modes,
@@ -82,7 +82,7 @@ def models(faults: st.SearchStrategy[tuple[Fault, ...]]) -> st.SearchStrategy[Mo
         height, dilated = draw(_sides), draw(st.booleans()) if bottleneck else False
         channels = draw(st.sampled_from((4, 8, 16)))
         if not bottleneck and len(layers) > 1 and mode.rounds_to != torch.float64:
-            channels = max(channels, FEWEST_OF_SHORTCUT)
+            channels = max(channels, FEWEST_CHANNELS)
         batch = 0 if draw(rarely) else draw(st.sampled_from((1, 2, 3)))
         if mode.rounds_to.itemsize == 2:
             width = max(width, 16)  # as in block_cases.blocks: no image is narrower than a stride
