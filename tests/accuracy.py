@@ -18,8 +18,8 @@ from resnet_fused.accuracy import element_error, limit, relative_error
 
 #: Draws of the inputs that the errors are averaged over.
 DRAWS = 5
-#: Where the mean of an input is a thousand deviations: the error of its variance comes from the rounding of the values
-#: of few channels, and differs by luck. Means over 5 draws of two equal computations differ by 2.3 times now and then.
+#: In float32, where the mean of an input is a thousand deviations: the error of its variance comes from the rounding of
+#: the values of few channels, and differs by luck. Over 5 draws those of two equal computations were 2.3 times apart.
 DRAWS_OF_MEAN = 15
 #: Of eps: what smaller errors count as. A correctly rounded result has an error of about a fifth of eps; one draw that
 #: is exact by chance would make the geometric mean of all draws zero.

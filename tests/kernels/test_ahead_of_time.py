@@ -182,8 +182,8 @@ def test_no_candidate_reads_registers_that_change(steps: list[Built]) -> None:
     # Configurations that differ in splits alone are one kernel.
     assert len(needed) > 200
     checked = {x.what for x in steps if x.arch == 90}  # by test_no_kernel_of_a_step
-    # One of twelve, to save time: `make gpu-bundle` compiles all, and the autotuner rejects what does so.
-    pairs = [(what, 90) for what in [*needed][::12] if what not in checked]
+    # One of twenty, to save time: `make gpu-bundle` compiles all, and the autotuner rejects what does so.
+    pairs = [(what, 90) for what in [*needed][::20] if what not in checked]
     wrong = [
         f"{what.name} {what.config}: {found}" for what, _, found in compile_all(pairs, is_unsafe) if found
     ]

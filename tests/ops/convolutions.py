@@ -24,9 +24,9 @@ SIDES = range(1, 21)
 
 
 def widths_for(height: int) -> list[int]:
-    """A third of SIDES, for each height and seed another: three seeds in succession have them all."""
+    """A fifth of SIDES, for each height another; of another seed a third: three seeds in succession have them all."""
     seed = int(os.environ["RESNET_FUSED_TEST_SEED"])
-    return [width for width in SIDES if (width + height + seed) % 3 == 0]
+    return [width for width in SIDES if (width + height + seed) % (3 if seed else 5) == 0]
 
 
 def random_activation(sizes: Sequence[int]) -> Tensor:

@@ -230,7 +230,8 @@ def check_accuracy(
         by_fused, by_eager, exact = ({n: t for n, t in f.items() if n not in left_out} for f in found)
         return by_fused, by_eager, exact
 
-    assert_accurate(draw, dtype, DRAWS_OF_MEAN if hostile == "mean" else DRAWS)
+    rounds_mean = hostile == "mean" and dtype == torch.float32
+    assert_accurate(draw, dtype, DRAWS_OF_MEAN if rounds_mean else DRAWS)
 
 
 def shift_betas(case: Case, training: bool) -> None:
