@@ -189,7 +189,7 @@ def run_alone(code: str, **variables: str) -> str:
 
 @needs_extension
 def test_idle_buffers_are_given_up_before_memory_runs_out() -> None:
-    """Within a limit of the address space that has room for one more buffer only where no idle one is left."""
+    """Within a limit of the address space that one more buffer fits into only where no idle one is left."""
     printed = run_alone("""
         import resource
         import torch
