@@ -91,6 +91,8 @@ def shift_from_zero(values: Tensor) -> Tensor:
     On which side of zero a ReLU's input lies moves gradients by orders of magnitude more than rounding does. The gap is
     the widest of each channel among the middle seven eighths of its values; a constant channel stays where it is.
     """
+    if values[:, 0].numel() < 2:
+        return values.new_zeros(values.shape[1])
     ordered = values.transpose(0, 1).flatten(1).sort(1).values
     count = ordered.shape[1]
     inner = ordered[:, count // 16 : -(-count * 15 // 16)]

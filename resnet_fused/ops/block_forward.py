@@ -207,7 +207,7 @@ def _is_centered(spec: ConvSpec) -> bool:
 def _mean_after_bn(y: Tensor, stats: BatchStats, p: Parameters, spec: ConvSpec) -> Tensor:
     """An approximate mean of relu(bn(y)), used as shift; with statistics of the batch it takes no pass over y."""
     if spec.running_stats is not None:
-        return _sample_mean(Activation(y, stats.mean, stats.invstd, p.gamma, p.beta), (1, 1))
+        return _sample_mean(after_bn(y, stats, p, None, lazy=True), (1, 1))
     gamma = torch.ones_like(stats.mean) if p.gamma is None else p.gamma
     beta = torch.zeros_like(stats.mean) if p.beta is None else p.beta
     mean: Tensor = rectified_mean(gamma, beta)

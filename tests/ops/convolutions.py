@@ -14,6 +14,7 @@ from torch import Tensor
 from resnet_fused import native
 from resnet_fused.layout import pack_mask
 from resnet_fused.types import Gradient
+from tests.accuracy import shift_from_zero
 
 #: Of the gradient w.r.t. the convolution's output: what it is computed from.
 GRADIENTS = ("plain", "masked", "bn", "bn_running", "masked_bn", "masked_bn_running")
@@ -40,10 +41,11 @@ def random_bn(channels: int) -> list[Tensor]:
 
 def random_normed(sizes: Sequence[int]) -> list[Tensor]:
     """An activation and its batch norm, whose output is nowhere so near to zero that rounding decides about a ReLU."""
-    x, norm = random_activation(sizes), random_bn(sizes[1])
-    mean, invstd, weight, bias = (vector.view(-1, 1, 1) for vector in norm)
-    scale = invstd * weight
-    return [torch.where(((x - mean) * scale + bias).abs() < 1e-3, x + 2e-3 / scale, x), *norm]
+    x = random_activation(sizes)
+    mean, invstd, weight, bias = random_bn(sizes[1])
+    vector = (1, -1, 1, 1)
+    normed = (x - mean.view(vector)) * (invstd * weight).view(vector) + bias.view(vector)
+    return [x, mean, invstd, weight, bias + shift_from_zero(normed)]
 
 
 def random_mask(like: Tensor) -> Tensor:
